@@ -1,0 +1,233 @@
+"""Appendix A of "Why Prototypes Collapse" (ICLR 2026): prototypes as the means of an online Gaussian mixture.
+
+    code        paper             meaning                                                        shape
+    h           h_i               teacher vectors of one step: J views x B images, all ranks     (N, D), N = J*B
+    K, D                          components (= prototypes), dimensions
+    log_pi      log pi_k          mixture weights                                                (K,)
+    mu          mu_k = c_k        means, the prototypes                                          (K, D)
+    var         diag Sigma_k      diagonal covariances                                           (K, D)
+    gamma       gamma_ik          responsibility of component k for vector i                     (N, K)
+    T_*         S~_k              statistics of this step                                        (K,) (K, D) (K, D)
+    S_*         S_k               running statistics, in samples: they sum to about N            (K,) (K, D) (K, D)
+    g           gamma^_k          mean responsibility over the step, T_pi / N                    (K,)
+    eta, beta                     forgetting factor (A.7), smoothing of the density (A.1)
+    mass        JB / K            samples each component starts with (A.4)
+
+The statistics S live in float64: at g = 1/K a step changes them by less than one float32 ulp. The paper leaves things
+open and misprints others; every choice of ours is a line that starts with `# differs:`.
+"""
+import math
+
+import torch
+from torch import nn
+
+
+def eta_at(t, a=0.001, c=0.89):
+    """Forgetting factor at update t = 0, 1, 2, ...: rises from c towards 0.99 (A.7; a, c from Table A.2)."""
+    # A.7  eta = 0.99 - 1 / (a t + b),  b = 1 / (0.99 - c)
+    # differs: the paper prints a t - b, which gives 1.09 at t = 0 and a pole at t = b / a; a t + b gives the 0.89 it names
+    return 0.99 - 1 / (a * t + 1 / (0.99 - c))
+
+
+class OnlineGMM(nn.Module):
+    """A mixture of K Gaussians in D dimensions with diagonal covariances, updated once per training step.
+
+    chunk       components handled at a time: bounds memory, never changes the result
+    forgetting  "responsibility": eta to the power of g (A.3); "plain": eta itself (Table A.1, row 1: it starves)
+    resurrect   weight above which a component is split (0.3 in B.1), None: never
+    rescale     shrink the mean of a component above that weight (A.6)
+    var_floor   smallest variance, as a share of the pooled variance of the step
+    all_reduce  sums a tensor over the ranks, in place or returning it; None on one process
+    """
+
+    def __init__(self, K, D, *, chunk=8192, forgetting="responsibility", resurrect=0.3, rescale=True,
+                 var_floor=1e-3, seed=0, all_reduce=None):
+        super().__init__()
+        if forgetting not in ("responsibility", "plain"):
+            raise ValueError(f"forgetting must be 'responsibility' or 'plain', got {forgetting!r}")
+        if resurrect is not None and not 0 < resurrect < 1:
+            raise ValueError(f"resurrect must lie in (0, 1) or be None, got {resurrect}")
+        self.K, self.D, self.chunk, self.forgetting, self.resurrect = K, D, chunk, forgetting, resurrect
+        self.rescale, self.var_floor, self.seed, self.reduce, self.t = rescale, var_floor, seed, all_reduce, 0
+        for name, shape, dtype in [("log_pi", (K,), torch.float32), ("mu", (K, D), torch.float32), ("var", (K, D), torch.float32),
+                                   ("S_pi", (K,), torch.float64), ("S_mu", (K, D), torch.float64), ("S_sig", (K, D), torch.float64)]:
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        self.set_params(self.directions(K), torch.full((K, D), 1 / D), torch.full((K,), 1 / K), mass=1.0)
+
+    # ---- where the mixture starts ----------------------------------------------------------------------------------
+    @torch.no_grad()
+    def set_params(self, mu, var, pi, mass):
+        """Take mu (K, D), var (K, D) > 0 and pi (K,) as the parameters, worth `mass` = JB/K samples per component (A.4)."""
+        self.mu.copy_(mu)
+        self.var.copy_(var)
+        pi = torch.as_tensor(pi, dtype=torch.float64, device=self.mu.device).expand(self.K)                      # (K,)
+        self.log_pi.copy_(pi.log())
+        # differs: A.4 prints one mass JB/K for all; K pi_k JB/K is the same for pi = 1/K, and A.5 returns any other pi
+        self.to_stats(slice(None), self.K * mass * pi, torch.ones_like(pi, dtype=torch.bool))
+
+    def to_stats(self, ks, n, where):
+        """Write the parameters of components ks into S with n samples each, where the mask says so; A.5 undoes this."""
+        mu, var = self.mu[ks].double(), self.var[ks].double()                                                # (|ks|, D)
+        # A.4  S = { n,  n mu,  n Sigma + S_mu S_mu / n }
+        self.S_pi[ks] = torch.where(where, n, self.S_pi[ks])
+        self.S_mu[ks] = torch.where(where[:, None], n[:, None] * mu, self.S_mu[ks])
+        self.S_sig[ks] = torch.where(where[:, None], n[:, None] * (var + mu * mu), self.S_sig[ks])
+
+    @torch.no_grad()
+    def init_from(self, h, how="features", mass=None):
+        """Start from teacher vectors h (N, D), the same on every rank. mass = JB/K of the steps to come, N/K if not given.
+
+        "features": the means are K of the vectors (fewer than K: drawn again, with noise of half the pooled deviation);
+        "random": random directions as long as the typical vector. Raises ValueError if h is not finite.
+        """
+        # differs: the paper names no start. From random directions one component takes every sample and the others never
+        # move (README, "Is the mixture alive?"); from features, once the teacher has warmed up, A.1-A.5 as printed stay alive
+        h = h.float()
+        if not torch.isfinite(h).all():
+            raise ValueError("OnlineGMM.init_from: h holds values that are not finite")
+        _, centre, pooled, rms = self.moments(h, reduce=False)
+        if how == "features":
+            gen = torch.Generator().manual_seed(self.seed)
+            picks = torch.cat([torch.randperm(len(h), generator=gen) for _ in range(-(-self.K // len(h)))])[:self.K]
+            mu, var = h[picks.to(h.device)], pooled                                                     # (K, D), scalar
+            if len(h) < self.K:
+                mu = mu + 0.5 * pooled.sqrt() * torch.randn(mu.shape, generator=gen).to(h.device)
+        else:
+            mu, var = rms * self.directions(self.K).to(h.device), rms ** 2 / self.D        # one component covers the cloud
+        var = var.clamp_min(1e-8).expand(self.K, self.D)
+        self.set_params(mu, var, h.new_full((self.K,), 1 / self.K), len(h) / self.K if mass is None else mass)
+
+    def directions(self, n):
+        """n random unit vectors (n, D), a function of (seed, t): equal on all ranks, new at every update."""
+        g = torch.randn(n, self.D, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.t))    # (n, D)
+        return nn.functional.normalize(g, dim=1)
+
+    # ---- A.1 -------------------------------------------------------------------------------------------------------
+    def log_joint(self, x, c, ks, beta):
+        """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ], (N, |ks|), for x = [h - c, (h - c)^2] (N, 2D): one product."""
+        # P does not change when h and mu are shifted by c, but float32 rounding does: far from the origin it eats the signal
+        mu, prec = self.mu[ks] - c, 1 / self.var[ks]                                                         # (|ks|, D)
+        w = torch.cat([mu * prec, -0.5 * prec], 1)                                                          # (|ks|, 2D)
+        # log N(h | mu, Sigma) = h . mu/Sigma - h^2 . 1/(2 Sigma) - (sum mu^2/Sigma + log Sigma + log 2 pi) / 2
+        const = -0.5 * ((mu * mu * prec).sum(1) - prec.log().sum(1) + self.D * math.log(2 * math.pi))        # (|ks|,)
+        return torch.addmm(self.log_pi[ks] + beta * const, x, w.T, alpha=beta)
+
+    @torch.no_grad()
+    def responsibilities(self, h, beta):
+        """gamma (N, K) of h (N, D) at smoothing beta (A.1); rows sum to 1."""
+        with torch.autocast(h.device.type, enabled=False):                        # bf16 products would ruin the exponent
+            c = h.float().mean(0)                                                                                 # (D,)
+            x = torch.cat([h - c, (h - c) ** 2], 1)                                                            # (N, 2D)
+            return torch.cat([self.log_joint(x, c, ks, beta) for ks in self.blocks()], 1).softmax(1)
+
+    # ---- one step of online EM: Eq. 3, A.1 to A.6 --------------------------------------------------------------------
+    @torch.no_grad()
+    def update(self, h, beta, eta, keep=2 ** 28):
+        """Take in the teacher vectors h (n, D) of this rank (N = sum of n over ranks); beta in [0, 1], eta in (0, 1).
+
+        Returns 0-dim tensors: used (components that are some vector's most responsible one in this step), pi_max,
+        resurrected. keep: the (n, K) logits are kept between A.1 and A.2 if they number at most this many, else
+        computed twice. A step with vectors that are not finite leaves the mixture as it was.
+        """
+        if not 0 < eta < 1:
+            raise ValueError(f"eta must lie in (0, 1), got {eta}")
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta must lie in [0, 1], got {beta}")
+        with torch.autocast(h.device.type, enabled=False):
+            return self._update(h.float(), beta, eta, keep)
+
+    def _update(self, h, beta, eta, keep):
+        N, c, pooled, rms = self.moments(h)
+        sane = torch.isfinite(rms)
+        x = torch.where(sane, torch.cat([h - c, (h - c) ** 2], 1), 0.)                                         # (n, 2D)
+        c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
+        floor, blocks = (self.var_floor * pooled).clamp_min(1e-8), self.blocks()
+
+        # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, in logs, the sum running over blocks of K
+        kept = [self.log_joint(x, c, ks, beta) if len(h) * self.K <= keep else None for ks in blocks]
+        log_Z, best = h.new_full((len(h),), -torch.inf), h.new_full((len(h),), -torch.inf)                 # (n,), (n,)
+        for ks, log_p in zip(blocks, kept):
+            log_p = self.log_joint(x, c, ks, beta) if log_p is None else log_p                               # (n, |ks|)
+            log_Z = torch.logaddexp(log_Z, log_p.logsumexp(1))
+            best = torch.maximum(best, log_p.amax(1))
+
+        used = torch.zeros(self.K, device=h.device)                                                               # (K,)
+        for i, ks in enumerate(blocks):
+            log_p = self.log_joint(x, c, ks, beta) if kept[i] is None else kept[i]                           # (n, |ks|)
+            kept[i] = None
+            used[ks] = (log_p == best[:, None]).any(0).float()
+            gamma = log_p.sub_(log_Z[:, None]).exp_()                                                        # (n, |ks|)
+            # A.2  S~ = { sum_i gamma_ik,  sum_i gamma_ik h_i,  sum_i gamma_ik h_i^2 }, of h - c, then shifted back by c
+            T = self.sum_ranks(torch.cat([gamma.sum(0)[:, None], gamma.T @ x], 1)).double()              # (|ks|, 1+2D)
+            T_pi, T_mu, T_sig = T[:, 0], T[:, 1:self.D + 1], T[:, self.D + 1:]
+            T_sig = T_sig + c * (2 * T_mu + c * T_pi[:, None])                                               # (|ks|, D)
+            T_mu = T_mu + c * T_pi[:, None]                                                                  # (|ks|, D)
+            # A.3  S <- eta^g S + (1 - eta^g) S~,  g = T_pi / N;  1 - eta^g = -expm1(g log eta) keeps g = 1e-6 alive
+            g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)                     # (|ks|,)
+            w = torch.where(sane, -torch.expm1(g * math.log(eta)), 0.)                                         # (|ks|,)
+            self.S_pi[ks] = self.S_pi[ks].lerp(T_pi, w)
+            self.S_mu[ks] = self.S_mu[ks].lerp(T_mu, w[:, None])
+            self.S_sig[ks] = self.S_sig[ks].lerp(T_sig, w[:, None])
+            # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
+            S_pi = self.S_pi[ks].clamp_min(torch.finfo(torch.float64).tiny)[:, None]       # "plain" drives it to 0 / 0
+            mu = self.S_mu[ks] / S_pi                                                                        # (|ks|, D)
+            self.mu[ks] = mu.float()
+            # differs: the paper names no floor; round-off can make the difference negative
+            var = torch.maximum(self.S_sig[ks] / S_pi - mu * mu, floor).float()                              # (|ks|, D)
+            self.var[ks] = torch.where(sane, var, self.var[ks])
+        # A.5  pi = S_pi / sum_k S_pi
+        pi = self.S_pi / self.S_pi.sum()                                                                          # (K,)
+        self.log_pi.copy_(pi.log())
+
+        self.t += 1
+        split = self.split_resurrect(pi, pooled, rms) if self.resurrect and self.K > 1 else used.new_zeros(())
+        return {"used": (self.sum_ranks(used) > 0).sum(), "pi_max": self.log_pi.max().exp(), "resurrected": split}
+
+    def split_resurrect(self, pi, pooled, rms):
+        """Components above the weight limit are rescaled (A.6) and share their mass with the lightest ones, which restart.
+
+        At most 1/limit components can be above it, so the heaviest few are always worked out and masked: no branch on
+        the values, hence no device synchronisation, and the same on all ranks.
+        """
+        n = min(int(1 / self.resurrect), self.K // 2)
+        order = pi.argsort(descending=True, stable=True)
+        k, j = order[:n], order[-n:].flip(0)                                                                 # (n,) (n,)
+        heavy = (pi[k] > self.resurrect) & (pi[j] < self.resurrect) & (rms > 0)                                   # (n,)
+        if self.rescale:
+            # A.6  mu_k <- mu_k / sqrt(||mu_k||)
+            # differs: only where ||mu_k|| > 1, since shorter means would grow; and written back into S, or A.5 undoes it
+            norm = self.mu[k].norm(dim=1, keepdim=True)                                                         # (n, 1)
+            self.mu[k] = torch.where(heavy[:, None] & (norm > 1), self.mu[k] / norm.sqrt(), self.mu[k])
+        # pi_k <- pi_j <- pi_k / 2
+        # differs: halves of S_k + S_j, so that no mass is lost; and in S, since pi, mu and Sigma are made from it
+        half = (self.S_pi[k] + self.S_pi[j]) / 2                                                                  # (n,)
+        # differs: "scale-aware random initialization" is read as a random direction as long as the typical vector, and
+        # "reset its variance" as the pooled variance of the step
+        fresh = rms * self.directions(n).to(self.mu.device)                                                     # (n, D)
+        self.mu[j] = torch.where(heavy[:, None], fresh, self.mu[j])
+        self.var[j] = torch.where(heavy[:, None], pooled.clamp_min(1e-8), self.var[j])
+        self.to_stats(k, half, heavy)
+        self.to_stats(j, half, heavy)
+        self.log_pi.copy_((self.S_pi / self.S_pi.sum()).log())
+        return heavy.sum()
+
+    # ---- helpers -----------------------------------------------------------------------------------------------------
+    def blocks(self):
+        return [slice(k, min(k + self.chunk, self.K)) for k in range(0, self.K, self.chunk)]
+
+    def sum_ranks(self, x):
+        out = self.reduce(x) if self.reduce else x
+        return x if out is None else out
+
+    def moments(self, h, reduce=True):
+        """N, mean (D,), pooled variance and root mean square norm of h, over all ranks: one small reduction."""
+        s = torch.cat([h.new_tensor([float(len(h))]), h.sum(0), (h * h).sum(0)]).double()                      # (1+2D,)
+        s = self.sum_ranks(s) if reduce else s
+        N, mean, square = s[0], s[1:self.D + 1] / s[0], s[self.D + 1:] / s[0]
+        return N, mean.float(), (square - mean * mean).mean().clamp_min(0).float(), square.sum().sqrt().float()
+
+    def get_extra_state(self):
+        return {"t": self.t}                                                 # seeds the directions of resurrected means
+
+    def set_extra_state(self, state):
+        self.t = state["t"]
