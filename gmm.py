@@ -25,7 +25,7 @@ from torch import nn
 def eta_at(t, a=0.001, c=0.89):
     """Forgetting factor at update t = 0, 1, 2, ...: rises from c towards 0.99 (A.7; a, c from Table A.2)."""
     # A.7  eta = 0.99 - 1 / (a t + b),  b = 1 / (0.99 - c)
-    # differs: the paper prints a t - b, which gives 1.09 at t = 0 and a pole at t = b / a; a t + b gives the 0.89 it names
+    # differs: the paper prints a t - b, which gives 1.09 at t = 0 and a pole at t = b / a; a t + b gives its 0.89
     return 0.99 - 1 / (a * t + 1 / (0.99 - c))
 
 
@@ -49,15 +49,16 @@ class OnlineGMM(nn.Module):
             raise ValueError(f"resurrect must lie in (0, 1) or be None, got {resurrect}")
         self.K, self.D, self.chunk, self.forgetting, self.resurrect = K, D, chunk, forgetting, resurrect
         self.rescale, self.var_floor, self.seed, self.reduce, self.t = rescale, var_floor, seed, all_reduce, 0
-        for name, shape, dtype in [("log_pi", (K,), torch.float32), ("mu", (K, D), torch.float32), ("var", (K, D), torch.float32),
-                                   ("S_pi", (K,), torch.float64), ("S_mu", (K, D), torch.float64), ("S_sig", (K, D), torch.float64)]:
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        for dtype, sizes in ((torch.float32, {"log_pi": (K,), "mu": (K, D), "var": (K, D)}),
+                             (torch.float64, {"S_pi": (K,), "S_mu": (K, D), "S_sig": (K, D)})):
+            for name, size in sizes.items():
+                self.register_buffer(name, torch.zeros(size, dtype=dtype))
         self.set_params(self.directions(K), torch.full((K, D), 1 / D), torch.full((K,), 1 / K), mass=1.0)
 
     # ---- where the mixture starts ----------------------------------------------------------------------------------
     @torch.no_grad()
     def set_params(self, mu, var, pi, mass):
-        """Take mu (K, D), var (K, D) > 0 and pi (K,) as the parameters, worth `mass` = JB/K samples per component (A.4)."""
+        """Take mu (K, D), var (K, D) > 0 and pi (K,) as the parameters, worth `mass` = JB/K samples each (A.4)."""
         self.mu.copy_(mu)
         self.var.copy_(var)
         pi = torch.as_tensor(pi, dtype=torch.float64, device=self.mu.device).expand(self.K)                      # (K,)
@@ -75,13 +76,13 @@ class OnlineGMM(nn.Module):
 
     @torch.no_grad()
     def init_from(self, h, how="features", mass=None):
-        """Start from teacher vectors h (N, D), the same on every rank. mass = JB/K of the steps to come, N/K if not given.
+        """Start from teacher vectors h (N, D), the same on all ranks. mass = JB/K of the steps to come, N/K if None.
 
         "features": the means are K of the vectors (fewer than K: drawn again, with noise of half the pooled deviation);
         "random": random directions as long as the typical vector. Raises ValueError if h is not finite.
         """
-        # differs: the paper names no start. From random directions one component takes every sample and the others never
-        # move (README, "Is the mixture alive?"); from features, once the teacher has warmed up, A.1-A.5 as printed stay alive
+        # differs: the paper names no start. From random directions one component takes every sample and the others
+        # never move; from features of a teacher that has warmed up, A.1-A.5 as printed stay alive (README)
         h = h.float()
         if not torch.isfinite(h).all():
             raise ValueError("OnlineGMM.init_from: h holds values that are not finite")
@@ -93,7 +94,7 @@ class OnlineGMM(nn.Module):
             if len(h) < self.K:
                 mu = mu + 0.5 * pooled.sqrt() * torch.randn(mu.shape, generator=gen).to(h.device)
         else:
-            mu, var = rms * self.directions(self.K).to(h.device), rms ** 2 / self.D        # one component covers the cloud
+            mu, var = rms * self.directions(self.K).to(h.device), rms ** 2 / self.D     # one component covers the cloud
         var = var.clamp_min(1e-8).expand(self.K, self.D)
         self.set_params(mu, var, h.new_full((self.K,), 1 / self.K), len(h) / self.K if mass is None else mass)
 
@@ -105,7 +106,7 @@ class OnlineGMM(nn.Module):
     # ---- A.1 -------------------------------------------------------------------------------------------------------
     def log_joint(self, x, c, ks, beta):
         """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ], (N, |ks|), for x = [h - c, (h - c)^2] (N, 2D): one product."""
-        # P does not change when h and mu are shifted by c, but float32 rounding does: far from the origin it eats the signal
+        # a shift of h and mu by c leaves P as it is, but not float32 rounding: far from the origin it eats the signal
         mu, prec = self.mu[ks] - c, 1 / self.var[ks]                                                         # (|ks|, D)
         w = torch.cat([mu * prec, -0.5 * prec], 1)                                                          # (|ks|, 2D)
         # log N(h | mu, Sigma) = h . mu/Sigma - h^2 . 1/(2 Sigma) - (sum mu^2/Sigma + log Sigma + log 2 pi) / 2
@@ -115,7 +116,7 @@ class OnlineGMM(nn.Module):
     @torch.no_grad()
     def responsibilities(self, h, beta):
         """gamma (N, K) of h (N, D) at smoothing beta (A.1); rows sum to 1."""
-        with torch.autocast(h.device.type, enabled=False):                        # bf16 products would ruin the exponent
+        with torch.autocast(h.device.type, enabled=False):                       # bf16 products would ruin the exponent
             c = h.float().mean(0)                                                                                 # (D,)
             x = torch.cat([h - c, (h - c) ** 2], 1)                                                            # (N, 2D)
             return torch.cat([self.log_joint(x, c, ks, beta) for ks in self.blocks()], 1).softmax(1)
@@ -143,7 +144,7 @@ class OnlineGMM(nn.Module):
         c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
         floor, blocks = (self.var_floor * pooled).clamp_min(1e-8), self.blocks()
 
-        # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, in logs, the sum running over blocks of K
+        # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, in logs, block after block of K
         kept = [self.log_joint(x, c, ks, beta) if len(h) * self.K <= keep else None for ks in blocks]
         log_Z, best = h.new_full((len(h),), -torch.inf), h.new_full((len(h),), -torch.inf)                 # (n,), (n,)
         for ks, log_p in zip(blocks, kept):
@@ -184,7 +185,7 @@ class OnlineGMM(nn.Module):
         return {"used": (self.sum_ranks(used) > 0).sum(), "pi_max": self.log_pi.max().exp(), "resurrected": split}
 
     def split_resurrect(self, pi, pooled, rms):
-        """Components above the weight limit are rescaled (A.6) and share their mass with the lightest ones, which restart.
+        """Components above the weight limit are rescaled (A.6) and share their mass with the lightest, which restart.
 
         At most 1/limit components can be above it, so the heaviest few are always worked out and masked: no branch on
         the values, hence no device synchronisation, and the same on all ranks.
@@ -195,7 +196,7 @@ class OnlineGMM(nn.Module):
         heavy = (pi[k] > self.resurrect) & (pi[j] < self.resurrect) & (rms > 0)                                   # (n,)
         if self.rescale:
             # A.6  mu_k <- mu_k / sqrt(||mu_k||)
-            # differs: only where ||mu_k|| > 1, since shorter means would grow; and written back into S, or A.5 undoes it
+            # differs: only where ||mu_k|| > 1, as shorter means would grow; and written back into S, or A.5 undoes it
             norm = self.mu[k].norm(dim=1, keepdim=True)                                                         # (n, 1)
             self.mu[k] = torch.where(heavy[:, None] & (norm > 1), self.mu[k] / norm.sqrt(), self.mu[k])
         # pi_k <- pi_j <- pi_k / 2

@@ -1,0 +1,198 @@
+"""Every flag, once. Order of authority: default < preset < command line. A preset holds only what differs.
+
+Groups marked (results) change what is learned; groups marked (speed) do not.
+"""
+import argparse
+import os
+
+import torch
+
+PRESETS = {
+    # python train.py                    2 CPU cores, about 4 minutes; numbers in README.md, "Results"
+    "tiny": {},
+    # python train.py --preset cifar10   one GPU; not run
+    "cifar10": dict(data="cifar10", arch="vit_tiny", patch_size=4, num_prototypes=4096, partition_size=512,
+                    head_hidden=1024, bottleneck_dim=256, batch_size=256, epochs=200, warmup_epochs=10, lr=1e-3,
+                    momentum=0.992, local_crops=6, log_every=100, eval_every=1950, drop_path=0.1,
+                    global_scale=[0.32, 1.0], local_scale=[0.1, 0.32], gmm_start=0.05,
+                    jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, solarize=[0.0, 0.2, 0.0]),
+    # torchrun --nproc_per_node=8 train.py --preset paper-vits --data IMAGENET   (Table B.1a; 8 GPUs; not run)
+    "paper-vits": dict(data="imagenet", arch="vit_small", patch_size=16, img_size=224, local_size=96, local_crops=10,
+                       global_scale=[0.32, 1.0], local_scale=[0.05, 0.32], jitter=[0.4, 0.4, 0.2, 0.1],
+                       blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0], drop_path=0.1, head_hidden=2048,
+                       bottleneck_dim=256, head_bn=False,
+                       num_prototypes=65536, partition_size=512, batch_size=1024, epochs=300, warmup_epochs=10,
+                       lr=5e-4, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.4, momentum=0.992, clip_grad=1.0,
+                       gmm_start=0.034, workers=10, log_every=100, eval_every=12510,
+                       eval_bank=50000, eval_queries=10000),
+}
+# torchrun --nproc_per_node=8 train.py --preset paper-vitb --data IMAGENET       (Table B.1b; 8 GPUs; not run)
+PRESETS["paper-vitb"] = dict(PRESETS["paper-vits"], arch="vit_base", epochs=400, lr=7.5e-4, min_lr=2e-6, momentum=0.996,
+                             clip_grad=0.3, gmm_start=0.025)
+
+# flags that may differ between a run and its continuation: where it runs and what is printed, not what is computed
+FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank", "eval_queries", "data",
+        "data_root", "amp"}
+
+
+def parser():
+    p = argparse.ArgumentParser("train.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                description="Self-supervised learning with joint, KP, frozen or decoupled prototypes.")
+    on_off = argparse.BooleanOptionalAction
+    flag = p.add_argument_group("run").add_argument
+    flag("--preset", default="tiny", choices=PRESETS, help="values for many flags at once; what you type wins over it")
+    flag("--out", help="folder for ckpt.pt, log.csv and args.json; None: runs/PRESET-METHOD-PROTOTYPES-sSEED")
+    flag("--seed", type=int, default=0, help="of weights, prototypes, partitions, order, crops; not of the shapes")
+    flag("--device", default="auto", help="cpu, cuda, mps or auto: the first of cuda, mps, cpu that is there")
+    flag("--resume", action="store_true", help="go on from OUT/ckpt.pt if there is one")
+    flag("--stop-at", type=int, help="save and leave after this step; the schedules keep the length of --steps")
+    flag = p.add_argument_group("data (results)").add_argument
+    flag("--data", default="shapes", help="shapes (built in), cifar10, cifar100, stl10, or a folder of images")
+    flag("--data-root", default="data", help="where downloaded sets are kept")
+    flag("--imbalance", type=float, default=1.0, help="long tail: largest class over smallest, exponential in between")
+    flag("--img-size", type=int, default=32, help="side of the two global crops, pixels")
+    flag("--local-size", type=int, default=16, help="side of the local crops, pixels")
+    flag("--local-crops", type=int, default=4, help="local crops per image, seen by the student alone; fewer is faster")
+    flag("--global-scale", type=float, nargs=2, default=[0.4, 1.0], metavar=("LO", "HI"), help="area of a global crop")
+    flag("--local-scale", type=float, nargs=2, default=[0.15, 0.5], metavar=("LO", "HI"), help="area of a local crop")
+    flag("--jitter", type=float, nargs=4, default=[0.4, 0.4, 0.4, 0.2], metavar=("B", "C", "S", "H"),
+         help="brightness, contrast, saturation, hue; strong enough that colour alone does not match crops")
+    flag("--jitter-p", type=float, default=0.8, help="share of the crops that are jittered")
+    flag("--gray", type=float, default=0.3, help="share of the crops made grey")
+    flag("--blur", type=float, nargs=3, default=[0.0, 0.0, 0.0], metavar=("G1", "G2", "L"), help="share blurred")
+    flag("--solarize", type=float, nargs=3, default=[0.0, 0.0, 0.0], metavar=("G1", "G2", "L"), help="share solarized")
+    flag = p.add_argument_group("model (results)").add_argument
+    flag("--arch", default="vit_nano", help="backbone; vit_nano: 3 layers of width 96 behind a convolutional stem",
+         choices=["vit_nano", "vit_tiny", "vit_small", "vit_base", "resnet18", "resnet50"])
+    flag("--patch-size", type=int, default=8, help="of a ViT, pixels; image and crop sizes must be multiples")
+    flag("--drop-path", type=float, default=0.0, help="stochastic depth of the student, rate of the last block")
+    flag("--head-hidden", type=int, default=256, help="width of the projection head (2048 in the papers)")
+    flag("--bottleneck-dim", type=int, default=128, help="D, dimensions of h and of the prototypes (256 in the papers)")
+    flag("--head-bn", action=on_off, default=True, help="batch norm in the head (ResNets yes, ViTs no in the papers)")
+    flag("--head-norm", action=on_off, default=False, help="h of length one (DINO yes, CARP no)")
+    flag = p.add_argument_group("method and prototypes (results)").add_argument
+    flag("--method", default="carp", choices=["carp", "carl"], help="loss; carl is carp with one block of K prototypes")
+    flag("--prototypes", default="decoupled", choices=["joint", "kp", "frozen", "decoupled"],
+         help="trained by the loss, that + KoLeo, random, or means of an online mixture")
+    flag("--num-prototypes", type=int, default=1024, metavar="K", help="prototypes (65536 in the papers)")
+    flag("--partition-size", type=int, default=128, metavar="P", help="prototypes per softmax of CARP (512 official)")
+    flag("--logit-scale", type=float, default=1.0, help="factor on all logits, an inverse temperature, in all sets")
+    flag("--proto-norm", default="unit", choices=["unit", "raw"], help="length of mixture means in the logits")
+    flag = p.add_argument_group("mixture: --prototypes decoupled (results)").add_argument
+    flag("--gmm-init", default="features", choices=["features", "random"], help="start of the means; random dies")
+    flag("--gmm-start", type=float, default=0.1,
+         help="step at which the mixture starts, or below 1 the share of the run; before, h still changes its scale")
+    flag("--beta", type=float, nargs=2, default=[0.1, 0.5], metavar=("START", "END"), help="A.1; 1 1: no annealing")
+    flag("--eta-a", type=float, default=0.001, help="A.7, how fast eta rises")
+    flag("--eta-c", type=float, default=0.89, help="A.7, where eta starts")
+    flag("--forgetting", default="responsibility", choices=["responsibility", "plain"], help="A.3 (Table A.1, row 1)")
+    flag("--resurrect", type=float, default=0.3, help="weight above which a component is split; 0: never")
+    flag("--rescale", action=on_off, default=True, help="A.6, for components above that weight")
+    flag("--var-floor", type=float, default=1e-3, help="smallest variance, as a share of the pooled variance")
+    flag = p.add_argument_group("optimiser and schedules (results)").add_argument
+    flag("--epochs", type=float, default=5.0, help="length of the run in passes over the images")
+    flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
+    flag("--batch-size", type=int, default=32, help="images per step over all processes")
+    flag("--accum", type=int, default=1, help="micro-batches per step: less memory; batch norms then see less at once")
+    flag("--lr", type=float, default=0.024, help="peak, per 256 images: multiplied by batch-size / 256")
+    flag("--min-lr", type=float, default=0.0, help="end of the cosine, not scaled")
+    flag("--warmup-epochs", type=float, default=0.5, help="linear warm-up of lr, at most a tenth of the run")
+    flag("--weight-decay", type=float, default=0.04, help="start of its cosine; not on biases and norms")
+    flag("--weight-decay-end", type=float, default=0.04, help="end of its cosine (0.4 in the papers)")
+    flag("--momentum", type=float, default=0.98, help="of the teacher, cosine to 1")
+    flag("--clip-grad", type=float, default=3.0, help="largest gradient norm of one parameter tensor; 0: no clipping")
+    flag = p.add_argument_group("speed, logging, evaluation (speed)").add_argument
+    flag("--amp", action=on_off, default=True, help="bf16 in the network on CUDA; never in mixture or softmax")
+    flag("--workers", type=int, default=0, help="processes that decode images of folders too large for memory")
+    flag("--log-every", type=int, default=50, help="steps between printed lines")
+    flag("--eval-every", type=int, default=260, help="steps between evaluations and checkpoints")
+    flag("--eval-bank", type=int, default=10000, help="training images that k-NN and prototype measures use")
+    flag("--eval-queries", type=int, default=2000, help="held-out images that k-NN classifies")
+    return p
+
+
+def parse(argv=None):
+    """argv -> checked Namespace. What cannot run gets one sentence with the flag and the value, and exit code 2."""
+    p = parser()
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--preset", default="tiny")
+    p.set_defaults(**PRESETS.get(known.parse_known_args(argv)[0].preset, {}))
+    args = p.parse_args(argv)
+    check(args, p.error)
+    args.device = device(args.device, p.error)
+    args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
+    args.partition_size = args.num_prototypes if args.method == "carl" else args.partition_size
+    return args
+
+
+def check(args, error):
+    """Rules between flags; error(sentence) does not return."""
+    a, K = args, args.num_prototypes
+    for name in ("num_prototypes", "partition_size", "batch_size", "bottleneck_dim", "head_hidden", "patch_size",
+                 "img_size", "local_size", "accum", "log_every", "eval_every", "eval_bank", "eval_queries", "steps",
+                 "stop_at"):
+        if getattr(a, name) is not None and getattr(a, name) < 1:
+            error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(a, name)}")
+    for name in ("epochs", "lr", "logit_scale", "var_floor"):
+        if not 0 < getattr(a, name) < float("inf"):
+            error(f"--{name.replace('_', '-')} must be positive, got {getattr(a, name)}")
+    for name in ("local_crops", "workers", "seed", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end",
+                 "clip_grad", "gmm_start", "eta_a"):
+        if not 0 <= getattr(a, name) < float("inf"):
+            error(f"--{name.replace('_', '-')} must not be negative, got {getattr(a, name)}")
+    for name in ("jitter_p", "gray", "momentum"):
+        if not 0 <= getattr(a, name) <= 1:
+            error(f"--{name.replace('_', '-')} must lie in [0, 1], got {getattr(a, name)}")
+    for name in ("blur", "solarize", "beta"):
+        if not all(0 <= v <= 1 for v in getattr(a, name)):
+            error(f"--{name} must lie in [0, 1], got {' '.join(map(str, getattr(a, name)))}")
+    for name in ("global_scale", "local_scale"):
+        lo, hi = getattr(a, name)
+        if not 0 < lo <= hi <= 1:
+            error(f"--{name.replace('_', '-')} needs 0 < LO <= HI <= 1, got {lo} {hi}")
+    b, c, s, h = a.jitter
+    if min(b, c, s, h) < 0 or h > 0.5:
+        error(f"--jitter needs values of at least 0 and a hue of at most 0.5, got {b} {c} {s} {h}")
+    if not 0 < a.eta_c < 0.99:
+        error(f"--eta-c must lie in (0, 0.99), the range in which A.7 rises to 0.99, got {a.eta_c}")
+    if not 0 <= a.resurrect < 1:
+        error(f"--resurrect must lie in [0, 1), got {a.resurrect}")
+    if not 0 <= a.drop_path < 1:
+        error(f"--drop-path must lie in [0, 1), got {a.drop_path}")
+    if a.imbalance < 1:
+        error(f"--imbalance is largest class over smallest and must be at least 1, got {a.imbalance}")
+    if a.method == "carp" and K % a.partition_size:
+        error(f"--num-prototypes {K} must be a multiple of --partition-size {a.partition_size}")
+    if a.method == "carp" and a.partition_size == 1:
+        error("--partition-size 1 leaves a softmax over one prototype, which learns nothing; use 2 or more")
+    if a.arch.startswith("vit"):
+        for name in ["img_size"] + ["local_size"] * (a.local_crops > 0):
+            if getattr(a, name) % a.patch_size:
+                error(f"--{name.replace('_', '-')} {getattr(a, name)} must be a multiple of --patch-size "
+                      f"{a.patch_size}")
+    if a.arch == "vit_nano" and a.patch_size != 8:
+        error(f"--arch vit_nano has a stem of patch size 8, got --patch-size {a.patch_size}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if a.batch_size % (a.accum * world):
+        error(f"--batch-size {a.batch_size} must be a multiple of --accum {a.accum} times {world} processes")
+    if a.head_bn and a.batch_size // a.accum < 2:
+        error(f"--batch-size {a.batch_size} over --accum {a.accum} leaves one image, too few for --head-bn")
+    if a.stop_at and a.steps and a.stop_at > a.steps:
+        error(f"--stop-at {a.stop_at} lies beyond --steps {a.steps}")
+
+
+def device(name, error):
+    """cuda, mps or cpu for --device auto; an unavailable one is an error."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if there[d])
+    if name.split(":")[0] not in there:
+        error(f"--device must be auto, cpu, cuda or mps, got {name}")
+    if not there[name.split(":")[0]]:
+        error(f"--device {name}: torch {torch.__version__} finds no such device here")
+    return name
+
+
+def differences(old, new):
+    """Flags that change what is computed and differ between a checkpoint's args and this run's: ["--lr 1 -> 2"]."""
+    return [f"--{k.replace('_', '-')} {old.get(k)} -> {v}" for k, v in new.items() if k not in FREE and old.get(k) != v]

@@ -1,0 +1,185 @@
+"""Projection head and prototype sets.
+
+A prototype set holds K vectors of D dimensions and answers five questions; the training loop asks nothing else:
+
+    logits(h)      h (..., D) -> z (..., K)                                                          Eq. 1, z = h C
+    step(h, ...)   take in the teacher vectors of a step; moves the prototypes if they are decoupled             Eq. 3
+    penalty()      a term of the loss that is about the prototypes alone (KoLeo), or 0
+    vectors()      (K, D), what a count of unique prototypes counts                                           Def. 2.1
+    assign(h)      h (N, D) -> (N, K), how much each prototype answers for each vector
+
+The student and the teacher hold the same set unless it is trained by gradient: then `twin()` gives the teacher a copy
+that follows by moving average. All sets start from the same random directions for the same seed.
+"""
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gmm import OnlineGMM, eta_at
+from losses import koleo
+
+
+class Head(nn.Module):
+    """3-layer MLP (DINO, CARP): in_dim -> hidden -> hidden -> out_dim, GELU, batch norm and unit length optional.
+
+    forward: (N, in_dim) -> h (N, out_dim), float32.
+    """
+
+    def __init__(self, in_dim, hidden=2048, out_dim=256, bn=False, norm=False):
+        super().__init__()
+        layers = []
+        for i, o in ((in_dim, hidden), (hidden, hidden)):
+            layers += [nn.Linear(i, o)] + [nn.BatchNorm1d(o)] * bn + [nn.GELU()]
+        self.mlp, self.norm = nn.Sequential(*layers, nn.Linear(hidden, out_dim)), norm
+        for m in self.mlp:
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        h = self.mlp(x).float()                                   # no bf16 in products with prototypes or their softmax
+        return F.normalize(h, dim=-1) if self.norm else h
+
+
+class Frozen(nn.Module):
+    """Random unit directions that never move: the control every other set has to beat. Base class of the others."""
+
+    def __init__(self, K, D, scale=1.0, seed=0):
+        super().__init__()
+        self.scale = scale
+        # uniform and short, as nn.Linear starts: only the direction counts in the logits, but AdamW's steps have a
+        # fixed size, so that long vectors would hardly turn and hide the collapse
+        C = torch.empty(K, D).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)) * D ** -0.5        # (K, D)
+        self.register_buffer("start", F.normalize(C, dim=1))                       # (K, D), drift is measured from here
+        self.make(C)
+
+    def make(self, C):
+        pass
+
+    def directions(self):
+        """(K, D), the rows that h is multiplied with."""
+        return self.start
+
+    def logits(self, h, ks=None):
+        """h (..., D) -> (..., K), or (..., len(ks)) for some of the prototypes; float32 also under autocast."""
+        with torch.autocast(h.device.type, enabled=False):
+            C = self.directions()
+            return self.scale * (h.float() @ (C if ks is None else C[ks]).T)
+
+    def step(self, h, step=0, beta=None):
+        return {}
+
+    def penalty(self):
+        return self.start.new_zeros(())
+
+    def vectors(self):
+        return self.start
+
+    def assign(self, h, beta=None):
+        return self.logits(h).softmax(-1)
+
+    def twin(self):
+        return self
+
+
+class Joint(Frozen):
+    """Prototypes trained by the encoder's loss (Eq. 2), weight-normalised at length one as DINO's and CARP's are."""
+
+    def make(self, C):
+        self.weight = nn.Parameter(C)                                                                           # (K, D)
+
+    def directions(self):
+        return F.normalize(self.weight, dim=1)
+
+    def vectors(self):
+        return self.directions().detach()
+
+    def twin(self):
+        twin = copy.deepcopy(self).requires_grad_(False)
+        twin.start = self.start
+        return twin
+
+
+class KP(Joint):
+    """Joint prototypes pushed apart by KoLeo (Govindarajan et al. 2024), 0.1 in B.1."""
+
+    strength = 0.1
+
+    def penalty(self):
+        return self.strength * koleo(self.weight)
+
+
+class Decoupled(Frozen):
+    """Means of an online Gaussian mixture of teacher vectors (Eq. 3, Appendix A); no gradient reaches them.
+
+    gmm         an OnlineGMM of the same K and D
+    init        "features": start from teacher vectors; "random": from random directions as long as they are
+    begin       the step at which the mixture starts; until then the random directions of Frozen serve, and with
+                "features" gmm.mu is a queue of the last K teacher vectors
+    unit        means enter the logits at length one (False: raw, their norm then acts as an inverse temperature)
+    a, c        of the forgetting factor (A.7), counted from `begin`
+    all_gather  joins the vectors of all ranks for the start
+    """
+
+    def __init__(self, K, D, scale=1.0, seed=0, *, gmm=None, init="features", begin=0, unit=True, a=0.001, c=0.89,
+                 all_gather=lambda h: h):
+        super().__init__(K, D, scale, seed)
+        self.gmm, self.init, self.begin, self.unit, self.a, self.c = gmm or OnlineGMM(K, D), init, begin, unit, a, c
+        self.all_gather, self.started, self.queued = all_gather, False, 0
+
+    def directions(self):
+        # differs: the paper does not say whether means are normalised in the logits. Weight-normalised last layers and
+        # Def. 2.1 are; raw means bring their own norm, which saturates CARP's softmax (--proto-norm raw)
+        return F.normalize(self.vectors(), dim=1) if self.unit else self.vectors()
+
+    def step(self, h, step=0, beta=0.5):
+        """Eq. 3: one online-EM step on the teacher vectors h (n, D) of this rank; step counts from 0."""
+        if not self.started:
+            self.wait(h, step)
+        if not self.started:
+            return {}
+        eta = eta_at(step - self.begin, self.a, self.c)
+        return {"eta": eta, **self.gmm.update(h, beta, eta)}
+
+    @torch.no_grad()
+    def wait(self, h, step):
+        """Before the mixture starts: collect the last K teacher vectors, and start from them when the step has come."""
+        K, h = len(self.start), self.all_gather(h)                                                              # (N, D)
+        N = len(h)
+        if step >= self.begin - -(-K // N):                                   # the steps before cannot be in the queue
+            self.gmm.mu.copy_(torch.cat([self.gmm.mu, h])[-K:])
+            self.queued = min(self.queued + N, K)
+        if step >= self.begin:
+            self.gmm.init_from(self.gmm.mu[K - self.queued:].clone(), self.init, mass=N / K)
+            self.start.copy_(self.gmm.mu)
+            self.started = True
+
+    def vectors(self):
+        return self.gmm.mu if self.started else self.start
+
+    def assign(self, h, beta=0.5):
+        return self.gmm.responsibilities(h, beta) if self.started else super().assign(h)
+
+    def get_extra_state(self):
+        return {"started": self.started, "queued": self.queued}
+
+    def set_extra_state(self, state):
+        self.started, self.queued = state["started"], state["queued"]
+
+
+def prototypes(args, begin=0, all_reduce=None, all_gather=lambda h: h):
+    """The prototype set that the flags ask for; begin: the step at which a mixture starts."""
+    def gmm():
+        return OnlineGMM(args.num_prototypes, args.bottleneck_dim, forgetting=args.forgetting, rescale=args.rescale,
+                         resurrect=args.resurrect or None, var_floor=args.var_floor, seed=args.seed,
+                         all_reduce=all_reduce)
+    base = (args.num_prototypes, args.bottleneck_dim, args.logit_scale, args.seed)
+    return {
+        "joint": lambda: Joint(*base),
+        "kp": lambda: KP(*base),
+        "frozen": lambda: Frozen(*base),
+        "decoupled": lambda: Decoupled(*base, gmm=gmm(), init=args.gmm_init, begin=begin, all_gather=all_gather,
+                                       unit=args.proto_norm == "unit", a=args.eta_a, c=args.eta_c),
+    }[args.prototypes]()

@@ -1,0 +1,247 @@
+"""Self-supervised training with prototypes, from top to bottom.
+
+    python train.py                             the built-in set, a small ViT, decoupled prototypes, on any machine
+    python train.py --prototypes joint          the same with prototypes trained by the loss
+    torchrun --nproc_per_node=8 train.py --preset paper-vits --data IMAGENET
+
+Each step has five phases. The first four are the method, in the order of the paper's Eq. 3 and 4; the fifth is logging.
+Which loss and which prototypes run was decided before the loop: the loop never asks.
+"""
+import math
+import os
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import collapse
+import config
+import data
+import ddp
+import eval_knn
+import heads
+import losses
+import views
+from run import Log, network, peak_memory, resume, save
+
+EPS = (0.025, 0.5)                                      # Def. 2.1: the threshold of the literature, and the strict one
+
+
+def main(argv=None):
+    """One training run. Returns its final metrics; bad input ends it with one sentence and exit code 2."""
+    args = config.parse(argv)
+    device = ddp.setup(args.device)
+    try:
+        return train(args, device)
+    except ValueError as e:                             # everything raised with a sentence for the user
+        if ddp.RANK == 0:
+            print(f"train.py: error: {e}", file=sys.stderr)
+        raise SystemExit(2) from e
+    finally:
+        ddp.cleanup()
+
+
+def train(args, device):
+    # ---- images, networks, prototypes --------------------------------------------------------------------------------
+    images, test = data.load(args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
+                             imbalance=args.imbalance)
+    recipe = views.Recipe(args.img_size, args.local_size, args.local_crops, tuple(args.global_scale),
+                          tuple(args.local_scale), tuple(args.jitter), args.jitter_p, args.gray, tuple(args.blur),
+                          tuple(args.solarize))
+    per_epoch = len(images) // args.batch_size
+    if per_epoch == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(images)} images of --data {args.data}")
+    total = args.steps or max(1, round(args.epochs * per_epoch))
+    begin = args.gmm_start * total if args.gmm_start < 1 else args.gmm_start
+    if args.stop_at and args.stop_at > total:
+        raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
+
+    student, teacher, protos_s, protos_t = networks(args, device, int(begin))
+    loss_fn = losses.make(args, ddp.mean_over_ranks, ddp.all_reduce).to(device)
+
+    trained = [*student.parameters(), *protos_s.parameters()]
+    matched = [*zip(teacher.parameters(), student.parameters()), *zip(protos_t.parameters(), protos_s.parameters())]
+    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.dim() > 1]},
+                                   {"params": [p for p in trained if p.dim() < 2]}], lr=0.0, fused=device.type != "mps")
+
+    # ---- start or go on ----------------------------------------------------------------------------------------------
+    nets = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}
+    path = os.path.join(args.out, "ckpt.pt")
+    start = resume(path, args, nets, protos_s, protos_t) if args.resume and os.path.exists(path) else 0
+    if not args.resume and os.path.exists(path):
+        raise ValueError(f"--out {args.out} already holds a run; go on with --resume, or name another folder")
+    log = Log(args, start)
+    lr_peak, warmup = args.lr * args.batch_size / 256, min(args.warmup_epochs * per_epoch, total / 10)
+    seen = (data.subset(images, args.eval_bank), test and data.subset(test, args.eval_queries))
+    ddp.print0(f"{args.method} with {args.prototypes} prototypes on {args.data}: {len(images)} images"
+               f"{'' if images.y is None else f' of {len(images.classes)} classes'}, {total} steps of "
+               f"{args.batch_size}, {ddp.WORLD} process(es) on {device}\n{args.arch}, "
+               f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, K {args.num_prototypes} x "
+               f"D {args.bottleneck_dim}, peak lr {lr_peak:.2g}, out {args.out}")
+    if images.y is None:
+        ddp.print0("the images carry no labels: k-NN is not measured")
+    if start == 0 and ddp.RANK == 0:                    # row 0 of the log is the control: the untrained backbone
+        log.row(0, {"knn": evaluate(teacher, protos_t, seen, args, device, None)["knn"]})
+
+    stop, metrics, sums = min(args.stop_at or total, total), {}, {}
+    batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start, stop=stop,
+                            rank=ddp.RANK, world=ddp.WORLD, device=device, workers=args.workers)
+    bar = tqdm(total=total, initial=start, disable=None if ddp.RANK == 0 else True, unit="step", dynamic_ncols=True)
+    clock, data_s, lines = time.perf_counter(), 0.0, 0
+
+    # ==== training ====================================================================================================
+    for step in range(start, stop):
+        tick = time.perf_counter()
+        crops = next(batches)                           # 2 global and L local crops, (B, 3, s, s) each
+        data_s += time.perf_counter() - tick
+        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))        # drop path, a function of (seed, step, rank)
+        lr = lr_peak * step / warmup if step < warmup else \
+            cosine(lr_peak, args.min_lr, (step - warmup) / (total - warmup))
+        wd = cosine(args.weight_decay, args.weight_decay_end, step / total)
+        m = cosine(args.momentum, 1.0, step / total)
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total                                         # B.1
+        V, B = len(crops), len(crops[0])
+        micros = [slice(i, i + B // args.accum) for i in range(0, B, B // args.accum)]
+
+        # ---- 1. teacher: h_t = f_phi(two global views), no gradient                                          Sec. 2.1
+        with torch.no_grad(), amp(args, device):
+            h_t = torch.cat([teacher([v[i] for v in crops[:2]]).view(2, -1, args.bottleneck_dim) for i in micros], 1)
+
+        # ---- 2. prototypes: C^t = argmin L_C(C^{t-1}, h_t), one step of online EM                       Eq. 3, A.1-A.6
+        moved = protos_t.step(h_t.flatten(0, 1), step, beta)
+
+        # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of AdamW                                    Eq. 4
+        targets = loss_fn.targets(h_t, protos_t, step)
+        for i in micros:
+            with amp(args, device):
+                h_s = student([v[i] for v in crops]).view(V, -1, args.bottleneck_dim)                        # (V, b, D)
+            terms = loss_fn(h_s, targets[:, i], protos_s, protos_t, step)
+            terms["penalty"] = protos_s.penalty()
+            loss = sum(terms.values())
+            (loss / args.accum).backward()
+            for name, value in {**terms, "loss": loss}.items():
+                sums[name] = sums.get(name, 0) + value.detach() / args.accum
+        ddp.average_gradients(trained)
+        sums["grad_norm"] = sums.get("grad_norm", 0) + clip(trained, args.clip_grad)
+        for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
+            group["lr"], group["weight_decay"] = lr, decay
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # ---- 4. teacher: phi = m phi + (1 - m) theta
+        # differs: CARP's official code averages before the optimiser's step, one step behind; DINO after it, as here
+        with torch.no_grad():
+            torch._foreach_lerp_([t for t, _ in matched], [s for _, s in matched], 1 - m)
+
+        # ---- 5. everything below is logging, evaluation, saving ------------------------------------------------------
+        done, lines = step + 1, lines + 1
+        bar.update()
+        evaluating = done % args.eval_every == 0 or done == stop
+        if done % args.log_every and not evaluating:
+            continue
+        spent = time.perf_counter() - clock
+        row = {k: float(ddp.all_reduce(v.clone()) / ddp.WORLD / lines) for k, v in sums.items()}
+        bad = [k for k, v in row.items() if not math.isfinite(v)]
+        if bad:
+            raise ValueError(f"{' and '.join(bad)} not finite between steps {done - lines} and {done} (lr {lr:.2g}); "
+                             f"nothing was saved over {path}; lower --lr or --logit-scale, or raise --warmup-epochs")
+        row.update(epoch=done / per_epoch, loss_over_ln_k=row[loss_fn.main] / loss_fn.ln_k, lr=lr, beta=beta,
+                   eta=moved.get("eta"), images_per_s=lines * args.batch_size / spent, data_share=data_s / spent,
+                   memory_mb=peak_memory(device), pi_max=moved.get("pi_max"),
+                   mixture_used=moved.get("used"), resurrected=moved.get("resurrected"))
+        if evaluating and ddp.RANK == 0:
+            metrics = evaluate(teacher, protos_t, seen, args, device, beta)
+            row.update(metrics)
+        if ddp.RANK == 0:
+            log.row(done, row)
+            tqdm.write(log.line(done, total, row))
+        if evaluating:
+            save(path, args, done, nets, protos_s, protos_t)
+        sums, data_s, lines, clock = {}, 0.0, 0, time.perf_counter()
+    bar.close()
+    return summary(args, log, metrics, seen, stop, device) if ddp.RANK == 0 else metrics
+
+
+def networks(args, device, begin):
+    """Student, teacher and their prototype sets; the teacher starts as a copy. begin: step where a mixture starts."""
+    student, teacher = (ddp.sync_batchnorm(network(args, rate)).to(device) for rate in (args.drop_path, 0.0))
+    teacher.load_state_dict(student.state_dict())
+    protos_s = heads.prototypes(args, begin, ddp.all_reduce, ddp.all_gather).to(device)
+    protos_t = protos_s.twin()                          # the same object, unless the prototypes are trained by gradient
+    return student, teacher.requires_grad_(False), protos_s, protos_t
+
+
+# ---- schedules and steps -------------------------------------------------------------------------------------------
+def cosine(start, end, share):
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
+def amp(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.amp and device.type == "cuda")
+
+
+def clip(params, limit):
+    """Shorten each gradient tensor to `limit`, one by one as DINO's official code; returns the global norm before."""
+    grads = [p.grad for p in params if p.grad is not None]
+    norms = torch._foreach_norm(grads)
+    if limit:
+        torch._foreach_mul_(grads, [(limit / (n + 1e-6)).clamp(max=1) for n in norms])
+    return torch.stack(norms).norm()
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(teacher, protos, seen, args, device, beta):
+    """k-NN of the teacher's backbone, and the measures of its prototypes, on the (train, test) images of `seen`."""
+    teacher.eval()
+    cls, hs = [], []
+    for images in seen:
+        batches = views.eval_batches(images, args.img_size, device=device) if images else []
+        pairs = [(f, teacher.head(f)) for f in (teacher.backbone(x)[0] for x in batches)]          # (n, dim) (n, D)
+        cls.append(torch.cat([f for f, _ in pairs]) if images else None)
+        hs.append(torch.cat([h for _, h in pairs]) if images else None)
+    teacher.train()
+    out = {"knn": knn(cls[0], seen[0].y, cls[1], seen[1].y) if seen[1] and seen[0].y is not None else None}
+    if beta is None:
+        return out
+    h, C = hs[0], protos.vectors()
+    used, perplexity = collapse.usage(protos.assign(x, beta) for x in h.split(512))
+    out.update(used=used, perplexity=perplexity, drift=collapse.drift(C, protos.start),
+               h_norm=float(h.norm(dim=1).median()))
+    for eps, count in collapse.unique_counts(C, EPS).items():
+        out[f"unique_{eps}"], out[f"ceiling_{eps}"] = count / len(C), collapse.ceiling(h, len(C), eps, args.seed)
+    return out
+
+
+def knn(train_x, train_y, test_x, test_y):
+    scores = eval_knn.knn_scores(train_x, train_y, test_x, k=20, T=0.07)
+    return 100 * float((scores.argmax(1).cpu() == test_y).float().mean())
+
+
+def summary(args, log, metrics, seen, step, device):
+    """Print the last evaluation beside its controls, and return it."""
+    images, test = seen
+    if metrics["knn"] is not None:
+        pixels = [torch.cat([F.adaptive_avg_pool2d(x, min(32, args.img_size)).flatten(1) for x in
+                             views.eval_batches(part, args.img_size, device=device)]) for part in seen]
+        metrics.update(raw_knn=knn(pixels[0], images.y, pixels[1], test.y), untrained_knn=log.first("knn"))
+        print(f"\nk-NN (k 20, T 0.07, {len(images)} images in the bank, {len(test)} queries), percent\n"
+              f"  raw pixels          {metrics['raw_knn']:6.1f}\n"
+              f"  untrained backbone  {metrics['untrained_knn']:6.1f}\n"
+              f"  teacher at step {step:<5d}{metrics['knn']:5.1f}")
+    print(f"prototypes ({args.prototypes}, K {args.num_prototypes}, D {args.bottleneck_dim}), shares of K\n"
+          f"  unique(.025) {metrics['unique_0.025']:.3f}   as many random features: {metrics['ceiling_0.025']:.3f}\n"
+          f"  unique(.5)   {metrics['unique_0.5']:.3f}   as many random features: {metrics['ceiling_0.5']:.3f}\n"
+          f"  used {metrics['used']:.3f}   perplexity {metrics['perplexity']:.3f}   drift {metrics['drift']:.3f}   "
+          f"|h| {metrics['h_norm']:.2f}\n"
+          f"a unique share alone means little: run --prototypes frozen for the control, then python collapse.py "
+          f"{args.out} ...")
+    metrics.update({name: {e: metrics.pop(f"{name}_{e}") for e in EPS} for name in ("unique", "ceiling")},
+                   step=step, out=args.out)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
