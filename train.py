@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
@@ -80,10 +81,13 @@ def train(args, device):
                f"{args.batch_size}, {ddp.WORLD} process(es) on {device}\n{args.arch}, "
                f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f} M parameters, K {args.num_prototypes} x "
                f"D {args.bottleneck_dim}, peak lr {lr_peak:.2g}, out {args.out}")
+
+    def backbone(part):
+        return eval_knn.features(teacher.backbone, part, args.img_size, device=device)
     if images.y is None:
         ddp.print0("the images carry no labels: k-NN is not measured")
     if start == 0 and ddp.RANK == 0:                    # row 0 of the log is the control: the untrained backbone
-        log.row(0, {"knn": evaluate(teacher, protos_t, seen, args, device, None)["knn"]})
+        log.row(0, {"knn": knn(seen, args, backbone)})
 
     stop, metrics, sums = min(args.stop_at or total, total), {}, {}
     batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start, stop=stop,
@@ -151,8 +155,9 @@ def train(args, device):
                    eta=moved.get("eta"), images_per_s=lines * args.batch_size / spent, data_share=data_s / spent,
                    memory_mb=peak_memory(device), pi_max=moved.get("pi_max"),
                    mixture_used=moved.get("used"), resurrected=moved.get("resurrected"))
-        if evaluating and ddp.RANK == 0:
-            metrics = evaluate(teacher, protos_t, seen, args, device, beta)
+        if evaluating:
+            h = coming_vectors(teacher, images, recipe, done, args, device)
+            metrics = {"knn": knn(seen, args, backbone), **measure(protos_t, h, beta, args.seed)} if ddp.RANK == 0 else {}
             row.update(metrics)
         if ddp.RANK == 0:
             log.row(done, row)
@@ -193,41 +198,48 @@ def clip(params, limit):
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(teacher, protos, seen, args, device, beta):
-    """k-NN of the teacher's backbone, and the measures of its prototypes, on the (train, test) images of `seen`."""
-    teacher.eval()
-    cls, hs = [], []
-    for images in seen:
-        batches = views.eval_batches(images, args.img_size, device=device) if images else []
-        pairs = [(f, teacher.head(f)) for f in (teacher.backbone(x)[0] for x in batches)]          # (n, dim) (n, D)
-        cls.append(torch.cat([f for f, _ in pairs]) if images else None)
-        hs.append(torch.cat([h for _, h in pairs]) if images else None)
-    teacher.train()
-    out = {"knn": knn(cls[0], seen[0].y, cls[1], seen[1].y) if seen[1] and seen[0].y is not None else None}
-    if beta is None:
-        return out
-    h, C = hs[0], protos.vectors()
-    used, perplexity = collapse.usage(protos.assign(x, beta) for x in h.split(512))
-    out.update(used=used, perplexity=perplexity, drift=collapse.drift(C, protos.start),
-               h_norm=float(h.norm(dim=1).median()))
+def coming_vectors(teacher, images, recipe, step, args, device):
+    """Teacher vectors h (N, D) of all ranks, of the global crops that training shows next: about --eval-bank of them,
+    made just as training makes them (batch norm on batch statistics), since the mixture knows no others."""
+    before = {k: v.clone() for k, v in teacher.named_buffers()}              # running averages: looking must not move them
+    stop = step + max(1, min(args.eval_bank, 2 * len(images)) // (2 * args.batch_size))
+    crops = views.batches(images, replace(recipe, n_local=0), batch_size=args.batch_size, seed=args.seed, start=step,
+                          stop=stop, rank=ddp.RANK, world=ddp.WORLD, device=device, workers=args.workers)
+    with amp(args, device):
+        h = ddp.all_gather(torch.cat([teacher(pair) for pair in crops]))                                          # (N, D)
+    for k, v in teacher.named_buffers():
+        v.copy_(before[k])
+    return h
+
+
+def measure(protos, h, beta, seed):
+    """What is known of a prototype set beside teacher vectors h (N, D): the columns that a unique count needs."""
+    C = protos.vectors()
+    used, perplexity = collapse.usage(protos.assign(part, beta) for part in h.split(512))
+    out = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
+           "h_norm": float(h.norm(dim=1).median())}
     for eps, count in collapse.unique_counts(C, EPS).items():
-        out[f"unique_{eps}"], out[f"ceiling_{eps}"] = count / len(C), collapse.ceiling(h, len(C), eps, args.seed)
+        out[f"unique_{eps}"], out[f"ceiling_{eps}"] = count / len(C), collapse.ceiling(h, len(C), eps, seed)
     return out
 
 
-def knn(train_x, train_y, test_x, test_y):
-    scores = eval_knn.knn_scores(train_x, train_y, test_x, k=20, T=0.07)
-    return 100 * float((scores.argmax(1).cpu() == test_y).float().mean())
+def knn(seen, args, features):
+    """k-NN accuracy in percent (k 20, T 0.07) of (training, held-out) images; None without labels."""
+    bank, test = seen
+    if test is None or bank.y is None:
+        return None
+    x, q = features(bank), features(test)                                                          # (N, dim) (M, dim)
+    return eval_knn.knn_accuracy(x, bank.y, q, test.y, ks=(20,))[20]
 
 
 def summary(args, log, metrics, seen, step, device):
     """Print the last evaluation beside its controls, and return it."""
-    images, test = seen
     if metrics["knn"] is not None:
-        pixels = [torch.cat([F.adaptive_avg_pool2d(x, min(32, args.img_size)).flatten(1) for x in
-                             views.eval_batches(part, args.img_size, device=device)]) for part in seen]
-        metrics.update(raw_knn=knn(pixels[0], images.y, pixels[1], test.y), untrained_knn=log.first("knn"))
-        print(f"\nk-NN (k 20, T 0.07, {len(images)} images in the bank, {len(test)} queries), percent\n"
+        def pixels(part):
+            small = min(32, args.img_size)
+            return torch.cat([F.adaptive_avg_pool2d(x, small).flatten(1) for x in views.eval_batches(part, args.img_size)])
+        metrics.update(raw_knn=knn(seen, args, pixels), untrained_knn=log.first("knn"))
+        print(f"\nk-NN (k 20, T 0.07, {len(seen[0])} images in the bank, {len(seen[1])} queries), percent\n"
               f"  raw pixels          {metrics['raw_knn']:6.1f}\n"
               f"  untrained backbone  {metrics['untrained_knn']:6.1f}\n"
               f"  teacher at step {step:<5d}{metrics['knn']:5.1f}")
