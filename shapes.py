@@ -42,7 +42,7 @@ def draw(c, n, g):
 
     at = (torch.arange(32) * 2 + 1) / 32 - 1                    # pixel centres; one pixel is 1/16
     X, Y = at.repeat(32)[None], at.repeat_interleave(32)[None]  # (1, 1024)
-    dx, dy, a, size = X - rand(-.35, .35), Y - rand(-.35, .35), rand(0, 2 * math.pi), rand(.7, 1.2)
+    dx, dy, a, size = X - rand(-.45, .45), Y - rand(-.45, .45), rand(0, 2 * math.pi), rand(.7, 1.2)
     U, V = dx * a.cos() + dy * a.sin(), dy * a.cos() - dx * a.sin()                                   # (n, 1024)
     u, v = U / size, V / size
     if shape == "disc":                                         # d: distance to the outline, negative inside
@@ -64,11 +64,11 @@ def draw(c, n, g):
             "checks": lambda: 2 * (U * turn / 8).sin() * (V * turn / 8).sin(), "plain": lambda: -torch.ones_like(U),
             "dots": lambda: (U * turn / 6).cos() + (V * turn / 6).cos() - .6}[texture]()
     tone = (.5 + 1.2 * tone).clamp(0, 1) * inside               # share of the second colour
-    light, dark, swap = rand(.6, 1), rand(.05, .4), rand(0, 1) < .15
+    light, dark, swap = rand(.75, 1), rand(.05, .3), rand(0, 1) < .5
     light, dark = light.where(~swap, dark), dark.where(~swap, light)
     hue, hue2 = p / 5 + .04 * torch.randn(2, n, 1, generator=g)
     one, two = colour(hue, rand(.3, .8), light), colour(hue2, rand(.3, .8), dark)                     # (n, 3, 1)
-    back = colour(rand(0, 1), rand(0, .1), rand(.25, .75)) + .08 * slope()[:, None]                     # (n, 3, 1024)
+    back = colour(rand(0, 1), rand(0, .1), rand(.4, .6)) + .08 * slope()[:, None]                     # (n, 3, 1024)
     x = back + inside[:, None] * (one - back) + tone[:, None] * (two - one)
     x = x * (1 + .2 * slope())[:, None] + .15 * torch.randn(n, 3, 1024, generator=g)
     return (x.clamp_(0, 1) * 255).round_().to(torch.uint8).view(n, 3, 32, 32)
