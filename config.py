@@ -20,7 +20,7 @@ PRESETS = {
     "paper-vits": dict(data="imagenet", arch="vit_small", patch_size=16, img_size=224, local_size=96, local_crops=10,
                        global_scale=[0.32, 1.0], local_scale=[0.05, 0.32], jitter=[0.4, 0.4, 0.2, 0.1],
                        blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0], drop_path=0.1, head_hidden=2048,
-                       bottleneck_dim=256, head_bn=False,
+                       bottleneck_dim=256, head_bn=False, head_norm=False, logit_scale=1.0,
                        num_prototypes=65536, partition_size=512, batch_size=1024, epochs=300, warmup_epochs=10,
                        lr=5e-4, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.4, momentum=0.992, clip_grad=1.0,
                        gmm_start=0.034, workers=10, log_every=100, eval_every=12510,
@@ -32,7 +32,7 @@ PRESETS["paper-vitb"] = dict(PRESETS["paper-vits"], arch="vit_base", epochs=400,
 
 # flags that may differ between a run and its continuation: where it runs and what is printed, not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank", "eval_queries", "data",
-        "data_root", "amp"}
+        "data_root", "amp", "save_every", "keep_every", "export"}
 
 
 def parser():
@@ -44,8 +44,13 @@ def parser():
     flag("--out", help="folder for ckpt.pt, log.csv and args.json; None: runs/PRESET-METHOD-PROTOTYPES-sSEED")
     flag("--seed", type=int, default=0, help="of weights, prototypes, partitions, order, crops; not of the shapes")
     flag("--device", default="auto", help="cpu, cuda, mps or auto: the first of cuda, mps, cpu that is there")
-    flag("--resume", action="store_true", help="go on from OUT/ckpt.pt if there is one")
+    flag("--resume", action="store_true",
+         help="go on from the newest complete checkpoint in OUT, if there is one; a restart by torchrun does so anyway")
     flag("--stop-at", type=int, help="save and leave after this step; the schedules keep the length of --steps")
+    flag("--save-every", type=int, help="steps between checkpoints; those at evaluations and at the end come on top")
+    flag("--keep-every", type=int, help="steps between checkpoints that stay, as OUT/ckpt-STEP.pt")
+    flag("--export", metavar="FILE", help="write the teacher's backbone of the run in OUT, under timm's names, and leave; "
+         "FILE ends in .safetensors (needs that library), or .pt or .pth")
     flag = p.add_argument_group("data (results)").add_argument
     flag("--data", default="shapes", help="shapes (built in), cifar10, cifar100, stl10, or a folder of images")
     flag("--data-root", default="data", help="where downloaded sets are kept")
@@ -65,23 +70,24 @@ def parser():
     flag("--arch", default="vit_nano", help="backbone; vit_nano: 3 layers of width 96 behind a convolutional stem",
          choices=["vit_nano", "vit_tiny", "vit_small", "vit_base", "resnet18", "resnet50"])
     flag("--patch-size", type=int, default=8, help="of a ViT, pixels; image and crop sizes must be multiples")
+    flag("--init", metavar="FILE", help="start both backbones from one of ours (run, ckpt.pt, --export), timm's, DINO's")
     flag("--drop-path", type=float, default=0.0, help="stochastic depth of the student, rate of the last block")
     flag("--head-hidden", type=int, default=256, help="width of the projection head (2048 in the papers)")
     flag("--bottleneck-dim", type=int, default=128, help="D, dimensions of h and of the prototypes (256 in the papers)")
     flag("--head-bn", action=on_off, default=True, help="batch norm in the head (ResNets yes, ViTs no in the papers)")
-    flag("--head-norm", action=on_off, default=False, help="h of length one (DINO yes, CARP no)")
+    flag("--head-norm", action=on_off, default=True, help="h of length one (papers: DINO yes, CARP no)")
     flag = p.add_argument_group("method and prototypes (results)").add_argument
     flag("--method", default="carp", choices=["carp", "carl"], help="loss; carl is carp with one block of K prototypes")
     flag("--prototypes", default="decoupled", choices=["joint", "kp", "frozen", "decoupled"],
          help="trained by the loss, that + KoLeo, random, or means of an online mixture")
     flag("--num-prototypes", type=int, default=1024, metavar="K", help="prototypes (65536 in the papers)")
     flag("--partition-size", type=int, default=128, metavar="P", help="prototypes per softmax of CARP (512 official)")
-    flag("--logit-scale", type=float, default=1.0, help="factor on all logits, an inverse temperature, in all sets")
+    flag("--logit-scale", type=float, default=20.0, help="factor on all logits, an inverse temperature (CARP: 1)")
     flag("--proto-norm", default="unit", choices=["unit", "raw"], help="length of mixture means in the logits")
     flag = p.add_argument_group("mixture: --prototypes decoupled (results)").add_argument
     flag("--gmm-init", default="features", choices=["features", "random"], help="start of the means; random dies")
-    flag("--gmm-start", type=float, default=0.1,
-         help="step at which the mixture starts, or below 1 the share of the run; before, h still changes its scale")
+    flag("--gmm-start", type=float, default=0.75,
+         help="step at which the mixture starts, or below 1 the share of the run; before, h still turns too fast")
     flag("--beta", type=float, nargs=2, default=[0.1, 0.5], metavar=("START", "END"), help="A.1; 1 1: no annealing")
     flag("--eta-a", type=float, default=0.001, help="A.7, how fast eta rises")
     flag("--eta-c", type=float, default=0.89, help="A.7, where eta starts")
@@ -120,6 +126,7 @@ def parse(argv=None):
     args = p.parse_args(argv)
     check(args, p.error)
     args.device = device(args.device, p.error)
+    args.resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
     args.partition_size = args.num_prototypes if args.method == "carl" else args.partition_size
     return args
@@ -130,7 +137,7 @@ def check(args, error):
     a, K = args, args.num_prototypes
     for name in ("num_prototypes", "partition_size", "batch_size", "bottleneck_dim", "head_hidden", "patch_size",
                  "img_size", "local_size", "accum", "log_every", "eval_every", "eval_bank", "eval_queries", "steps",
-                 "stop_at"):
+                 "stop_at", "save_every", "keep_every"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(a, name)}")
     for name in ("epochs", "lr", "logit_scale", "var_floor"):
