@@ -33,8 +33,9 @@ SETS = re.compile(r"(?P<name>(?:\w+\.)*?(?:last_layer\d*|last_layers\.\d+|protot
                   r"(?:|\.weight_v|\.parametrizations\.weight\.original1|\.weight)")
 
 
-def read(path):
-    """The object in a checkpoint file, tensors on the CPU. ValueError, one sentence, if not there, broken or unsafe."""
+def read(path, mmap=True):
+    """The object in a checkpoint file, tensors on the CPU. ValueError, one sentence, if not there, broken or unsafe.
+    mmap: tensors are read when they are used; False: all is read now, and compared with the checksums in the file."""
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")                            # a run directory of ours
     if not os.path.isfile(path):
@@ -58,7 +59,11 @@ def read(path):
             from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals(SAFE):  # mmap: of a 5 GB file only the prototypes' pages are read
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if not mmap and zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:      # torch.load takes altered numbers as they are
+                    if wrong := archive.testzip():
+                        raise zipfile.BadZipFile(wrong)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except ImportError:
         raise ValueError(f"{path}: reading it needs the safetensors library (pip install safetensors)") from None
     except Exception as error:  # zip, pickle, EOF, Unicode...: each reader has its own
@@ -69,7 +74,7 @@ def read(path):
                              f" allowed (tensors, Python values, Namespace, NumPy scalars); nothing was run") from None
         if "allow_pickle" in text:
             raise ValueError(f"{path}: refused, the array holds pickled Python objects; save plain numbers") from None
-        raise ValueError(f"{path}: cannot be read, it is cut short or not a {suffix or 'checkpoint'} file "
+        raise ValueError(f"{path}: cannot be read, it is cut short, damaged or not a {suffix or 'checkpoint'} file "
                          f"({type(error).__name__})") from None
 
 

@@ -20,7 +20,7 @@ PRESETS = {
     "paper-vits": dict(data="imagenet", arch="vit_small", patch_size=16, img_size=224, local_size=96, local_crops=10,
                        global_scale=[0.32, 1.0], local_scale=[0.05, 0.32], jitter=[0.4, 0.4, 0.2, 0.1],
                        blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0], drop_path=0.1, head_hidden=2048,
-                       bottleneck_dim=256, head_bn=False, head_norm=False, logit_scale=1.0,
+                       bottleneck_dim=256, head_bn=False,
                        num_prototypes=65536, partition_size=512, batch_size=1024, epochs=300, warmup_epochs=10,
                        lr=5e-4, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.4, momentum=0.992, clip_grad=1.0,
                        gmm_start=0.034, workers=10, log_every=100, eval_every=12510,
@@ -49,8 +49,8 @@ def parser():
     flag("--stop-at", type=int, help="save and leave after this step; the schedules keep the length of --steps")
     flag("--save-every", type=int, help="steps between checkpoints; those at evaluations and at the end come on top")
     flag("--keep-every", type=int, help="steps between checkpoints that stay, as OUT/ckpt-STEP.pt")
-    flag("--export", metavar="FILE", help="write the teacher's backbone of the run in OUT, under timm's names, and leave; "
-         "FILE ends in .safetensors (needs that library), or .pt or .pth")
+    flag("--export", metavar="FILE", help="write the teacher's backbone of the run in OUT under timm's names and "
+         "leave; FILE ends in .safetensors (needs that library), or .pt or .pth")
     flag = p.add_argument_group("data (results)").add_argument
     flag("--data", default="shapes", help="shapes (built in), cifar10, cifar100, stl10, or a folder of images")
     flag("--data-root", default="data", help="where downloaded sets are kept")
@@ -70,19 +70,19 @@ def parser():
     flag("--arch", default="vit_nano", help="backbone; vit_nano: 3 layers of width 96 behind a convolutional stem",
          choices=["vit_nano", "vit_tiny", "vit_small", "vit_base", "resnet18", "resnet50"])
     flag("--patch-size", type=int, default=8, help="of a ViT, pixels; image and crop sizes must be multiples")
-    flag("--init", metavar="FILE", help="start both backbones from one of ours (run, ckpt.pt, --export), timm's, DINO's")
+    flag("--init", metavar="FILE", help="start both backbones from a run of ours or its --export, timm's, DINO's")
     flag("--drop-path", type=float, default=0.0, help="stochastic depth of the student, rate of the last block")
     flag("--head-hidden", type=int, default=256, help="width of the projection head (2048 in the papers)")
     flag("--bottleneck-dim", type=int, default=128, help="D, dimensions of h and of the prototypes (256 in the papers)")
     flag("--head-bn", action=on_off, default=True, help="batch norm in the head (ResNets yes, ViTs no in the papers)")
-    flag("--head-norm", action=on_off, default=True, help="h of length one (papers: DINO yes, CARP no)")
+    flag("--head-norm", action=on_off, default=False, help="h of length one (papers: DINO yes, CARP no)")
     flag = p.add_argument_group("method and prototypes (results)").add_argument
     flag("--method", default="carp", choices=["carp", "carl"], help="loss; carl is carp with one block of K prototypes")
     flag("--prototypes", default="decoupled", choices=["joint", "kp", "frozen", "decoupled"],
          help="trained by the loss, that + KoLeo, random, or means of an online mixture")
     flag("--num-prototypes", type=int, default=1024, metavar="K", help="prototypes (65536 in the papers)")
     flag("--partition-size", type=int, default=128, metavar="P", help="prototypes per softmax of CARP (512 official)")
-    flag("--logit-scale", type=float, default=20.0, help="factor on all logits, an inverse temperature (CARP: 1)")
+    flag("--logit-scale", type=float, default=1.0, help="factor on all logits, an inverse temperature (CARP: 1)")
     flag("--proto-norm", default="unit", choices=["unit", "raw"], help="length of mixture means in the logits")
     flag = p.add_argument_group("mixture: --prototypes decoupled (results)").add_argument
     flag("--gmm-init", default="features", choices=["features", "random"], help="start of the means; random dies")
@@ -125,7 +125,7 @@ def parse(argv=None):
     p.set_defaults(**PRESETS.get(known.parse_known_args(argv)[0].preset, {}))
     args = p.parse_args(argv)
     check(args, p.error)
-    args.device = device(args.device, p.error)
+    args.device = device(args, p.error)
     args.resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
     args.partition_size = args.num_prototypes if args.method == "carl" else args.partition_size
@@ -188,15 +188,19 @@ def check(args, error):
         error(f"--stop-at {a.stop_at} lies beyond --steps {a.steps}")
 
 
-def device(name, error):
-    """cuda, mps or cpu for --device auto; an unavailable one is an error."""
+def device(args, error):
+    """cuda, mps or cpu for --device auto; an unavailable one is an error. MPS has no float64, as the mixture needs."""
+    name, mixture = args.device, args.prototypes == "decoupled"
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if there[d])
-    if name.split(":")[0] not in there:
+        return next(d for d in ("cuda", "mps", "cpu") if there[d] and not (d == "mps" and mixture))
+    kind = name.split(":")[0]
+    if kind not in there:
         error(f"--device must be auto, cpu, cuda or mps, got {name}")
-    if not there[name.split(":")[0]]:
+    if not there[kind]:
         error(f"--device {name}: torch {torch.__version__} finds no such device here")
+    if kind == "mps" and mixture:
+        error("--device mps has no float64, which --prototypes decoupled needs; use --device cpu")
     return name
 
 

@@ -61,10 +61,13 @@ class Files:
 
     def note_broken(self, paths):
         """Remembers damaged files; ValueError once they are more than 1 % of the set."""
-        self.broken += [p for p in paths if p not in self.broken]
+        new = [p for p in paths if p not in self.broken]
+        self.broken += new
         if len(self.broken) > len(self) / 100:
             raise ValueError(f"{len(self.broken)} of {len(self)} images of {self.name} cannot be read, "
                              f"more than 1 %; the first is {self.broken[0]}")
+        for path in new:
+            tqdm.write(f"{path} cannot be read; a neighbour stands in for it")
 
 
 # ---- sets ------------------------------------------------------------------------------------------------------------

@@ -20,14 +20,24 @@ def setup(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        # a rank that died leaves the others waiting at most this long
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(minutes=10))
+        # gloo for tensors on the CPU also beside nccl: `largest` then waits for no GPU, and a rank that died closes its
+        # connections, which the others notice at once; a machine that vanished, after the timeout
+        store = next(dist.rendezvous("env://"))[0]
+        # torchrun keeps its store over a restart, and the addresses in it are then those of dead processes
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store, rank=RANK,
+                                world_size=WORLD, timeout=datetime.timedelta(minutes=10))
     return torch.device(device)
 
 
 def cleanup():
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_contact(error):
+    """Whether a RuntimeError says that another process is gone: gloo and nccl word it each in their own way."""
+    return WORLD > 1 and any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
 
 
 def print0(*args):
@@ -47,6 +57,23 @@ def all_reduce(x):
     return x
 
 
+def largest(number):
+    """The largest of a Python int over the ranks: what any rank noticed, all ranks know. Waits for no GPU."""
+    if WORLD == 1:
+        return number
+    x = torch.tensor(number)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return int(x)
+
+
+def from_rank0(thing):
+    """Rank 0's value of a small Python object."""
+    box = [thing]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def broadcast(tensors):
     """Rank 0's values for every tensor, in place."""
     if WORLD > 1:
@@ -61,6 +88,12 @@ def all_gather(x):
     out = [torch.empty_like(x) for _ in range(WORLD)]
     dist.all_gather(out, x.contiguous())
     return torch.cat(out)
+
+
+def gather_views(h, views=2):
+    """h (views * b, D) of each rank, view after view -> (views * B, D) of all ranks, in the order of one process: a
+    mixture starts from the last K of them, and which prototype comes from which vector must not depend on the ranks."""
+    return all_gather(h).view(WORLD, views, -1, h.shape[1]).transpose(0, 1).reshape(-1, h.shape[1])             # (N, D)
 
 
 class _Mean(torch.autograd.Function):
@@ -81,15 +114,17 @@ def mean_over_ranks(x):
     return x if WORLD == 1 else _Mean.apply(x)
 
 
-def average_gradients(params):
-    """Mean of the gradients over the ranks in one reduction. Plain code instead of the DistributedDataParallel wrapper:
-    no `module.` in the checkpoints, no buffers broadcast, nothing special about gradient accumulation or prototypes."""
+def average_gradients(params, values):
+    """Mean over the ranks of the gradients, in place, and of values (n,), returned, at once. Plain code instead of the
+    DistributedDataParallel wrapper: no `module.` in the checkpoints, no buffers broadcast, nothing special about
+    gradient accumulation or prototypes."""
     if WORLD == 1:
-        return
-    grads = [p.grad for p in params if p.grad is not None]
-    flat = all_reduce(torch.cat([g.reshape(-1) for g in grads])) / WORLD
-    for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+        return values
+    parts = [p.grad for p in params if p.grad is not None] + [values]
+    flat = all_reduce(torch.cat([g.reshape(-1) for g in parts])) / WORLD
+    for g, mean in zip(parts, flat.split([g.numel() for g in parts])):
         g.copy_(mean.view_as(g))
+    return values
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

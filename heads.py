@@ -147,11 +147,11 @@ class Decoupled(Frozen):
     def wait(self, h, step):
         """Before the mixture starts: collect the last K teacher vectors, and start from them when the step has come."""
         K, h = len(self.start), self.all_gather(h)                                                              # (N, D)
-        N = len(h)
+        N, h = len(h), h[torch.isfinite(h).all(1)]              # as the run skips such steps, the queue skips vectors
         if step >= self.begin - -(-K // N):                                   # the steps before cannot be in the queue
             self.gmm.mu.copy_(torch.cat([self.gmm.mu, h])[-K:])
-            self.queued = min(self.queued + N, K)
-        if step >= self.begin:
+            self.queued = min(self.queued + len(h), K)
+        if step >= self.begin and self.queued:
             self.gmm.init_from(self.gmm.mu[K - self.queued:].clone(), self.init, mass=N / K)
             self.start.copy_(self.gmm.mu)
             self.started = True

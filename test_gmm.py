@@ -292,6 +292,17 @@ def test_bad_input_raises(call, text):
         call(gmm, h)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gpu_equals_cpu():
+    (a, _, h), (b, _, _) = mixture(resurrect=0.05), mixture(resurrect=0.05)
+    b.to("cuda")
+    for t in range(6):
+        a.update(h + 0.1 * t, 0.3, eta_at(t))
+        b.update((h + 0.1 * t).to("cuda"), 0.3, eta_at(t))
+    for x, y in zip(a.buffers(), b.buffers()):
+        assert torch.allclose(x.double(), y.cpu().double(), rtol=1e-4, atol=1e-5)
+
+
 def two_ranks(rank, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29_600 + os.getppid() % 300))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)

@@ -73,7 +73,7 @@ def test_carp_is_finite_when_views_disagree_completely():
     z[0, 0, 0] = z[1, 0, 1] = 500.
     z.requires_grad_(True)
     terms = losses.carp(z, z.detach(), 4)
-    assert float(terms["consistency"]) == pytest.approx(-math.log(losses.EPS))
+    assert float(terms["consistency"].detach()) == pytest.approx(-math.log(losses.EPS))
     sum(terms.values()).backward()
     assert torch.isfinite(z.grad).all()
 
@@ -187,6 +187,16 @@ def test_decoupled_waits_queues_and_starts_on_the_last_K_features():
     assert protos.started and report["eta"] == pytest.approx(0.89)
     assert torch.allclose(torch.sort(protos.start[:, 0]).values, torch.sort(last[:, 0]).values)
     assert not torch.equal(protos.vectors(), protos.start)                         # and the first batch already counts
+
+
+def test_vectors_that_are_not_finite_do_not_enter_the_queue():
+    protos, h = Decoupled(6, 4, begin=1), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    bad = h.clone()
+    bad[2:] = float("nan")
+    protos.step(bad, 0)
+    assert protos.queued == 2
+    protos.step(torch.full((8, 4), float("inf")), 1)
+    assert protos.started and torch.isfinite(protos.vectors()).all()
 
 
 def test_decoupled_raw_means_keep_their_norm_in_the_logits():

@@ -25,7 +25,9 @@ import eval_knn
 import heads
 import losses
 import views
-from run import Log, network, peak_memory, resume, save
+import weights
+from guard import held, listening
+from run import Log, Trail, network, peak_memory, resume, save, saved
 
 EPS = (0.025, 0.5)                                      # Def. 2.1: the threshold of the literature, and the strict one
 
@@ -35,19 +37,33 @@ def main(argv=None):
     args = config.parse(argv)
     device = ddp.setup(args.device)
     try:
-        return train(args, device)
-    except ValueError as e:                             # everything raised with a sentence for the user
-        if ddp.RANK == 0:
-            print(f"train.py: error: {e}", file=sys.stderr)
-        raise SystemExit(2) from e
+        if args.export:
+            return weights.export(args.out, args.export)
+        with held(args.out), listening() as caught:
+            return train(args, device, caught)
+    except (ValueError, OSError) as e:                  # all that is raised with a sentence for the user; disk full
+        e = e if isinstance(e, ValueError) else f"{e.filename or args.out}: {e.strerror}"
+        print(f"train.py: error{f' (process {ddp.RANK})' if ddp.RANK else ''}: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as e:
+        if not ddp.lost_contact(e):
+            raise
+        print(f"train.py: error: process {ddp.RANK} lost its connection to another one and leaves; the last checkpoint "
+              "is whole, go on with --resume", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         ddp.cleanup()
 
 
-def train(args, device):
+def train(args, device, caught):
+    """caught: the signals that asked this process to stop, so far."""
     # ---- images, networks, prototypes --------------------------------------------------------------------------------
+    if ddp.RANK:
+        ddp.barrier()                                   # rank 0 comes first: it may have to download the set
     images, test = data.load(args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
                              imbalance=args.imbalance)
+    if ddp.RANK == 0:
+        ddp.barrier()
     recipe = views.Recipe(args.img_size, args.local_size, args.local_crops, tuple(args.global_scale),
                           tuple(args.local_scale), tuple(args.jitter), args.jitter_p, args.gray, tuple(args.blur),
                           tuple(args.solarize))
@@ -69,11 +85,19 @@ def train(args, device):
 
     # ---- start or go on ----------------------------------------------------------------------------------------------
     nets = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}
-    path = os.path.join(args.out, "ckpt.pt")
-    start = resume(path, args, nets, protos_s, protos_t) if args.resume and os.path.exists(path) else 0
-    if not args.resume and os.path.exists(path):
+    start, stop, trail, found = 0, min(args.stop_at or total, total), Trail(), ddp.from_rank0(saved(args.out))
+    if found and not args.resume:
         raise ValueError(f"--out {args.out} already holds a run; go on with --resume, or name another folder")
-    log = Log(args, start)
+    if found:
+        start, trail = resume(args, found, nets, protos_s, protos_t)
+        if start >= stop:
+            ddp.print0(f"nothing left to do: step {stop} of {total} is done")
+            return {}
+    elif args.resume:
+        ddp.print0(f"nothing to resume in {args.out}: starting at step 0")
+    if args.init and not found:
+        weights.init(args.init, [student.backbone, teacher.backbone])
+    log = Log(args, start, open_end=bool(trail.rows))
     lr_peak, warmup = args.lr * args.batch_size / 256, min(args.warmup_epochs * per_epoch, total / 10)
     seen = (data.subset(images, args.eval_bank), test and data.subset(test, args.eval_queries))
     ddp.print0(f"{args.method} with {args.prototypes} prototypes on {args.data}: {len(images)} images"
@@ -89,7 +113,7 @@ def train(args, device):
     if start == 0 and ddp.RANK == 0:                    # row 0 of the log is the control: the untrained backbone
         log.row(0, {"knn": knn(seen, args, backbone)})
 
-    stop, metrics, sums = min(args.stop_at or total, total), {}, {}
+    metrics, buffers = {}, [*student.buffers(), *teacher.buffers(), *loss_fn.buffers()]    # running averages
     batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start, stop=stop,
                             rank=ddp.RANK, world=ddp.WORLD, device=device, workers=args.workers)
     bar = tqdm(total=total, initial=start, disable=None if ddp.RANK == 0 else True, unit="step", dynamic_ncols=True)
@@ -108,6 +132,7 @@ def train(args, device):
         beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total                                         # B.1
         V, B = len(crops), len(crops[0])
         micros = [slice(i, i + B // args.accum) for i in range(0, B, B // args.accum)]
+        before, values = [b.clone() for b in buffers], 0
 
         # ---- 1. teacher: h_t = f_phi(two global views), no gradient                                          Sec. 2.1
         with torch.no_grad(), amp(args, device):
@@ -123,48 +148,57 @@ def train(args, device):
                 h_s = student([v[i] for v in crops]).view(V, -1, args.bottleneck_dim)                        # (V, b, D)
             terms = loss_fn(h_s, targets[:, i], protos_s, protos_t, step)
             terms["penalty"] = protos_s.penalty()
-            loss = sum(terms.values())
-            (loss / args.accum).backward()
-            for name, value in {**terms, "loss": loss}.items():
-                sums[name] = sums.get(name, 0) + value.detach() / args.accum
-        ddp.average_gradients(trained)
-        sums["grad_norm"] = sums.get("grad_norm", 0) + clip(trained, args.clip_grad)
+            terms["loss"] = sum(terms.values())
+            (terms["loss"] / args.accum).backward()
+            values = values + torch.stack([v.detach() for v in terms.values()]) / args.accum                  # (terms,)
+        values = ddp.average_gradients(trained, values)
+        values = torch.cat([values, clip(trained, args.clip_grad)[None]])              # (terms + 1,), same on all ranks
+        finite = values.isfinite().all()                # if not, nothing but the mixture moves (gmm.py sees to itself);
         for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
             group["lr"], group["weight_decay"] = lr, decay
-        optimizer.step()
+        advance(optimizer, finite)                      # decided on the device: no rank and no GPU waits for the answer
         optimizer.zero_grad(set_to_none=True)
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
         # differs: CARP's official code averages before the optimiser's step, one step behind; DINO after it, as here
         with torch.no_grad():
-            torch._foreach_lerp_([t for t, _ in matched], [s for _, s in matched], 1 - m)
+            torch._foreach_lerp_([t for t, _ in matched], [s for _, s in matched], [finite * (1 - m)] * len(matched))
+            for b, old in zip(buffers, before):
+                b.copy_(torch.where(finite, b, old))
 
         # ---- 5. everything below is logging, evaluation, saving ------------------------------------------------------
         done, lines = step + 1, lines + 1
+        trail.add(done, lr, [*terms, "grad_norm"], values)
         bar.update()
-        evaluating = done % args.eval_every == 0 or done == stop
-        if done % args.log_every and not evaluating:
-            continue
-        spent = time.perf_counter() - clock
-        row = {k: float(ddp.all_reduce(v.clone()) / ddp.WORLD / lines) for k, v in sums.items()}
-        bad = [k for k, v in row.items() if not math.isfinite(v)]
-        if bad:
-            raise ValueError(f"{' and '.join(bad)} not finite between steps {done - lines} and {done} (lr {lr:.2g}); "
-                             f"nothing was saved over {path}; lower --lr or --logit-scale, or raise --warmup-epochs")
-        row.update(epoch=done / per_epoch, loss_over_ln_k=row[loss_fn.main] / loss_fn.ln_k, lr=lr, beta=beta,
-                   eta=moved.get("eta"), images_per_s=lines * args.batch_size / spent, data_share=data_s / spent,
-                   memory_mb=peak_memory(device), pi_max=moved.get("pi_max"),
-                   mixture_used=moved.get("used"), resurrected=moved.get("resurrected"))
-        if evaluating:
-            h = coming_vectors(teacher, images, recipe, done, args, device)
-            metrics = {"knn": knn(seen, args, backbone), **measure(protos_t, h, beta, args.seed)} if ddp.RANK == 0 else {}
-            row.update(metrics)
-        if ddp.RANK == 0:
-            log.row(done, row)
-            tqdm.write(log.line(done, total, row))
-        if evaluating:
-            save(path, args, done, nets, protos_s, protos_t)
-        sums, data_s, lines, clock = {}, 0.0, 0, time.perf_counter()
+        stopping = ddp.largest(max(caught, default=0))  # the number of a signal that came to any rank, or 0
+        regular = done == total or done % args.log_every == 0 or done % args.eval_every == 0
+        evaluating = done == stop or done % args.eval_every == 0
+        saving = evaluating or stopping or any(n and done % n == 0 for n in (args.save_every, args.keep_every))
+        if device.type == "cpu" or regular or saving:
+            trail.read()                                # three steps in a row that were not finite end the run here
+        if regular or evaluating:
+            spent = time.perf_counter() - clock
+            row = trail.means()
+            row.update(epoch=done / per_epoch, loss_over_ln_k=row[loss_fn.main] / loss_fn.ln_k, lr=lr, beta=beta,
+                       eta=moved.get("eta"), images_per_s=lines * args.batch_size / spent, data_share=data_s / spent,
+                       memory_mb=peak_memory(device), pi_max=moved.get("pi_max"),
+                       mixture_used=moved.get("used"), resurrected=moved.get("resurrected"))
+            if evaluating:
+                h = coming_vectors(teacher, images, recipe, done, args, device)
+                metrics = {}
+                if ddp.RANK == 0:
+                    metrics = {"knn": knn(seen, args, backbone), **measure(protos_t, h, beta, args.seed)}
+                row.update(metrics)
+            if ddp.RANK == 0:
+                log.row(done, row)
+                tqdm.write(log.line(done, total, row))
+        if regular:                                     # a row at --stop-at comes on top: the trail goes on to the next
+            trail.rows, data_s, lines, clock = [], 0.0, 0, time.perf_counter()
+        if saving:
+            save(args, done, trail, nets, protos_s, protos_t)
+        if stopping:
+            ddp.print0(f"step {done} is saved in {args.out}; go on with --resume")
+            raise SystemExit(128 + stopping)            # 130 and 143, as a shell reports these signals
     bar.close()
     return summary(args, log, metrics, seen, stop, device) if ddp.RANK == 0 else metrics
 
@@ -173,7 +207,7 @@ def networks(args, device, begin):
     """Student, teacher and their prototype sets; the teacher starts as a copy. begin: step where a mixture starts."""
     student, teacher = (ddp.sync_batchnorm(network(args, rate)).to(device) for rate in (args.drop_path, 0.0))
     teacher.load_state_dict(student.state_dict())
-    protos_s = heads.prototypes(args, begin, ddp.all_reduce, ddp.all_gather).to(device)
+    protos_s = heads.prototypes(args, begin, ddp.all_reduce, ddp.gather_views).to(device)
     protos_t = protos_s.twin()                          # the same object, unless the prototypes are trained by gradient
     return student, teacher.requires_grad_(False), protos_s, protos_t
 
@@ -185,6 +219,15 @@ def cosine(start, end, share):
 
 def amp(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.amp and device.type == "cuda")
+
+
+def advance(optimizer, finite):
+    """optimizer.step() if `finite`, a tensor (), says so."""
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = (~finite).float()         # as a GradScaler sets it: where 1, fused AdamW changes nothing
+        optimizer.step()
+    elif finite:                                        # waits for the answer
+        optimizer.step()
 
 
 def clip(params, limit):
@@ -201,12 +244,12 @@ def clip(params, limit):
 def coming_vectors(teacher, images, recipe, step, args, device):
     """Teacher vectors h (N, D) of all ranks, of the global crops that training shows next: about --eval-bank of them,
     made just as training makes them (batch norm on batch statistics), since the mixture knows no others."""
-    before = {k: v.clone() for k, v in teacher.named_buffers()}              # running averages: looking must not move them
+    before = {k: v.clone() for k, v in teacher.named_buffers()}        # running averages: looking must not move them
     stop = step + max(1, min(args.eval_bank, 2 * len(images)) // (2 * args.batch_size))
     crops = views.batches(images, replace(recipe, n_local=0), batch_size=args.batch_size, seed=args.seed, start=step,
                           stop=stop, rank=ddp.RANK, world=ddp.WORLD, device=device, workers=args.workers)
     with amp(args, device):
-        h = ddp.all_gather(torch.cat([teacher(pair) for pair in crops]))                                          # (N, D)
+        h = ddp.all_gather(torch.cat([teacher(pair) for pair in crops]))                                       # (N, D)
     for k, v in teacher.named_buffers():
         v.copy_(before[k])
     return h
@@ -237,11 +280,12 @@ def summary(args, log, metrics, seen, step, device):
     if metrics["knn"] is not None:
         def pixels(part):
             small = min(32, args.img_size)
-            return torch.cat([F.adaptive_avg_pool2d(x, small).flatten(1) for x in views.eval_batches(part, args.img_size)])
+            batches = views.eval_batches(part, args.img_size)
+            return torch.cat([F.adaptive_avg_pool2d(x, small).flatten(1) for x in batches])
         metrics.update(raw_knn=knn(seen, args, pixels), untrained_knn=log.first("knn"))
         print(f"\nk-NN (k 20, T 0.07, {len(seen[0])} images in the bank, {len(seen[1])} queries), percent\n"
               f"  raw pixels          {metrics['raw_knn']:6.1f}\n"
-              f"  untrained backbone  {metrics['untrained_knn']:6.1f}\n"
+              f"  {'--init, at step 0  ' if args.init else 'untrained backbone '} {metrics['untrained_knn']:6.1f}\n"
               f"  teacher at step {step:<5d}{metrics['knn']:5.1f}")
     print(f"prototypes ({args.prototypes}, K {args.num_prototypes}, D {args.bottleneck_dim}), shares of K\n"
           f"  unique(.025) {metrics['unique_0.025']:.3f}   as many random features: {metrics['ceiling_0.025']:.3f}\n"

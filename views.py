@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -218,13 +219,20 @@ def collate(samples):
     return [torch.stack(view) for view in zip(*(views for views, _ in samples))], [p for _, p in samples if p]
 
 
+def deaf(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: the run finishes its step, so workers go on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def from_disk(images, recipe, batch_size, seed, steps, own, device, workers):
     keys = ([(int(i), step, p) for p, i in enumerate(indices(len(images), batch_size, seed, step)[own], own.start)]
             for step in steps)
     loader = torch.utils.data.DataLoader(
         Crops(images, recipe, seed), batch_sampler=keys, num_workers=workers, collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda", prefetch_factor=2 if workers else None,
-        generator=torch.Generator())                            # else it would draw from the global one
+        generator=torch.Generator(),                            # else it would draw from the global one
+        worker_init_fn=deaf)
     for views, damaged in loader:
         images.note_broken(damaged)
         yield [v.to(device, non_blocking=True) for v in views]
