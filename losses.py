@@ -113,6 +113,6 @@ class CARPLoss(nn.Module):
         return carp(z_s, z_t, self.partition_size, perm, self.mean)
 
 
-def make(args, mean_over_ranks=None, all_reduce=None):
+def make(args, mean_over_ranks=None):
     """The loss that --method asks for."""
     return CARPLoss(args.num_prototypes, args.partition_size, args.seed, mean_over_ranks)

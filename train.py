@@ -76,7 +76,7 @@ def train(args, device, caught):
         raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
 
     student, teacher, protos_s, protos_t = networks(args, device, int(begin))
-    loss_fn = losses.make(args, ddp.mean_over_ranks, ddp.all_reduce).to(device)
+    loss_fn = losses.make(args, ddp.mean_over_ranks).to(device)
 
     trained = [*student.parameters(), *protos_s.parameters()]
     matched = [*zip(teacher.parameters(), student.parameters()), *zip(protos_t.parameters(), protos_s.parameters())]
