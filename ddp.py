@@ -74,13 +74,6 @@ def from_rank0(thing):
     return box[0]
 
 
-def broadcast(tensors):
-    """Rank 0's values for every tensor, in place."""
-    if WORLD > 1:
-        for x in tensors:
-            dist.broadcast(x, src=0)
-
-
 def all_gather(x):
     """The x of all ranks, concatenated along the first dimension in rank order (no gradient)."""
     if WORLD == 1:
