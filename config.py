@@ -16,6 +16,8 @@ PRESETS = {
                     momentum=0.992, local_crops=6, log_every=100, eval_every=1950, drop_path=0.1,
                     global_scale=[0.32, 1.0], local_scale=[0.1, 0.32], gmm_start=0.05,
                     jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, solarize=[0.0, 0.2, 0.0]),
+    # python train.py --preset cifar10-cpu   2 CPU cores: the tiny network, one pass; too short for natural images
+    "cifar10-cpu": dict(data="cifar10", epochs=1.0, jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, eval_every=520),
     # torchrun --nproc_per_node=8 train.py --preset paper-vits --data IMAGENET   (Table B.1a; 8 GPUs; not run)
     "paper-vits": dict(data="imagenet", arch="vit_small", patch_size=16, img_size=224, local_size=96, local_crops=10,
                        global_scale=[0.32, 1.0], local_scale=[0.05, 0.32], jitter=[0.4, 0.4, 0.2, 0.1],
@@ -29,6 +31,27 @@ PRESETS = {
 # torchrun --nproc_per_node=8 train.py --preset paper-vitb --data IMAGENET       (Table B.1b; 8 GPUs; not run)
 PRESETS["paper-vitb"] = dict(PRESETS["paper-vits"], arch="vit_base", epochs=400, lr=7.5e-4, min_lr=2e-6, momentum=0.996,
                              clip_grad=0.3, gmm_start=0.025)
+
+# torchrun ... train.py --preset inat18 --data-root DIR                          (Table 2; 8 GPUs; not run)
+PRESETS["inat18"] = dict(PRESETS["paper-vits"], data="inat18")
+# torchrun ... train.py --preset paper-dino --data IMAGENET      (DINO's official recipe as run for Table C.3; not run)
+PRESETS["paper-dino"] = dict(PRESETS["paper-vits"], method="dino", prototypes="joint", epochs=100, local_crops=6,
+                             global_scale=[0.4, 1.0], local_scale=[0.05, 0.4], momentum=0.996, clip_grad=3.0,
+                             teacher_temp=[0.04, 0.07], teacher_temp_epochs=30, freeze_prototypes=1)
+# torchrun ... train.py --preset paper-dino-dec --data IMAGENET  (last row of Table C.3; not run)
+PRESETS["paper-dino-dec"] = dict(PRESETS["paper-dino"], prototypes="decoupled", targets="sinkhorn", gmm_start=0.1,
+                                 teacher_temp=[0.05, 0.025], teacher_temp_epochs=100, num_prototypes=2048)
+# torchrun ... train.py --preset paper-rn50 --data IMAGENET      (CARP's official ResNet-50; not run; its batch is not
+PRESETS["paper-rn50"] = dict(PRESETS["paper-vits"], arch="resnet50", optimizer="lars", lr=0.45, min_lr=0.0048,
+                             warmup_epochs=0, weight_decay=1e-6, weight_decay_end=1e-6, momentum=0.99, clip_grad=0.0,
+                             global_scale=[0.2, 1.0], local_scale=[0.05, 0.2], local_crops=6, epochs=400,
+                             drop_path=0.0, head_bn=True, gmm_start=0.025)                   # published: 1,024 is ours)
+# torchrun ... train.py --preset paper-carl --data IMAGENET      (Fig. 4a: CARL with CARP's recipe, 100 epochs; not run)
+PRESETS["paper-carl"] = dict(PRESETS["paper-rn50"], method="carl", prototypes="joint", epochs=100)
+# torchrun ... train.py --preset paper-dino-rn50 --data IMAGENET (DINO's official ResNet-50, 100 epochs; not run)
+PRESETS["paper-dino-rn50"] = dict(PRESETS["paper-dino"], arch="resnet50", optimizer="sgd", lr=0.03, weight_decay=1e-4,
+                                  weight_decay_end=1e-4, global_scale=[0.14, 1.0], local_scale=[0.05, 0.14],
+                                  local_crops=8, drop_path=0.0, teacher_temp=[0.04, 0.04], teacher_temp_epochs=0)
 
 # flags that may differ between a run and its continuation: where it runs and what is printed, not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank", "eval_queries", "data",
@@ -75,15 +98,29 @@ def parser():
     flag("--head-hidden", type=int, default=256, help="width of the projection head (2048 in the papers)")
     flag("--bottleneck-dim", type=int, default=128, help="D, dimensions of h and of the prototypes (256 in the papers)")
     flag("--head-bn", action=on_off, default=True, help="batch norm in the head (ResNets yes, ViTs no in the papers)")
-    flag("--head-norm", action=on_off, default=False, help="h of length one (papers: DINO yes, CARP no)")
+    flag("--head-norm", action=on_off, help="h of length one; None: yes for dino, no for carp and carl, as published")
     flag = p.add_argument_group("method and prototypes (results)").add_argument
-    flag("--method", default="carp", choices=["carp", "carl"], help="loss; carl is carp with one block of K prototypes")
-    flag("--prototypes", default="decoupled", choices=["joint", "kp", "frozen", "decoupled"],
-         help="trained by the loss, that + KoLeo, random, or means of an online mixture")
+    flag("--method", default="carp", choices=["carp", "carl", "dino"],
+         help="loss; carl is carp with one block of K prototypes")
+    flag("--prototypes", default="decoupled", choices=["joint", "kp", "vmf", "frozen", "decoupled"],
+         help="trained by the loss, that + KoLeo, that with lengths as concentrations (dino), random, or means of an "
+         "online mixture")
+    flag("--kp-weight", type=float, help="KoLeo on trained prototypes; None: 0.1 (B.1) with kp, else 0")
+    flag("--norm-last-layer", action=on_off, default=True, help="joint and kp: no lengths to train, as published")
+    flag("--freeze-prototypes", type=float, default=0.0, metavar="EPOCHS",
+         help="passes over the images before trained prototypes move (1 in DINO)")
     flag("--num-prototypes", type=int, default=1024, metavar="K", help="prototypes (65536 in the papers)")
     flag("--partition-size", type=int, default=128, metavar="P", help="prototypes per softmax of CARP (512 official)")
     flag("--logit-scale", type=float, default=1.0, help="factor on all logits, an inverse temperature (CARP: 1)")
     flag("--proto-norm", default="unit", choices=["unit", "raw"], help="length of mixture means in the logits")
+    flag = p.add_argument_group("temperatures and targets: --method dino (results)").add_argument
+    flag("--student-temp", type=float, default=0.1, help="temperature of the student's softmax")
+    flag("--teacher-temp", type=float, nargs=2, default=[0.04, 0.04], metavar=("START", "END"),
+         help="of the teacher's softmax or Sinkhorn-Knopp (Table C.3: 0.04 0.07, decoupled 0.05 0.025)")
+    flag("--teacher-temp-epochs", type=int, default=0, help="passes over which it goes from START to END")
+    flag("--targets", choices=["center", "prob", "sinkhorn"],
+         help="what keeps the teacher from one prototype: a centre of logits, one of log-probabilities, or "
+         "Sinkhorn-Knopp; None: prob for vmf, else center")
     flag = p.add_argument_group("mixture: --prototypes decoupled (results)").add_argument
     flag("--gmm-init", default="features", choices=["features", "random"], help="start of the means; random dies")
     flag("--gmm-start", type=float, default=0.75,
@@ -100,6 +137,7 @@ def parser():
     flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
     flag("--batch-size", type=int, default=32, help="images per step over all processes")
     flag("--accum", type=int, default=1, help="micro-batches per step: less memory; batch norms then see less at once")
+    flag("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"], help="lars and sgd: the papers' ResNets")
     flag("--lr", type=float, default=0.024, help="peak, per 256 images: multiplied by batch-size / 256")
     flag("--min-lr", type=float, default=0.0, help="end of the cosine, not scaled")
     flag("--warmup-epochs", type=float, default=0.5, help="linear warm-up of lr, at most a tenth of the run")
@@ -124,12 +162,23 @@ def parse(argv=None):
     known.add_argument("--preset", default="tiny")
     p.set_defaults(**PRESETS.get(known.parse_known_args(argv)[0].preset, {}))
     args = p.parse_args(argv)
+    complete(args)
     check(args, p.error)
     args.device = device(args, p.error)
     args.resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
     args.partition_size = args.num_prototypes if args.method == "carl" else args.partition_size
     return args
+
+
+def complete(args):
+    """Flags whose default depends on another flag."""
+    def default(name, value):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    default("head_norm", args.method == "dino")
+    default("targets", "prob" if args.prototypes == "vmf" else "center")
+    default("kp_weight", 0.1 if args.prototypes == "kp" else 0.0)
 
 
 def check(args, error):
@@ -140,11 +189,11 @@ def check(args, error):
                  "stop_at", "save_every", "keep_every"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(a, name)}")
-    for name in ("epochs", "lr", "logit_scale", "var_floor"):
+    for name in ("epochs", "lr", "logit_scale", "var_floor", "student_temp"):
         if not 0 < getattr(a, name) < float("inf"):
             error(f"--{name.replace('_', '-')} must be positive, got {getattr(a, name)}")
     for name in ("local_crops", "workers", "seed", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end",
-                 "clip_grad", "gmm_start", "eta_a"):
+                 "clip_grad", "gmm_start", "eta_a", "kp_weight", "freeze_prototypes", "teacher_temp_epochs"):
         if not 0 <= getattr(a, name) < float("inf"):
             error(f"--{name.replace('_', '-')} must not be negative, got {getattr(a, name)}")
     for name in ("jitter_p", "gray", "momentum"):
@@ -153,6 +202,12 @@ def check(args, error):
     for name in ("blur", "solarize", "beta"):
         if not all(0 <= v <= 1 for v in getattr(a, name)):
             error(f"--{name} must lie in [0, 1], got {' '.join(map(str, getattr(a, name)))}")
+    if not min(a.teacher_temp) > 0:
+        error(f"--teacher-temp must be positive, got {' '.join(map(str, a.teacher_temp))}")
+    if a.prototypes == "vmf" and a.method != "dino":
+        error(f"--prototypes vmf has concentrations in units of DINO's temperatures; got --method {a.method}")
+    if a.prototypes == "vmf" and a.bottleneck_dim < 3:
+        error(f"--prototypes vmf needs --bottleneck-dim 3 or more, got {a.bottleneck_dim}")
     for name in ("global_scale", "local_scale"):
         lo, hi = getattr(a, name)
         if not 0 < lo <= hi <= 1:
@@ -204,6 +259,14 @@ def device(args, error):
     return name
 
 
+def known(old):
+    """The args of a checkpoint as a Namespace; flags that did not exist when it was written take their defaults."""
+    args = argparse.Namespace(**{**vars(parser().parse_args([])), **old})
+    complete(args)
+    return args
+
+
 def differences(old, new):
     """Flags that change what is computed and differ between a checkpoint's args and this run's: ["--lr 1 -> 2"]."""
+    old = vars(known(old))
     return [f"--{k.replace('_', '-')} {old.get(k)} -> {v}" for k, v in new.items() if k not in FREE and old.get(k) != v]

@@ -50,10 +50,10 @@ def barrier():
         dist.barrier()
 
 
-def all_reduce(x):
-    """Sum of x over the ranks, in place; returns x."""
+def all_reduce(x, op="sum"):
+    """Sum ("sum") or maximum ("max") of x over the ranks, in place; returns x."""
     if WORLD > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, getattr(dist.ReduceOp, op.upper()))
     return x
 
 

@@ -46,13 +46,13 @@ def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
     return {"consistency": consistency, "entropy": entropy}
 
 
-def dino(z_s, p_t, tau=0.1):
+def dino(z_s, p_t, tau=0.1, bias=0.0):
     """DINO's cross-entropy of student logits z_s (V, B, K) with teacher probabilities p_t (2, B, K).
 
     Returns {"cross_entropy"}: the mean over the 2V - 2 pairs i != j and the images of
-    -sum_k p_t log softmax(z_s / tau); tau is the student's temperature.
+    -sum_k p_t log softmax(z_s / tau + bias); tau is the student's temperature, bias (K,) is vMF's log-normaliser or 0.
     """
-    log_p = (z_s.float() / tau).log_softmax(-1)                                                              # (V, B, K)
+    log_p = (z_s.float() / tau + bias).log_softmax(-1)                                                       # (V, B, K)
     terms = [-(p_t[j].detach() * log_p[i]).sum(-1).mean() for i, j in pairs(len(z_s))]
     return {"cross_entropy": torch.stack(terms).mean()}
 
@@ -101,6 +101,10 @@ class CARPLoss(nn.Module):
         self.K, self.partition_size, self.seed, self.mean = K, partition_size, seed, mean_over_ranks
         self.main, self.ln_k = "consistency", math.log(partition_size)     # its value when the student says nothing
 
+    def offset(self, tau):
+        """What the targets take off logits / tau: nothing."""
+        return 0.0
+
     def targets(self, h_t, protos_t, step):
         """Teacher vectors (2, B, D) of a step -> what forward needs of them."""
         return h_t
@@ -113,6 +117,63 @@ class CARPLoss(nn.Module):
         return carp(z_s, z_t, self.partition_size, perm, self.mean)
 
 
-def make(args, mean_over_ranks=None):
-    """The loss that --method asks for."""
-    return CARPLoss(args.num_prototypes, args.partition_size, args.seed, mean_over_ranks)
+class DINOLoss(nn.Module):
+    """DINO for the loop, as its official code has it: the teacher's probabilities are sharpened, and kept from all
+    falling on one prototype, in one of three ways:
+
+    "center"    softmax((z - centre) / tau), centre the running mean of z over views, images and ranks
+    "prob"      softmax(z / tau + bias - centre), centre the running log of the mean probability (DINO-vMF)
+    "sinkhorn"  Sinkhorn-Knopp over both views of all images (DINOv2, and Table C.3 for decoupled prototypes)
+    """
+
+    def __init__(self, K, per_epoch, targets="center", temps=(0.04, 0.04), temp_epochs=0, tau_s=0.1, momentum=0.9,
+                 mean_over_ranks=None, all_reduce=None):
+        super().__init__()
+        self.per_epoch, self.how, self.temps, self.temp_epochs = per_epoch, targets, temps, temp_epochs
+        self.tau_s, self.momentum, self.reduce = tau_s, momentum, all_reduce
+        self.mean = mean_over_ranks or (lambda x: x)
+        self.register_buffer("centre", torch.zeros(K))                                                            # (K,)
+        self.main, self.ln_k = "cross_entropy", math.log(K)
+
+    def offset(self, tau):
+        """What the targets take off logits / tau: the centre (K,), which Sinkhorn-Knopp leaves at 0."""
+        return self.centre if self.how == "prob" else self.centre / tau
+
+    def temperature(self, step):
+        """tau of the teacher: a straight line over the first `temp_epochs` epochs, one value per epoch, then flat."""
+        start, end = self.temps
+        share = min(1, step // self.per_epoch / max(1, self.temp_epochs - 1)) if self.temp_epochs else 1
+        return start + (end - start) * share
+
+    @torch.no_grad()
+    def targets(self, h_t, protos_t, step):
+        """Teacher vectors (2, B, D) of a step -> p_t (2, B, K)."""
+        tau, z = self.temperature(step), protos_t.logits(h_t)                                                # (2, B, K)
+        z_tau = z / tau + protos_t.bias(tau)                                                                 # (2, B, K)
+        if self.how == "sinkhorn":
+            return sinkhorn(z_tau.flatten(0, 1), 1.0, all_reduce=self.reduce).view_as(z)
+        # both centres move after they have served, as in the official code
+        if self.how == "prob":
+            now = self.mean(z_tau.softmax(-1).mean((0, 1))).clamp_min(torch.finfo(z.dtype).tiny).log()            # (K,)
+        else:
+            now = self.mean(z.mean((0, 1)))                                                                       # (K,)
+        p_t = (z_tau - self.offset(tau)).softmax(-1)                                                         # (2, B, K)
+        self.centre.lerp_(now, 1 - self.momentum)
+        return p_t
+
+    def forward(self, h_s, p_t, protos_s, protos_t, step):
+        """h_s (V, B, D), p_t (2, B, K) of a micro-batch -> dict of scalars."""
+        return dino(protos_s.logits(h_s), p_t, self.tau_s, protos_s.bias(self.tau_s))
+
+
+def make(args, per_epoch, mean_over_ranks=None, all_reduce=None):
+    """The loss that --method asks for; per_epoch: steps of one pass over the images."""
+    def carp_loss():                                                                  # carl: one block of K prototypes
+        return CARPLoss(args.num_prototypes, args.partition_size, args.seed, mean_over_ranks)
+    return {
+        "carp": carp_loss,
+        "carl": carp_loss,
+        "dino": lambda: DINOLoss(args.num_prototypes, per_epoch, args.targets, args.teacher_temp,
+                                 args.teacher_temp_epochs, args.student_temp, mean_over_ranks=mean_over_ranks,
+                                 all_reduce=all_reduce),
+    }[args.method]()

@@ -12,7 +12,6 @@ A checkpoint holds tensors and plain values alone, so that torch.load(weights_on
 
 Randomness is a function of (seed, step or sample, rank): a run goes on from its step, and nothing else is restored.
 """
-import argparse
 import csv
 import io
 import json
@@ -27,12 +26,13 @@ import checkpoints
 import config
 import ddp
 import heads
+import losses
 import models
 from guard import write
 
 VERSION = 2                                             # 1: without trail
-COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "consistency", "entropy", "cross_entropy", "penalty", "knn",
-           "unique_0.025", "unique_0.5", "ceiling_0.025", "ceiling_0.5", "used", "perplexity", "drift", "h_norm",
+COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "consistency", "entropy", "cross_entropy", "penalty", "raw_knn",
+           "knn", "unique_0.025", "unique_0.5", "ceiling_0.025", "ceiling_0.5", "used", "perplexity", "drift", "h_norm",
            "pi_max", "mixture_used", "resurrected", "skipped", "lr", "beta", "eta", "grad_norm", "images_per_s",
            "data_share", "memory_mb"]
 
@@ -239,10 +239,13 @@ def load_run(path):
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        args = argparse.Namespace(**ckpt["args"])
+        args = config.known(ckpt["args"])
         net, protos = network(args), heads.prototypes(args)
         net.load_state_dict(ckpt["teacher"])
         protos.load_state_dict(ckpt["prototypes"]["teacher"] | {f"gmm.{k}": v for k, v in ckpt["gmm"].items()})
+        loss = losses.make(args, 1)
+        loss.load_state_dict(ckpt["loss"])
+        protos.offset = loss.offset(protos.tau)
     except Exception as e:
         raise ValueError(f"{path} is not a checkpoint of a run of ours ({type(e).__name__})") from e
     return net.eval(), protos, ckpt["args"]

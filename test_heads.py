@@ -7,7 +7,12 @@ from torch.nn import functional as F
 
 import losses
 from gmm import OnlineGMM
-from heads import KP, Decoupled, Frozen, Head, Joint
+import heads
+from heads import VMF, Decoupled, Frozen, Head, Joint
+
+
+def KP(*a, **k):
+    return Joint(*a, **k, kp=0.1)
 
 
 def logits(V=4, B=3, K=12, seed=0, scale=3.0):
@@ -216,3 +221,117 @@ def test_decoupled_state_goes_on_before_and_after_the_start():
             a.step(batches[s], s)
             b.step(batches[s], s)
         assert all(torch.equal(x, y) for x, y in zip(a.buffers(), b.buffers())) and a.started and b.started
+
+
+# ---- DINO for the loop -----------------------------------------------------------------------------------------------
+def test_centre_serves_before_it_moves_and_follows_the_mean_of_raw_logits():
+    """Three steps by hand in float64: softmax((z - c) / tau), then c <- .9 c + .1 mean(z)."""
+    loss, protos = losses.DINOLoss(12, 10, temps=(0.04, 0.04)), Frozen(12, 6)
+    c = torch.zeros(12, dtype=torch.float64)
+    for step in range(3):
+        h = F.normalize(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(step)), dim=-1)
+        z = protos.logits(h).double()
+        p_t = loss.targets(h, protos, step)
+        assert torch.allclose(p_t.double(), ((z - c) / 0.04).softmax(-1), atol=1e-5)
+        c = 0.9 * c + 0.1 * z.flatten(0, 1).mean(0)
+        assert torch.allclose(loss.centre.double(), c, atol=1e-6)
+
+
+def test_probability_centre_divides_by_the_mean_probability():
+    """When the centre has settled on a fixed batch, the mean of the targets before renormalising is uniform over prototypes."""
+    loss, protos = losses.DINOLoss(8, 10, "prob", temps=(0.1, 0.1)), VMF(8, 6, tau=0.1)
+    h = F.normalize(torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    for step in range(200):
+        loss.targets(h, protos, step)
+    z = protos.logits(h).double() / 0.1 + heads.vmf_log_normalizer(torch.full((8,), 10., dtype=torch.float64), 6)
+    mean = z.softmax(-1).mean((0, 1))
+    assert torch.allclose(loss.centre.double(), mean.log(), atol=1e-4)
+    assert torch.allclose(loss.targets(h, protos, 0).double(), (z - mean.log()).softmax(-1), atol=1e-4)
+
+
+def test_sinkhorn_targets_take_both_views_together():
+    loss, protos = losses.DINOLoss(8, 10, "sinkhorn", temps=(0.05, 0.05)), Frozen(8, 6)
+    h = F.normalize(torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    q = (protos.logits(h).double().flatten(0, 1) / 0.05).exp()
+    for _ in range(3):
+        q = q / q.sum(0)
+        q = q / q.sum(1, keepdim=True)
+    assert torch.allclose(loss.targets(h, protos, 0).flatten(0, 1).double(), q, atol=1e-5) and not loss.centre.any()
+
+
+def test_sinkhorn_over_two_ranks_is_sinkhorn_over_all(tmp_path):
+    """Two threads stand for two ranks: each holds half of the rows, and the reductions meet at a barrier."""
+    import threading
+    z, barrier, box, out = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), threading.Barrier(2), {}, {}
+
+    def rank(r):
+        def reduce(x, op="sum"):
+            box[r] = x.clone()
+            barrier.wait()
+            total = torch.stack([box[0], box[1]])
+            barrier.wait()
+            return total.sum(0) if op == "sum" else total.amax(0)
+        out[r] = losses.sinkhorn(z[6 * r:6 * r + 6], 0.3, all_reduce=reduce)
+    threads = [threading.Thread(target=rank, args=(r,)) for r in (0, 1)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert torch.allclose(torch.cat([out[0], out[1]]), losses.sinkhorn(z, 0.3), atol=1e-6)
+
+
+@pytest.mark.parametrize("epochs, expected", [(0, [.07] * 5), (1, [.04, .07, .07, .07, .07]), (3, [.04, .055, .07, .07, .07])])
+def test_teacher_temperature_is_a_line_over_epochs(epochs, expected):
+    """numpy's linspace over the warm-up, then flat, one value per epoch: DINO's official schedule."""
+    loss = losses.DINOLoss(4, 10, temps=(0.04, 0.07), temp_epochs=epochs)
+    assert [loss.temperature(10 * e + 3) for e in range(5)] == pytest.approx(expected)
+    assert [loss.temperature(10 * e) for e in range(5)] == pytest.approx(expected)
+
+
+def test_dino_loss_for_the_loop_matches_its_parts():
+    loss, protos = losses.DINOLoss(12, 10, tau_s=0.2), VMF(12, 6, tau=0.2)
+    gen = torch.Generator().manual_seed(0)
+    h_s, h_t = (F.normalize(torch.randn(v, 5, 6, generator=gen), dim=-1) for v in (4, 2))
+    with torch.no_grad():
+        protos.gain += torch.rand(12, 1, generator=gen)
+    p_t = loss.targets(h_t, protos, 0)
+    value = loss(h_s, p_t, protos, protos, 0)["cross_entropy"]
+    w = protos.directions().double()
+    z = (h_s.double() @ w.T) / 0.2 + heads.vmf_log_normalizer(w.norm(dim=1) / 0.2, 6)
+    pairs = [(i, j) for i in range(4) for j in range(2) if i != j]
+    expected = sum(-(p_t[j].double() * z[i].log_softmax(-1)).sum(-1).mean() for i, j in pairs) / len(pairs)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    value.backward()
+    assert protos.gain.grad.abs().sum() > 0 and protos.weight.grad.abs().sum() > 0
+
+
+# ---- von Mises-Fisher ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dim, atol", [(8, 1e-3), (32, 1e-5), (128, 2e-7), (256, 2e-8)])
+def test_vmf_normalizer_against_the_series_of_the_bessel_function(dim, atol):
+    """log I_nu by its power series in exact log-space float64: sum_m (k/2)^(2m + nu) / (m! Gamma(m + nu + 1))."""
+    nu = dim / 2 - 1
+    for kappa in (0.01, 0.5, 5., 10., 25., 50., 200.):
+        m = torch.arange(2000, dtype=torch.float64)
+        log_i = torch.logsumexp((2 * m + nu) * math.log(kappa / 2) - torch.lgamma(m + 1) - torch.lgamma(m + nu + 1), 0)
+        exact = nu * math.log(kappa) - dim / 2 * math.log(2 * math.pi) - float(log_i)
+        assert float(heads.vmf_log_normalizer(torch.tensor(kappa, dtype=torch.float64), dim)) == pytest.approx(exact, abs=atol)
+
+
+def test_vmf_normalizer_at_zero_is_the_area_of_the_sphere_and_its_slope_a_ratio_of_bessel_functions():
+    area = math.log(2) + 128 * math.log(math.pi) - math.lgamma(128)                              # S^255
+    assert float(heads.vmf_log_normalizer(torch.tensor(0., dtype=torch.float64), 256)) == pytest.approx(-area, abs=1e-6)
+    k = torch.tensor([1., 10., 50.], dtype=torch.float64, requires_grad=True)
+    heads.vmf_log_normalizer(k, 64).sum().backward()
+    m = torch.arange(500, dtype=torch.float64)[:, None]
+
+    def log_i(nu):
+        return torch.logsumexp((2 * m + nu) * (k.detach() / 2).log() - torch.lgamma(m + 1) - torch.lgamma(m + nu + 1), 0)
+    assert torch.allclose(k.grad, -(log_i(32) - log_i(31)).exp(), atol=1e-5)           # d log C / d kappa = -I_{nu+1} / I_nu
+    with pytest.raises(ValueError, match="at least 3 dimensions, got 2"):
+        heads.vmf_log_normalizer(torch.ones(1), 2)
+
+
+def test_gains_scale_logits_and_count_for_nothing_in_a_unique_count():
+    protos, h = Joint(6, 4, gain=True), torch.randn(5, 4)
+    with torch.no_grad():
+        protos.gain.copy_(torch.arange(1., 7.)[:, None])
+    C = F.normalize(protos.weight, dim=1)
+    assert torch.allclose(protos.logits(h), h @ C.T * torch.arange(1., 7.), atol=1e-5)
+    assert torch.allclose(protos.vectors().norm(dim=1), torch.ones(6)) and protos.twin().gain.requires_grad is False

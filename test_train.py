@@ -24,7 +24,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "3", "--num-prototypes", "16", "--partition-size", "8",
         "--bottleneck-dim", "8", "--head-hidden", "16", "--local-crops", "1", "--eval-bank", "60", "--eval-queries", "40",
         "--log-every", "1", "--eval-every", "3", "--gmm-start", "1"]
-GRID = [(m, p) for m in ("carp", "carl") for p in ("joint", "kp", "frozen", "decoupled")]
+GRID = [(m, p) for m in ("carp", "carl", "dino") for p in ("joint", "kp", "frozen", "decoupled")] + [("dino", "vmf")]
 
 
 @functools.lru_cache
@@ -80,6 +80,8 @@ def test_every_method_and_prototype_set_trains(tmp_path, method, prototypes):
     assert saved["prototypes"]["vectors"].shape == (16, 8) and bool(saved["gmm"]) == (prototypes == "decoupled")
     assert (metrics["drift"] == 0) == (prototypes == "frozen")
     assert (float(log[-1]["penalty"]) != 0) == (prototypes == "kp")
+    assert bool(log[-1]["cross_entropy"]) == (method == "dino") != bool(log[-1]["consistency"])
+    assert 0 <= float(log[0]["raw_knn"]) <= 100 and log[0]["knn"]
     assert json.load(open(tmp_path / "args.json"))["prototypes"] == prototypes
 
 
@@ -186,6 +188,8 @@ def refused(capsys, *flags):
 @pytest.mark.parametrize("flags, text", [
     (["--preset", "nope"], "nope"), (["--method", "nope"], "nope"), (["--batch", "8"], "unrecognized arguments: --batch"),
     (["--img-size", "36"], "--img-size 36 must be a multiple of --patch-size 8"),
+    (["--prototypes", "vmf"], "--prototypes vmf has concentrations in units of DINO's temperatures; got --method carp"),
+    (["--teacher-temp", "0", "0.04"], "--teacher-temp must be positive, got 0.0 0.04"),
     (["--partition-size", "5"], "--num-prototypes 16 must be a multiple of --partition-size 5"),
     (["--eta-c", "1.2"], "--eta-c must lie in (0, 0.99), the range in which A.7 rises to 0.99, got 1.2"),
     (["--beta", "0.1", "1.5"], "--beta must lie in [0, 1], got 0.1 1.5"), (["--lr", "nan"], "--lr must be positive, got nan"),
@@ -244,15 +248,42 @@ def test_presets_parse_and_hold_legal_values(preset):
     config.parse(["--preset", preset, "--device", "cpu"])
 
 
+VIT = dict(patch_size=16, num_prototypes=65536, bottleneck_dim=256, weight_decay=0.04, weight_decay_end=0.4, warmup_epochs=10,
+           optimizer="adamw", head_bn=False, head_hidden=2048, drop_path=0.1, batch_size=1024)
+DINO = dict(VIT, arch="vit_small", method="dino", head_norm=True, student_temp=0.1, targets="center", lr=5e-4, min_lr=1e-6,
+            momentum=0.996, clip_grad=3.0, freeze_prototypes=1, norm_last_layer=True, epochs=100, local_crops=6)
+RN50 = dict(arch="resnet50", optimizer="lars", lr=0.45, min_lr=0.0048, warmup_epochs=0, weight_decay=1e-6, weight_decay_end=1e-6,
+            momentum=0.99, clip_grad=0, global_scale=[0.2, 1.0], local_scale=[0.05, 0.2], local_crops=6, head_bn=True, head_norm=False,
+            num_prototypes=65536)
+
+
 @pytest.mark.parametrize("preset, values", [
-    ("paper-vits", dict(arch="vit_small", num_prototypes=65536, patch_size=16, momentum=0.992, drop_path=0.1, bottleneck_dim=256,
-                        global_scale=[0.32, 1.0], local_scale=[0.05, 0.32], lr=5e-4, weight_decay=0.04, weight_decay_end=0.4,
-                        min_lr=1e-6, clip_grad=1.0, warmup_epochs=10, beta=[0.1, 0.5], resurrect=0.3, eta_a=0.001, eta_c=0.89,
-                        partition_size=512)),
-    ("paper-vitb", dict(arch="vit_base", momentum=0.996, lr=7.5e-4, min_lr=2e-6, clip_grad=0.3, num_prototypes=65536, epochs=400))])
-def test_presets_hold_the_numbers_of_table_B1(preset, values):
+    # Table B.1, and the settings of the mixture in B.1 and A.2
+    ("paper-vits", dict(VIT, arch="vit_small", momentum=0.992, global_scale=[0.32, 1.0], local_scale=[0.05, 0.32], lr=5e-4, min_lr=1e-6,
+                        clip_grad=1.0, beta=[0.1, 0.5], resurrect=0.3, eta_a=0.001, eta_c=0.89, partition_size=512, head_norm=False)),
+    ("paper-vitb", dict(VIT, arch="vit_base", momentum=0.996, lr=7.5e-4, min_lr=2e-6, clip_grad=0.3, epochs=400)),
+    ("inat18", dict(VIT, arch="vit_small", data="inat18", epochs=300, local_crops=10)),
+    # DINO's official code, as run for Table C.3: temperature .04 to .07 over 30 epochs; decoupled: its last row
+    ("paper-dino", dict(DINO, teacher_temp=[0.04, 0.07], teacher_temp_epochs=30, prototypes="joint")),
+    ("paper-dino-dec", dict(DINO, teacher_temp=[0.05, 0.025], teacher_temp_epochs=100, num_prototypes=2048, targets="sinkhorn",
+                            prototypes="decoupled")),
+    ("paper-dino-rn50", dict(arch="resnet50", optimizer="sgd", lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4,
+                             global_scale=[0.14, 1.0], local_scale=[0.05, 0.14], method="dino", epochs=100)),
+    # CARP's official ResNet-50; CARL is the same with one block of all prototypes
+    ("paper-rn50", dict(RN50, method="carp", partition_size=512, epochs=400)),
+    ("paper-carl", dict(RN50, method="carl", partition_size=65536, epochs=100, prototypes="joint"))])
+def test_presets_hold_the_numbers_of_the_papers(preset, values):
     args = vars(config.parse(["--preset", preset, "--device", "cpu"]))
-    assert {k: args[k] for k in values} == values
+    assert {k: args[k] for k in values} == values | ({"num_prototypes": 2048} if preset == "paper-dino-dec" else {})
+
+
+def test_defaults_of_the_methods_are_the_papers():
+    args = config.parse(["--method", "dino", "--device", "cpu"])                     # DINO's official code: .1, .04 constant
+    assert (args.head_norm, args.targets, args.student_temp, args.teacher_temp, args.teacher_temp_epochs, args.norm_last_layer) == \
+           (True, "center", 0.1, [0.04, 0.04], 0, True)
+    args = config.parse(["--method", "carp", "--prototypes", "kp", "--device", "cpu"])          # CARP: no temperature, raw h; KP 0.1
+    assert (args.head_norm, args.logit_scale, args.kp_weight) == (False, 1.0, 0.1)
+    assert config.parse(["--method", "dino", "--prototypes", "vmf", "--device", "cpu"]).targets == "prob"
 
 
 def test_every_flag_is_read_somewhere_and_helped():
@@ -268,8 +299,9 @@ def test_every_equation_stands_in_the_code(tag):
 
 
 ARROWS = {"gmm": set(), "losses": set(), "ddp": set(), "models": set(), "config": set(), "shapes": set(), "views": set(),
+          "monitor": set(), "optim": set(),
           "data": {"views", "shapes"}, "heads": {"gmm", "losses"}, "eval_knn": {"data", "models"},
-          "checkpoints": set(), "guard": {"ddp"}, "run": {"checkpoints", "config", "ddp", "guard", "heads", "models"},
+          "checkpoints": set(), "guard": {"ddp"}, "run": {"checkpoints", "config", "ddp", "guard", "heads", "losses", "models"},
           "weights": {"checkpoints", "ddp", "eval_knn", "guard", "run"}}
 
 

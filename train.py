@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -24,6 +25,8 @@ import ddp
 import eval_knn
 import heads
 import losses
+import monitor
+import optim
 import views
 import weights
 from guard import held, listening
@@ -76,12 +79,11 @@ def train(args, device, caught):
         raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
 
     student, teacher, protos_s, protos_t = networks(args, device, int(begin))
-    loss_fn = losses.make(args, ddp.mean_over_ranks).to(device)
+    loss_fn = losses.make(args, per_epoch, ddp.mean_over_ranks, ddp.all_reduce).to(device)
 
     trained = [*student.parameters(), *protos_s.parameters()]
     matched = [*zip(teacher.parameters(), student.parameters()), *zip(protos_t.parameters(), protos_s.parameters())]
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained if p.dim() > 1]},
-                                   {"params": [p for p in trained if p.dim() < 2]}], lr=0.0, fused=device.type != "mps")
+    optimizer = optim.make(args, trained, device)
 
     # ---- start or go on ----------------------------------------------------------------------------------------------
     nets = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}
@@ -98,6 +100,7 @@ def train(args, device, caught):
     if args.init and not found:
         weights.init(args.init, [student.backbone, teacher.backbone])
     log = Log(args, start, open_end=bool(trail.rows))
+    watch, still = monitor.Monitor(args.num_prototypes), args.freeze_prototypes * per_epoch
     lr_peak, warmup = args.lr * args.batch_size / 256, min(args.warmup_epochs * per_epoch, total / 10)
     seen = (data.subset(images, args.eval_bank), test and data.subset(test, args.eval_queries))
     ddp.print0(f"{args.method} with {args.prototypes} prototypes on {args.data}: {len(images)} images"
@@ -110,8 +113,8 @@ def train(args, device, caught):
         return eval_knn.features(teacher.backbone, part, args.img_size, device=device)
     if images.y is None:
         ddp.print0("the images carry no labels: k-NN is not measured")
-    if start == 0 and ddp.RANK == 0:                    # row 0 of the log is the control: the untrained backbone
-        log.row(0, {"knn": knn(seen, args, backbone)})
+    if start == 0 and ddp.RANK == 0:                    # row 0 of the log holds the controls: the untrained backbone,
+        log.row(0, {"knn": knn(seen, args, backbone), "raw_knn": knn(seen, args, partial(pixels, args))})   # and pixels
 
     metrics, buffers = {}, [*student.buffers(), *teacher.buffers(), *loss_fn.buffers()]    # running averages
     batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start, stop=stop,
@@ -141,7 +144,7 @@ def train(args, device, caught):
         # ---- 2. prototypes: C^t = argmin L_C(C^{t-1}, h_t), one step of online EM                       Eq. 3, A.1-A.6
         moved = protos_t.step(h_t.flatten(0, 1), step, beta)
 
-        # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of AdamW                                    Eq. 4
+        # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of the optimiser                            Eq. 4
         targets = loss_fn.targets(h_t, protos_t, step)
         for i in micros:
             with amp(args, device):
@@ -152,11 +155,14 @@ def train(args, device, caught):
             (terms["loss"] / args.accum).backward()
             values = values + torch.stack([v.detach() for v in terms.values()]) / args.accum                  # (terms,)
         values = ddp.average_gradients(trained, values)
-        values = torch.cat([values, clip(trained, args.clip_grad)[None]])              # (terms + 1,), same on all ranks
+        values = torch.cat([values, optim.clip(trained, args.clip_grad)[None]])        # (terms + 1,), same on all ranks
         finite = values.isfinite().all()                # if not, nothing but the mixture moves (gmm.py sees to itself);
         for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
             group["lr"], group["weight_decay"] = lr, decay
-        advance(optimizer, finite)                      # decided on the device: no rank and no GPU waits for the answer
+        if step < still:
+            for p in protos_s.parameters():
+                p.grad = None                           # --freeze-prototypes: after the clipping, as in DINO's code
+        optim.advance(optimizer, finite)                # decided on the device: no rank and no GPU waits for the answer
         optimizer.zero_grad(set_to_none=True)
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
@@ -187,11 +193,14 @@ def train(args, device, caught):
                 h = coming_vectors(teacher, images, recipe, done, args, device)
                 metrics = {}
                 if ddp.RANK == 0:
+                    protos_t.offset = loss_fn.offset(protos_t.tau)
                     metrics = {"knn": knn(seen, args, backbone), **measure(protos_t, h, beta, args.seed)}
                 row.update(metrics)
             if ddp.RANK == 0:
                 log.row(done, row)
                 tqdm.write(log.line(done, total, row))
+                for sentence in watch.look(row | {"progress": done / total}):
+                    tqdm.write(f"warning, step {done}: {sentence}")
         if regular:                                     # a row at --stop-at comes on top: the trail goes on to the next
             trail.rows, data_s, lines, clock = [], 0.0, 0, time.perf_counter()
         if saving:
@@ -200,7 +209,7 @@ def train(args, device, caught):
             ddp.print0(f"step {done} is saved in {args.out}; go on with --resume")
             raise SystemExit(128 + stopping)            # 130 and 143, as a shell reports these signals
     bar.close()
-    return summary(args, log, metrics, seen, stop, device) if ddp.RANK == 0 else metrics
+    return summary(args, log, metrics, seen, stop) if ddp.RANK == 0 else metrics
 
 
 def networks(args, device, begin):
@@ -212,31 +221,12 @@ def networks(args, device, begin):
     return student, teacher.requires_grad_(False), protos_s, protos_t
 
 
-# ---- schedules and steps -------------------------------------------------------------------------------------------
 def cosine(start, end, share):
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def amp(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.amp and device.type == "cuda")
-
-
-def advance(optimizer, finite):
-    """optimizer.step() if `finite`, a tensor (), says so."""
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = (~finite).float()         # as a GradScaler sets it: where 1, fused AdamW changes nothing
-        optimizer.step()
-    elif finite:                                        # waits for the answer
-        optimizer.step()
-
-
-def clip(params, limit):
-    """Shorten each gradient tensor to `limit`, one by one as DINO's official code; returns the global norm before."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norms = torch._foreach_norm(grads)
-    if limit:
-        torch._foreach_mul_(grads, [(limit / (n + 1e-6)).clamp(max=1) for n in norms])
-    return torch.stack(norms).norm()
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -275,14 +265,16 @@ def knn(seen, args, features):
     return eval_knn.knn_accuracy(x, bank.y, q, test.y, ks=(20,))[20]
 
 
-def summary(args, log, metrics, seen, step, device):
+def pixels(args, part):
+    """Raw pixels (N, 3 s s), s at most 32: what no learning has touched."""
+    batches = views.eval_batches(part, args.img_size)
+    return torch.cat([F.adaptive_avg_pool2d(x, min(32, args.img_size)).flatten(1) for x in batches])
+
+
+def summary(args, log, metrics, seen, step):
     """Print the last evaluation beside its controls, and return it."""
     if metrics["knn"] is not None:
-        def pixels(part):
-            small = min(32, args.img_size)
-            batches = views.eval_batches(part, args.img_size)
-            return torch.cat([F.adaptive_avg_pool2d(x, small).flatten(1) for x in batches])
-        metrics.update(raw_knn=knn(seen, args, pixels), untrained_knn=log.first("knn"))
+        metrics.update(raw_knn=log.first("raw_knn"), untrained_knn=log.first("knn"))
         print(f"\nk-NN (k 20, T 0.07, {len(seen[0])} images in the bank, {len(seen[1])} queries), percent\n"
               f"  raw pixels          {metrics['raw_knn']:6.1f}\n"
               f"  {'--init, at step 0  ' if args.init else 'untrained backbone '} {metrics['untrained_knn']:6.1f}\n"
