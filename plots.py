@@ -105,6 +105,34 @@ def sweep(curves, baselines, file):
     save(fig, file)
 
 
+def ablation(name, order, blocks, shown, file):
+    """A finished table of ablate.py: a panel per measure, a line per row, every seed as a point and their mean as a bar.
+    blocks: {block: {row: [{measure: text}]}}, drawn side by side in colours; shown: [(measure, title, digits)]."""
+    rows = [row for row in order if any(row in part for part in blocks.values())]
+    fig, axes = figure(1, len(shown), 1.9 * len(shown) + 2, .34 * len(rows) * max(1, .6 * len(blocks)) + 1.3)
+    for ax, (key, title, _) in zip(axes[0], shown):
+        for b, (block, part) in enumerate(blocks.items()):
+            shift = .5 * (b - (len(blocks) - 1) / 2) / len(blocks)
+            for y, row in enumerate(rows):
+                values = [float(r[key]) for r in part.get(row, []) if r[key]]
+                if values:
+                    ax.plot(values, [y + shift] * len(values), MARKERS[b], color=COLOURS[b], markersize=4, alpha=.55)
+                    ax.plot([np.mean(values)] * 2, [y + shift - .17, y + shift + .17], color=COLOURS[b], linewidth=2.5,
+                            label=block or "as shipped")
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_ylim(len(rows) - .5, -.5)
+        ax.set_yticks(range(len(rows)), rows if ax is axes[0, 0] else [], fontsize=8)
+        ax.tick_params(axis="x", labelsize=8)
+        ax.grid(alpha=.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        if key not in ("knn", "drift"):
+            ax.set_xlim(-.05, 1.05)
+    if len(blocks) > 1:
+        handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
+        fig.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    save(fig, file)
+
+
 def plane(X):
     """Unit rows X (K, D) -> angles (K,) in the plane of their two main directions.
 
