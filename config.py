@@ -1,8 +1,10 @@
-"""Every flag, once. Order of authority: default < preset < command line. A preset holds only what differs.
+"""Every flag, once. Order of authority: default < preset < the run that --resume goes on with < command line.
+A preset holds only what differs.
 
 Groups marked (results) change what is learned; groups marked (speed) do not.
 """
 import argparse
+import json
 import os
 
 import torch
@@ -68,7 +70,8 @@ def parser():
     flag("--seed", type=int, default=0, help="of weights, prototypes, partitions, order, crops; not of the shapes")
     flag("--device", default="auto", help="cpu, cuda, mps or auto: the first of cuda, mps, cpu that is there")
     flag("--resume", action="store_true",
-         help="go on from the newest complete checkpoint in OUT, if there is one; a restart by torchrun does so anyway")
+         help="go on from the newest complete checkpoint in OUT, if there is one, with its flags; a restart by torchrun "
+         "does so anyway")
     flag("--stop-at", type=int, help="save and leave after this step; the schedules keep the length of --steps")
     flag("--save-every", type=int, help="steps between checkpoints; those at evaluations and at the end come on top")
     flag("--keep-every", type=int, help="steps between checkpoints that stay, as OUT/ckpt-STEP.pt")
@@ -158,9 +161,14 @@ def parser():
 def parse(argv=None):
     """argv -> checked Namespace. What cannot run gets one sentence with the flag and the value, and exit code 2."""
     p = parser()
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--preset", default="tiny")
-    p.set_defaults(**PRESETS.get(known.parse_known_args(argv)[0].preset, {}))
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default="tiny")
+    early.add_argument("--out")
+    early.add_argument("--resume", action="store_true")
+    typed = early.parse_known_args(argv)[0]
+    p.set_defaults(**PRESETS.get(typed.preset, {}))
+    if typed.resume and typed.out:
+        p.set_defaults(**written(typed.out))
     args = p.parse_args(argv)
     complete(args)
     check(args, p.error)
@@ -169,6 +177,17 @@ def parse(argv=None):
     args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
     args.partition_size = args.num_prototypes if args.method == "carl" else args.partition_size
     return args
+
+
+def written(out):
+    """The flags of the run in a folder, which need not be typed again for --resume; {} if there is none."""
+    try:
+        with open(os.path.join(out, "args.json")) as f:
+            old = json.load(f)
+    except (OSError, ValueError):                       # the checkpoint says the same, and run.resume compares with it
+        return {}
+    here = vars(parser().parse_args([])).keys() - {"out", "device", "resume", "stop_at", "export"}
+    return {k: v for k, v in old.items() if k in here}
 
 
 def complete(args):

@@ -221,6 +221,23 @@ def test_a_run_is_never_written_over(capsys, tmp_path):
     assert "holds no complete checkpoint of ours" in refused(capsys, "--out", tmp_path, "--resume")
 
 
+def test_resume_needs_no_flag_typed_again(capsys, tmp_path):
+    flags = ["--method", "dino", "--prototypes", "kp", "--steps", "4", "--lr", "0.01"]
+    run(tmp_path / "a", *flags, "--stop-at", "2")
+    train.main(["--out", str(tmp_path / "a"), "--resume", "--device", "cpu"])
+    run(tmp_path / "b", *flags)
+    assert ckpt(tmp_path / "a")["step"] == 4 and not [k for k in same(ckpt(tmp_path / "a"), ckpt(tmp_path / "b")) if "/args/" not in k]
+    assert "--preset tiny -> cifar10" in refused(capsys, "--out", tmp_path / "a", "--resume", "--preset", "cifar10")
+
+
+def test_trouble_is_named_once_while_it_happens(capsys, tmp_path):
+    """Logits of nothing rest at ln P; a mixture from random directions leaves nearly all of its components unused."""
+    run(tmp_path / "a", "--logit-scale", "1e-6", "--steps", "6", "--eval-every", "2")
+    assert capsys.readouterr().out.count("the loss rests at 1.000 of ln K") == 1
+    run(tmp_path / "b", "--steps", "40", "--gmm-init", "random", "--gmm-start", "0", "--num-prototypes", "512", "--eval-every", "20")
+    assert capsys.readouterr().out.count("the mixture is dead") == 1
+
+
 def test_a_run_that_diverges_ends_with_the_cause_and_saves_nothing(capsys, tmp_path):
     text = refused(capsys, "--out", tmp_path, "--lr", "1e30", "--steps", "6", "--eval-every", "6", "--warmup-epochs",
                    "0", "--prototypes", "frozen")
@@ -301,7 +318,8 @@ def test_every_equation_stands_in_the_code(tag):
 ARROWS = {"gmm": set(), "losses": set(), "ddp": set(), "models": set(), "config": set(), "shapes": set(), "views": set(),
           "monitor": set(), "optim": set(),
           "data": {"views", "shapes"}, "heads": {"gmm", "losses"}, "eval_knn": {"data", "models"},
-          "checkpoints": set(), "guard": {"ddp"}, "run": {"checkpoints", "config", "ddp", "guard", "heads", "losses", "models"},
+          "checkpoints": set(), "guard": {"ddp"}, "features": {"data", "models", "checkpoints", "guard", "weights", "eval_knn"},
+          "run": {"checkpoints", "config", "ddp", "guard", "heads", "losses", "models"},
           "weights": {"checkpoints", "ddp", "eval_knn", "guard", "run"}}
 
 
