@@ -171,7 +171,7 @@ def parser():
     add_flag("table", choices=TABLES, help="; ".join(f"{name}: {what}" for name, (what, _) in TABLES.items()))
     add_flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every row")
     add_flag("--rows", nargs="+", metavar="ROW", help="only these rows of the table, by name")
-    add_flag("--runs", default="runs", metavar="DIR", help="folder for the runs: DIR/TABLE/ROW-sSEED, a hash of extra flags between")
+    add_flag("--runs", default="runs", metavar="DIR", help="folder for the runs, DIR/TABLE/ROW-sSEED")
     add_flag("--results", default="results", metavar="DIR", help="folder for TABLE.csv and TABLE.png")
     add_flag("--dry-run", action="store_true", help="print the commands and leave")
     add_flag("--show", action="store_true", help="print and draw the table from its file, run nothing")

@@ -23,7 +23,7 @@ def assigned(path, data, eps_list, assign=None, montage=None):
     net, prototypes, args = run.load_run(path)
     args = args if isinstance(args, dict) else vars(args)
     images, _ = datasets.load(data, root=args.get("data_root", "data"), seed=args.get("seed", 0),
-                              img_size=args["img_size"],
+                              img_size=args["img_size"], imbalance_law=args.get("imbalance_law", "exp"),
                               imbalance=args.get("imbalance", 1) if data == args["data"] else 1)
     device, kept, won, sure, entropy = next(net.parameters()).device, [], [], [], []
     net.eval()                                                  # no drop path, running BN statistics

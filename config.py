@@ -70,8 +70,8 @@ def parser():
     flag("--seed", type=int, default=0, help="of weights, prototypes, partitions, order, crops; not of the shapes")
     flag("--device", default="auto", help="cpu, cuda, mps or auto: the first of cuda, mps, cpu that is there")
     flag("--resume", action="store_true",
-         help="go on from the newest complete checkpoint in OUT, if there is one, with its flags; a restart by torchrun "
-         "does so anyway")
+         help="go on from the newest complete checkpoint in OUT, if there is one, with its flags; a restart by "
+         "torchrun does so anyway")
     flag("--stop-at", type=int, help="save and leave after this step; the schedules keep the length of --steps")
     flag("--save-every", type=int, help="steps between checkpoints; those at evaluations and at the end come on top")
     flag("--keep-every", type=int, help="steps between checkpoints that stay, as OUT/ckpt-STEP.pt")
@@ -80,7 +80,9 @@ def parser():
     flag = p.add_argument_group("data (results)").add_argument
     flag("--data", default="shapes", help="shapes (built in), cifar10, cifar100, stl10, or a folder of images")
     flag("--data-root", default="data", help="where downloaded sets are kept")
-    flag("--imbalance", type=float, default=1.0, help="long tail: largest class over smallest, exponential in between")
+    flag("--imbalance", type=float, default=1.0, help="long tail: largest class over smallest; the test split stays whole")
+    flag("--imbalance-law", default="exp", choices=["exp", "power"],
+         help="sizes fall by one factor per class, or as (c + 1)^-a")
     flag("--img-size", type=int, default=32, help="side of the two global crops, pixels")
     flag("--local-size", type=int, default=16, help="side of the local crops, pixels")
     flag("--local-crops", type=int, default=4, help="local crops per image, seen by the student alone; fewer is faster")

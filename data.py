@@ -5,6 +5,8 @@ A set that fits in memory is one uint8 tensor (`Images`); a larger one a list of
 """
 import hashlib
 import itertools
+import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,16 +16,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import groups
 import shapes
 from views import LONG_TAIL, MEAN, STD, THREADS, Recipe, batches, eval_batches, generator, indices, seed_of
 
 __all__ = ["MEAN", "STD", "Files", "Images", "Recipe", "batches", "eval_batches", "indices", "load", "seed_of",
            "subset"]                                            # those of views.py are used as data.Recipe, ...
 
-NAMED = ("shapes", "cifar10", "cifar100", "stl10")
+NAMED = ("shapes", "cifar10", "cifar100", "stl10", "inat18")
 LAYOUTS = "train/<class>/* with val/<class>/* or test/<class>/*, or <class>/*, or images without class folders"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
 IN_MEMORY = 2 << 30                                             # bytes; a larger folder stays on disk
+LAWS = {"exp": lambda c, C: c / max(C - 1, 1),                  # sizes fall by one factor from class to class
+        "power": lambda c, C: math.log(c + 1) / math.log(max(C, 2))}    # n_c ~ (c+1)^-a: few large classes, a flat tail
 
 
 @dataclass(eq=False)
@@ -72,27 +77,33 @@ class Files:
 
 # ---- sets ------------------------------------------------------------------------------------------------------------
 
-def load(data, *, root="data", seed=0, img_size=32, imbalance=1.0):
+def load(data, *, root="data", seed=0, img_size=32, imbalance=1.0, imbalance_law="exp"):
     """(train, test): `Images` or `Files` each; test is None for a folder without classes.
 
     data       "shapes" | "cifar10" | "cifar100" | "stl10" (downloaded to `root` if missing; of STL-10 only the 5,000
-               labelled training images), or a folder laid out as in LAYOUTS. Class folders without a test split
-               hold out 10 % of each class, the same ones for every seed; images beside class folders are left out.
+               labelled training images) | "inat18" (see there), or a folder laid out as in LAYOUTS. Class folders
+               without a test split hold out 10 % of each class, the same ones for every seed; images beside class
+               folders are left out.
     img_size   side of the largest crop: images of a folder are kept in memory at no more than 4 times that.
-    imbalance  long tail of the train split: class c keeps n_max * imbalance^(-c / (C-1)) images, drawn with `seed`.
-    ValueError for an unknown name, an empty or one-class folder, unreadable images, imbalance < 1.
+    imbalance  long tail of the train split, largest class over smallest, drawn with `seed`; see `long_tail` for the
+    imbalance_law   "exp" or "power". The test split is never cut.
+    ValueError for an unknown name, an empty or one-class folder, unreadable images, imbalance < 1, another law.
     """
+    if imbalance_law not in LAWS:
+        raise ValueError(f"--imbalance-law {imbalance_law} is not one of {', '.join(LAWS)}")
     if not imbalance >= 1:
         raise ValueError(f"--imbalance {imbalance} must be at least 1 (1 leaves the set as it is)")
     if data == "shapes":
         train, test = (Images(*shapes.make(n, s), "shapes") for n, s in ((10_000, 20_261), (2_000, 90_217)))
+    elif data == "inat18":
+        train, test = inat18(root)
     elif data in NAMED:
         train, test = named(data, root, True), named(data, root, False)
     elif os.path.isdir(os.path.expanduser(data)):
         train, test = folder(os.path.expanduser(data), img_size)
     else:
         raise ValueError(f"--data {data} is neither a folder nor one of the sets {', '.join(NAMED)}")
-    return (train if imbalance == 1 else long_tail(train, imbalance, seed)), test
+    return (train if imbalance == 1 else long_tail(train, imbalance, seed, imbalance_law)), test
 
 
 def named(name, root, train):
@@ -109,6 +120,36 @@ def named(name, root, train):
     x = torch.from_numpy(raw.data)                              # CIFAR: (N, H, W, 3); STL-10: (N, 3, H, W)
     y = torch.as_tensor(raw.labels if name == "stl10" else raw.targets, dtype=torch.int64)
     return Images(x if name == "stl10" else x.permute(0, 3, 1, 2).contiguous(), y, list(raw.classes), name)
+
+
+def inat18(root):
+    """(train, val) of iNaturalist-2018, 437,513 and 24,426 images of 8,142 classes, long-tailed by nature (Sec. 4.4).
+
+    torchvision's class knows all images and no split: that is read from val2018.json, the list of the competition.
+    ValueError where either is missing, or the classes are not grouped as the published 842 / 3,701 / 3,599."""
+    from torchvision import datasets
+    listed = os.path.join(root, "val2018.json")
+    try:
+        raw = datasets.INaturalist(root, version="2018")
+        with open(listed) as f:                                 # file_name: train_val2018/Aves/2820/0123.jpg
+            held = {image["file_name"].split("/", 1)[1] for image in json.load(f)["images"]}
+    except (OSError, RuntimeError, KeyError, IndexError, ValueError) as e:
+        raise ValueError(f"--data inat18 is expected as {root}/2018/<group>/<class>/*.jpg, where torchvision.datasets."
+                         f"INaturalist puts it, and {listed}, its list of validation images ({e})") from None
+    paths, y = [], []
+    for c, name in sorted(raw.index):
+        if name.lower().endswith(SUFFIXES):
+            paths.append(f"{raw.all_categories[c]}/{name}".replace(os.sep, "/"))
+            y.append(c)
+    sets = []
+    for split in (False, True):
+        own = [i for i, path in enumerate(paths) if (path in held) == split]
+        sets.append(Files([os.path.join(raw.root, paths[i]) for i in own], torch.tensor([y[i] for i in own]),
+                          list(raw.all_categories), "inat18"))
+    if len(sets[1]) != len(held):
+        raise ValueError(f"{listed} names {len(held)} images, and {len(sets[1])} of them are under {raw.root}")
+    groups.check_inat18(sets[0].y.bincount(minlength=len(raw.all_categories)))
+    return tuple(sets)
 
 
 def tree(path):
@@ -204,18 +245,22 @@ def read(paths, y, classes, name, img_size):
 def neighbours(i, n, y):
     """Indices around i, nearest first, of the same class: a stand-in must keep its label true."""
     for j in (j for d in range(1, min(n, 1000)) for j in (i - d, i + d)):
-        if 0 <= j < n and (y is None or y[j] == y[i]):
+        if 0 <= j < n and (y is None or bool((y[j] == y[i]).all())):         # y (N,), or (N, 20) of VOC2007
             yield j
 
 
-def long_tail(images, imbalance, seed):
-    """Class c of C keeps round(n_max * imbalance^(-c/(C-1))) images, at least 1 and at most what it has."""
+def long_tail(images, imbalance, seed, law="exp"):
+    """Class c of 0..C-1 keeps round(n_max * imbalance^-s) images, at least 1 and at most what it has; n_max images are
+    in the largest class now, and s runs from 0 for the first class to 1 for the last as LAWS[law] says.
+
+    Classes stay in their order, so the first one is the largest. The images of a class are drawn with (seed, class):
+    every run of a seed keeps the same ones, and a longer tail keeps some of those that a shorter one keeps."""
     if images.y is None:
         raise ValueError(f"--imbalance {imbalance} needs labels, and {images.name} has no class folders")
     C, n_max, keep = len(images.classes), int(images.y.bincount().max()), []
     for c in range(C):
         own = (images.y == c).nonzero()[:, 0]                                                             # (n_c,)
-        n = max(1, round(n_max * imbalance ** (-c / (C - 1))))
+        n = max(1, round(n_max * imbalance ** -LAWS[law](c, C)))
         keep.append(own[torch.randperm(len(own), generator=generator(LONG_TAIL, seed, c))[:n]])
     return subset(images, torch.cat(keep).sort().values)
 

@@ -2,6 +2,7 @@
 
     python eval_knn.py RUN_DIR                       # the run's own data, teacher, k = 10 20 100 200
     python eval_knn.py RUN_DIR --data FOLDER --which student --dump features.pt
+    python eval_knn.py dino_vits16.pth --arch vit_small --data FOLDER               # weights of others
 
 A test image is labelled by its k nearest training images in cosine similarity; neighbour i votes for its class with
 weight exp(sim_i / T). Nothing is fitted: the number moves with the features alone. Headline: k 20, T .07, teacher.
@@ -17,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import groups
+import run
 from data import eval_batches, load
-from models import build
+from features import cached, features, fingerprint, load_backbone, record, usable      # noqa: F401  of eval_knn's names
 
 PROTOCOL = "knn-1"                  # printed with every number; raise it when anything that changes the number changes
-BUDGET = 256 * 2**20                # bytes of working memory a k-NN search may use, whatever M and N are
-MAX_QUERIES = 1024                  # queries of a block: above this the matrix product gains nothing more
+BUDGET = 640 * 2**20                # bytes a k-NN search may use, whatever M and N are; a third unless all are alike
+QUERIES, ROWS = 2048, 4096          # of a block of similarities: larger ones are no faster, and leave the cache
+LAST = 2**32 - 1                    # largest bank index
 
 
 # ----------------------------------------------------------------------------------------------------- the classifier
@@ -35,43 +39,52 @@ def unit(x):
     return x
 
 
-def top(sim, k):
-    """The k largest of each row of sim (q, n): values (q, k) descending, indices (q, k), equal values in index order.
-
-    torch.topk alone picks and orders equal values as it likes, so that a number would depend on block sizes and device.
-    """
-    values, index = sim.topk(min(k + 1, sim.shape[1]), dim=1)                   # one more shows a tie at the k-th place
-    edge, beyond, index = values[:, k - 1:k], values[:, k:], index[:, :k]
-    for row in (beyond == edge).any(1).nonzero().flatten().tolist():            # rare, unless features have collapsed
-        above = (sim[row] > edge[row]).nonzero().flatten()
-        equal = (sim[row] == edge[row]).nonzero().flatten()
-        index[row] = torch.cat([above, equal[:k - len(above)]])
-    index = index.sort(dim=1).values
-    values, order = sim.gather(1, index).sort(dim=1, descending=True, stable=True)
-    return values, index.gather(1, order)
+def to_keys(sim, index):
+    """int64 keys that sort as (larger similarity, then smaller bank index), no two alike: their largest k are the same
+    on every device and for every block size, where torch.topk on similarities picks among equal ones as it likes."""
+    bits = (sim + 0.0).view(torch.int32)                        # + 0 turns -0 into 0, its equal
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)                   # negative floats are ordered backwards, as integers
+    return (bits.long() << 32).bitwise_or_(LAST - index)
 
 
-def neighbours(train_x, test_x, k, width=0):
-    """Yield (first query, sim (q, k), index (q, k)) for blocks of queries: their k nearest rows of the bank in order.
+def from_keys(keys):
+    """(sim float32, index) of to_keys."""
+    bits = (keys >> 32).int()
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), LAST - (keys & LAST)
 
-    Walks over blocks of queries and of the bank with a running top-k, so the (M, N) similarities never exist. Works on
-    test_x's device; the bank may lie elsewhere, its blocks are copied over. width: floats a query needs in the caller.
+
+def neighbours(train_x, test_x, k, width=0, leave_one_out=False):
+    """Yield (first query, sim (q, k), index (q, k)) for blocks of queries: their k <= N nearest rows of the bank in
+    order; equal similarities by the smaller index. The (M, N) similarities never exist.
+
+    Of a block of similarities only those are looked at that reach the query's k-th best so far: about k log(N / n) a
+    query in all. Works on test_x's device; the bank may lie elsewhere, its blocks are copied over. width: floats a
+    query needs in the caller. leave_one_out: query i is row i of the bank, and not a neighbour of its own.
     """
     (M, D), N = test_x.shape, len(train_x)
-    q = max(1, min(MAX_QUERIES, BUDGET // 4 // (4 * D + 128 * k + 4 * width)))  # 128: a dozen (q, k) temporaries below
-    n = max(1, min(N, BUDGET // 2 // (8 * D + 4 * min(q, max(M, 1)))))          # similarities, bank rows and their copy
-    for i in range(0, M, q):
-        queries = unit(test_x[i:i + q])                                         # (q, D)
-        sim = queries.new_empty(len(queries), 0)                                # (q, <= k) best so far
-        index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-        for j in range(0, N, n):
-            block_sim = queries @ unit(train_x[j:j + n].to(queries.device)).T   # (q, n)
-            block_sim, block_index = top(block_sim, min(k, block_sim.shape[1]))
-            # Earlier blocks stand first and the sort is stable: ties still go to the smaller bank index.
-            sim, order = torch.cat([sim, block_sim], 1).sort(dim=1, descending=True, stable=True)
-            index = torch.cat([index, block_index + j], 1).gather(1, order)[:, :k]
-            sim = sim[:, :k]
-        yield i, sim, index
+    # Every stride-th row makes a block, so that a bank sorted by class is a mixture of classes in each.
+    stride = max(1, N // max(k, min(ROWS, BUDGET // 4 // (64 + 12 * D))))
+    n = -(-N // stride)                                                         # rows of a block, at least k
+    # 64 bytes for a similarity that is looked at, all of them where features have collapsed; a dozen (q, k) tensors.
+    q = max(1, min(QUERIES, (BUDGET - 12 * D * n) // (64 * n + 8 * D + 128 * k + 4 * width)))
+    with tqdm(total=M, desc="k-NN", unit="img", leave=False, disable=None, delay=2) as bar:
+        for i in range(0, M, q):
+            queries = unit(test_x[i:i + q])                                     # (q, D)
+            keys = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)        # (q, <= k) best so far
+            for j in range(stride):
+                sim = queries @ unit(train_x[j::stride].to(queries.device)).T   # (q, n)
+                if leave_one_out:
+                    own = torch.arange(len(queries), device=sim.device)[(j - i) % stride::stride]
+                    sim[own, (own + i - j) // stride] = -torch.inf
+                worst = from_keys(keys.amin(1, True))[0] if j else sim.topk(k, sorted=False).values.amin(1, True)
+                row, column = (sim >= worst).nonzero(as_tuple=True)             # (hits,) each, row after row
+                count = row.bincount(minlength=len(queries))                    # (q,)
+                place = torch.arange(len(row), device=row.device).sub_((count.cumsum(0) - count)[row])
+                found = keys.new_full((len(queries), int(count.max())), torch.iinfo(torch.long).min)
+                found[row, place] = to_keys(sim[row, column], column * stride + j)
+                keys = torch.cat([keys, found], 1).topk(k, sorted=False).values
+            yield i, *from_keys(keys.sort(1, descending=True).values)
+            bar.update(len(queries))
 
 
 def check_votes(ks, T):
@@ -115,93 +128,56 @@ def knn_scores(train_x, train_y, test_x, k=20, T=0.07, num_classes=None):
 
 
 @torch.no_grad()
-def knn_accuracy(train_x, train_y, test_x, test_y, ks=(10, 20, 100, 200), T=0.07):
-    """{k: top-1 in percent} for several k from ONE search: the votes of a smaller k are a prefix of the larger one's.
+def knn_predict(train_x, train_y, test_x, ks=(10, 20, 100, 200), T=0.07, leave_one_out=False):
+    """{k: labels (M,) on test_x's device} from ONE search: the votes of a smaller k are a prefix of the larger one's.
 
-    Arguments and errors as knn_scores; test_y (M,). Labels may be any integers: only those in the bank get a column.
+    Arguments and errors as knn_scores. Labels may be any integers: only those in the bank get a column.
+    leave_one_out: test_x is the bank itself, and image i is left out of its own neighbours by its index, not by its
+    similarity: a copy of it elsewhere in the bank votes. k then counts at most N - 1.
     """
     ks = sorted(set(ks))
     check(train_x, train_y, test_x, ks, T)
-    if test_y.shape != (len(test_x),) or not len(test_x):
-        raise ValueError(f"k-NN needs one label for each test image, got {len(test_x)} images and labels of shape "
-                         f"{tuple(test_y.shape)}")
-    device = test_x.device
-    labels, y = train_y.to(device).unique(return_inverse=True)                  # (C,) sorted; (N,) column of each image
-    hits = dict.fromkeys(ks, 0)
-    for i, sim, index in neighbours(train_x, test_x, min(ks[-1], len(train_x)), width=len(labels)):
-        truth = test_y[i:i + len(sim)].to(device)
+    others = len(train_x) - leave_one_out
+    if leave_one_out and (len(test_x) != len(train_x) or not others):
+        raise ValueError("leave-one-out needs the bank as queries and at least 2 images, got "
+                         f"{len(train_x)} in the bank and {len(test_x)} queries")
+    labels, y = train_y.to(test_x.device).unique(return_inverse=True)           # (C,) sorted; (N,) column of each image
+    out = {k: labels.new_empty(len(test_x)) for k in ks}
+    for i, sim, index in neighbours(train_x, test_x, min(ks[-1], others), len(labels), leave_one_out):
         weight, column = (sim / T).exp(), y[index]                              # (q, k)
         scores, done = sim.new_zeros(len(sim), len(labels)), 0                  # (q, C)
         for k in ks:
             scores.scatter_add_(1, column[:, done:k], weight[:, done:k])
-            hits[k] += int((labels[scores.argmax(1)] == truth).sum())
+            out[k][i:i + len(sim)] = labels[scores.argmax(1)]
             done = k
-    return {k: 100 * hits[k] / len(test_x) for k in ks}
+    return out
 
 
-# --------------------------------------------------------------------------------------------- features, checkpoints
+def knn_accuracy(train_x, train_y, test_x, test_y, ks=(10, 20, 100, 200), T=0.07):
+    """{k: top-1 in percent}. Arguments and errors as knn_predict; test_y (M,)."""
+    if test_y.shape != (len(test_x),) or not len(test_x):
+        raise ValueError(f"k-NN needs one label for each test image, got {len(test_x)} images and labels of shape "
+                         f"{tuple(test_y.shape)}")
+    predicted = knn_predict(train_x, train_y, test_x, ks, T)
+    return {k: 100 * int((y == test_y.to(y.device)).sum()) / len(test_y) for k, y in predicted.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- prototype shares
 
 @torch.no_grad()
-def features(backbone, images, img_size, *, device="cpu", batch_size=512, progress=False):
-    """L2-normalised cls features (N, dim) float32, on the CPU, of every image in order, without augmentation.
+def winners(path, images, device="cpu"):
+    """(N,) the prototype of each image by the teacher of the run at path, without augmentation, and K.
 
-    The backbone must be on device. It runs in eval mode (BatchNorm with running statistics) and without autocast; the
-    train/eval flag of each of its modules is put back afterwards. img_size in pixels; progress: a bar on a terminal.
-    """
-    modes = [(module, module.training) for module in backbone.modules()]
-    x = torch.empty(len(images), backbone.dim)                                  # (N, dim)
-    done = 0
-    bar = tqdm(total=len(images), desc="features", unit="img", leave=False, disable=None if progress else True)
-    backbone.eval()
-    try:
-        with bar, torch.autocast(torch.device(device).type, enabled=False):
-            for batch in eval_batches(images, img_size, batch_size=batch_size, device=device):
-                x[done:done + len(batch)] = F.normalize(backbone(batch)[0].float(), dim=1).cpu()
-                done += len(batch)
-                bar.update(len(batch))
-    finally:
-        for module, training in modes:
-            module.training = training
-    return x
-
-
-def load_backbone(path, which="teacher"):
-    """Of a checkpoint or run directory: backbone in eval mode on the CPU, args dict, and a line that describes it.
-
-    which: "teacher" (what the papers report) or "student". Reads only what it needs of the file (memory-mapped).
-    Raises ValueError where the file is missing, unreadable, not written by train.py, or does not fit its own args.
-    """
-    if which not in ("teacher", "student"):
-        raise ValueError(f"which must be teacher or student, got '{which}'")
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:      # a foreign or cut-off file can fail in any way that zip and pickle know
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint that can be read ({reason})") from None
-    if not isinstance(ckpt, dict):
-        raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint of train.py")
-    wanted = {"args": dict, "step": int, which: dict}
-    absent = [key for key, kind in wanted.items() if not isinstance(ckpt.get(key), kind)]
-    absent = absent or [f"args['{key}']" for key in ("arch", "patch_size", "img_size") if key not in ckpt["args"]]
-    if absent:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(absent)}")
-    args = ckpt["args"]
-    weights = {key.removeprefix("backbone."): w for key, w in ckpt[which].items() if key.startswith("backbone.")}
-    small = "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3        # ResNet stem for small images
-    try:
-        backbone = build(args["arch"], patch_size=args["patch_size"], img_size=args["img_size"], in_small=small)
-        backbone.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: the {which}'s weights do not fit its args, arch {args['arch']}, patch "
-                         f"{args['patch_size']}, {args['img_size']} px ({reason})") from None
-    info = (f"{path}: step {ckpt['step']}, {args.get('method', '?')} with {args.get('prototypes', '?')} prototypes "
-            f"(K = {args.get('num_prototypes', '?')}), {which} {args['arch']}")
-    return backbone.eval(), args, info
+    The most probable one of what its prototype set assigns, as in assign.py. ValueError where it is no run of ours."""
+    net, prototypes, args = run.load_run(path)
+    net.to(device), prototypes.to(device)
+    bar = tqdm(total=len(images), desc="prototypes", unit="img", leave=False, disable=None)
+    won = []
+    with bar:
+        for x in eval_batches(images, args["img_size"], device=device):
+            won.append(prototypes.assign(net([x])).argmax(1).cpu())             # (n,)
+            bar.update(len(x))
+    return torch.cat(won), len(prototypes.vectors())
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -210,65 +186,122 @@ def evaluate(flags):
     if flags.dump and (Path(flags.dump).is_dir() or not Path(flags.dump).absolute().parent.is_dir()):
         raise ValueError(f"--dump {flags.dump} must be a file in a folder that exists")     # said before the long work
     check_votes(flags.k, flags.T)
+    groups.members([], flags.head, flags.tail)
     if flags.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {flags.batch_size}")
-    device = flags.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {device} is not usable here") from None
-    backbone, args, info = load_backbone(flags.checkpoint, flags.which)
+    device = usable(flags.device)
+    backbone, args, info = load_backbone(flags.checkpoint, flags.which, flags.arch, flags.patch_size, flags.img_size)
     print(info)
 
     own = flags.data is None or flags.data == args.get("data")
-    name = args.get("data") if own else flags.data
+    name, img_size = args.get("data") if own else flags.data, args["img_size"]
     if name is None:
         raise ValueError(f"{flags.checkpoint} does not say on what data it was trained: give --data")
     # On its own data the bank is what the run itself used: the same seed, and long-tailed if it was.
     train, test = load(name, root=flags.data_root or args.get("data_root", "data"), seed=args.get("seed", 0),
-                       img_size=args["img_size"], imbalance=args.get("imbalance", 1.0) if own else 1.0)
-    if test is None or train.y is None or test.y is None:
+                       img_size=img_size, imbalance=args.get("imbalance", 1.0) if own else 1.0,
+                       imbalance_law=args.get("imbalance_law", "exp") if own else "exp")
+    if train.y is None:
         raise ValueError(f"--data {name} has no labels, and k-NN needs labelled training and test images")
+    if test is None and not flags.leave_one_out:
+        raise ValueError(f"--data {name} has no test split: --leave-one-out tests each image against all others")
+    test = train if flags.leave_one_out else test
     backbone.to(device)
-    options = dict(device=device, batch_size=flags.batch_size, progress=True)
-    dump = {"train_x": features(backbone, train, args["img_size"], **options), "train_y": train.y,
-            "test_x": features(backbone, test, args["img_size"], **options), "test_y": test.y}
-    if flags.dump:
-        torch.save(dump, flags.dump)
-    accuracy = knn_accuracy(dump["train_x"].to(device), train.y, dump["test_x"].to(device), test.y, flags.k, flags.T)
-    guess = 100 * float((test.y == train.y.mode().values).float().mean())       # always the bank's commonest class
+    folder = Path(flags.checkpoint) if Path(flags.checkpoint).is_dir() else Path(flags.checkpoint).parent
 
-    print(f"{name}: bank of {len(train)} images, {len(test)} test images, {len(train.classes)} classes")
+    def get(images):
+        return unit(cached(backbone, images, img_size, None if flags.no_cache else folder / "features", device=device,
+                           batch_size=flags.batch_size, progress=True))
+    x = get(train)                                                              # (N, D)
+    q = x if test is train else get(test)                                       # (M, D)
+    if flags.dump:
+        torch.save({"train_x": x, "train_y": train.y, "test_x": q, "test_y": test.y}, flags.dump)
+    where = device if str(device).startswith("cuda") else "cpu"                 # the search needs int64 top-k
+    predicted = knn_predict(x.to(where), train.y, q.to(where), flags.k, flags.T, flags.leave_one_out)
+    predicted["guess"] = train.y.mode().values.expand(len(test))                # always the bank's commonest class
+    counts = train.y.bincount(minlength=len(train.classes))                     # (C,)
+    tables = {k: groups.report(y, test.y, counts, flags.head, flags.tail) for k, y in predicted.items()}
+    share = None
+    if own and flags.arch is None and flags.which == "teacher" and len(shown_groups(tables)) > 1:
+        try:
+            won, K = winners(flags.checkpoint, train, device)
+            share = groups.prototype_share(won, train.y, counts, K, flags.head, flags.tail)
+        except ValueError as error:
+            print(f"prototypes per group are not counted: {error}")
+
+    print(f"{name}: bank of {len(train)} images, {len(test)} test images, {len(train.classes)} classes"
+          + (", each image against all others" if flags.leave_one_out else ""))
     print(f"protocol {PROTOCOL}: weighted k-NN, cosine, T = {flags.T:g}, {flags.which}'s cls feature "
-          f"({backbone.dim}-d, float32), images resized and centre-cropped to {args['img_size']} px, no augmentation")
-    print("     k   top-1 %")
-    for k, percent in accuracy.items():
-        print(f"{k:6d}   {percent:7.2f}" + (f"   (all {len(train)} of the bank)" if k > len(train) else ""))
-    print(f" guess   {guess:7.2f}   (always the bank's commonest class)")
+          f"({backbone.dim}-d, float32), images resized and centre-cropped to {img_size} px, no augmentation")
+    print_table(tables, share, len(train) - flags.leave_one_out, flags)
     if flags.dump:
         print(f"features written to {flags.dump}")
-    return {"knn": accuracy, "guess": guess, "which": flags.which, "T": flags.T, "data": name, "train": len(train),
-            "test": len(test)}
+    row = {"tool": "eval_knn", "protocol": PROTOCOL, "checkpoint": flags.checkpoint, "weights": fingerprint(backbone),
+           "which": flags.which, "arch": backbone.arch,
+           **{key: args.get(key, "") for key in ("method", "prototypes", "num_prototypes")}, "data": name,
+           "train": len(train), "test": len(test), "img_size": img_size, "layers": 1, "pool": "cls",
+           "seed": args.get("seed", ""), "head_above": flags.head, "tail_below": flags.tail,
+           "settings": f"T={flags.T:g} leave_one_out={flags.leave_one_out}"}
+    for k, table in tables.items():
+        cells = {key: "" if value is None else round(value, 4) for key, value in table.items() if key != "classes"}
+        try:
+            record(flags.results or folder / "results.csv", row | {"result": k if k == "guess" else f"k={k}",
+                                                                   "metric": "top1"} | cells)
+        except OSError as error:
+            print(f"the numbers are not kept: {error}")
+    return {"knn": {k: tables[k]["all"] for k in sorted(set(flags.k))}, "guess": tables["guess"]["all"],
+            "groups": tables, "prototypes": share, "which": flags.which, "T": flags.T, "data": name,
+            "train": len(train), "test": len(test)}
+
+
+def shown_groups(tables):
+    """Names of the groups that have classes; one alone says nothing that top-1 does not."""
+    classes = next(iter(tables.values()))["classes"]
+    return [name for name in groups.NAMES if classes[name]]
+
+
+def print_table(tables, share, most, flags):
+    """One line per k in percent; with a long tail also by groups, and the share of the prototypes that each has."""
+    names = shown_groups(tables) if len(shown_groups(tables)) > 1 else []
+    classes = next(iter(tables.values()))["classes"]
+    print("     k   top-1 %   per class" + "".join(f"{f'{n} ({classes[n]})':>15}" for n in names))
+    for k, table in tables.items():
+        cells = "".join(f"{'-' if table[n] is None else format(table[n], '.2f'):>15}" for n in names)
+        note = "   (always the bank's commonest class)" if k == "guess" else \
+            f"   (all {most} of the bank)" if k > most else ""
+        print(f"{k:>6}   {table['all']:7.2f}   {table['per_class']:9.2f}{cells}{note}")
+    if share:
+        print(f"{'prototypes':<28}" + "".join(f"{share[n]:15.2f}" for n in names)
+              + f"   (% of K by their images' commonest class; {share['unused']:.2f} win no image)")
+    if names:
+        print(f"head: classes of more than {flags.head} images in the bank, tail: of fewer than {flags.tail}")
 
 
 def main(argv=None):
-    """Run the command line. Returns {"knn": {k: percent}, "guess" in percent, "which", "T", "data", "train", "test"
-    (numbers of images)}. Bad input: one sentence on stderr and exit code 2."""
+    """Run the command line. Returns {"knn": {k: percent}, "guess" in percent, "groups": {k or "guess": groups.report},
+    "prototypes": groups.prototype_share of a long-tailed bank or None, "which", "T", "data", "train", "test" (numbers
+    of images)}. Bad input: one sentence on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT|RUN_DIR", help="a ckpt.pt, or the directory it lies in")
+    add("checkpoint", metavar="CKPT|RUN_DIR", help="a ckpt.pt, the directory it lies in, or a foreign file with --arch")
+    add("--arch", help="architecture of a foreign file: DINO's, torchvision's, timm's; None: a run of train.py")
+    add("--patch-size", type=int, metavar="PX", help="refuse a ViT of other patches; None: as in the file")
+    add("--img-size", type=int, metavar="PX", help="side of the images; None: what the backbone was made for")
     add("--data", metavar="NAME|FOLDER", help="labelled images; None: those the run was trained on")
     add("--data-root", metavar="DIR", help="where named data sets lie; None: as in the run")
     add("--which", choices=["teacher", "student"], default="teacher", help="papers report the teacher")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 is the headline")
     add("--T", type=float, default=0.07, help="temperature of a neighbour's vote exp(similarity / T)")
+    add("--leave-one-out", action="store_true", help="each training image against all others, where no test split is")
+    add("--head", type=int, default=100, metavar="N", help="head classes have more training images than this")
+    add("--tail", type=int, default=20, metavar="N", help="tail classes have fewer training images than this")
     add("--batch-size", type=int, default=512, help="images per forward pass; changes speed only")
     add("--device", default="auto", help="auto: cuda where there is one, else cpu")
-    add("--dump", metavar="FILE", help="torch.save {train_x, train_y, test_x, test_y} there")
+    add("--dump", metavar="FILE", help="torch.save {train_x, train_y, test_x, test_y} there, features of length one")
+    add("--no-cache", action="store_true", help="neither read nor write features/ next to the checkpoint")
+    add("--results", metavar="FILE", help="csv file to append to; None: results.csv next to the checkpoint")
     flags = parser.parse_args(argv)
     try:
         return evaluate(flags)

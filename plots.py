@@ -106,7 +106,7 @@ def sweep(curves, baselines, file):
 
 
 def ablation(name, order, blocks, shown, file):
-    """A finished table of ablate.py: a panel per measure, a line per row, every seed as a point and their mean as a bar.
+    """A finished table of ablate.py: a panel per measure, a line per row, seeds as points and their mean as a bar.
     blocks: {block: {row: [{measure: text}]}}, drawn side by side in colours; shown: [(measure, title, digits)]."""
     rows = [row for row in order if any(row in part for part in blocks.values())]
     fig, axes = figure(1, len(shown), 1.9 * len(shown) + 2, .34 * len(rows) * max(1, .6 * len(blocks)) + 1.3)

@@ -1,8 +1,11 @@
-"""data.py, views.py and shapes.py: sets, folders, and that every pixel is a function of (seed, step, view)."""
+"""data.py, transfer.py, views.py and shapes.py: sets, folders, long tails, the layouts that torchvision reads, and that
+every pixel is a function of (seed, step, view)."""
 import colorsys
 import itertools
+import json
 import math
 import os
+from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
 import data
+import groups
 import shapes
+import transfer
 import views
 
 TINY = data.Recipe(32, 16, 4, (0.4, 1.0), (0.15, 0.5), (0.4, 0.4, 0.2, 0.06), 0.8, 0.2, (0.5, 0.1, 0.5), (0, 0.2, 0))
@@ -145,6 +150,7 @@ def test_folder_errors_are_one_sentence(tmp_path):
     says(tree(tmp_path / "flatval", {"train/a": 1, "train/b": 1, "val": 1}), "val/", "none")
     says("shapes", "--imbalance 0.5", imbalance=0.5)
     says("shapes", "--imbalance nan", imbalance=math.nan)
+    says("shapes", "--imbalance-law linear", "exp, power", imbalance=10, imbalance_law="linear")
     says(tree(tmp_path / "flat", {".": 3}), "--imbalance 10", "no class folders", imbalance=10)
     path = tree(tmp_path / "broken", {"a": 2, "b": 2})
     train, _ = data.load(path)
@@ -260,6 +266,271 @@ def test_imbalance_by_hand(tmp_path):
     assert data.load(path, imbalance=1.0)[0].y.bincount().tolist() == [16, 16, 16, 1]
     long, _ = data.load("shapes", imbalance=100)
     assert long.y.bincount().tolist() == [round(400 * 100 ** (-c / 24)) for c in range(25)]
+
+
+def test_imbalance_by_a_power_law(tmp_path):
+    path = tree(tmp_path, {f"train/{c}": 16 for c in "abcd"} | {f"val/{c}": 2 for c in "abcd"})
+    train, test = data.load(path, imbalance=4, imbalance_law="power")       # 16 / (c + 1): 16, 8, 5.33, 4
+    assert train.y.bincount().tolist() == [16, 8, 5, 4] and test.y.bincount().tolist() == [2] * 4
+    assert train.classes == list("abcd") and train.paths == sorted(train.paths)
+    again, other = (data.load(path, imbalance=4, imbalance_law="power", seed=s)[0] for s in (0, 1))
+    assert again.paths == train.paths != other.paths
+    exp, _ = data.load(path, imbalance=4)                                   # 16, 10.08, 6.35, 4
+    assert exp.y.bincount().tolist() == [16, 10, 6, 4]
+    assert set(train.paths) < set(exp.paths)                                # nested: both take the first of one order
+    for law in ("exp", "power"):                                            # the two ends agree, whatever lies between
+        sizes = data.load("shapes", imbalance=50, imbalance_law=law)[0].y.bincount().tolist()
+        assert (sizes[0], sizes[-1]) == (400, 8) and sizes == sorted(sizes, reverse=True)
+        assert sizes == [round(400 * 50 ** -(c / 24 if law == "exp" else math.log(c + 1) / math.log(25)))
+                         for c in range(25)]
+
+
+def test_imbalance_of_one_class_and_of_single_images():
+    one = data.Images(noise(5), torch.zeros(5, dtype=torch.int64), ["a"], "one")
+    for law in data.LAWS:
+        assert len(data.long_tail(one, 10, 0, law)) == 5                    # the first class of all keeps n_max
+        two = data.Images(noise(2), torch.arange(2), ["a", "b"], "two")
+        assert data.long_tail(two, 1e9, 0, law).y.tolist() == [0, 1]        # never less than 1
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_imbalance_and_damaged_images(tmp_path, monkeypatch, in_memory):
+    """The stand-in of a damaged image is looked for in its own class also in what the long tail leaves."""
+    if not in_memory:
+        monkeypatch.setattr(data, "IN_MEMORY", 0)
+    path = tree(tmp_path, {"train/a": 150, "train/b": 150, "val/a": 1, "val/b": 1})
+    kept = data.load(path, imbalance=10)[0].paths
+    damage(kept[150])                                                       # the first image of class b that stays
+    train, _ = data.load(path, imbalance=10)
+    assert train.paths == kept and train.y.bincount().tolist() == [150, 15]
+    got = torch.cat(list(data.eval_batches(train, 8)))
+    assert train.broken == [kept[150]] and not torch.equal(got[150], got[149])
+
+
+# ---- iNaturalist-2018 ------------------------------------------------------------------------------------------------
+
+def inat(root, train, val):
+    """Folders 2018/<group>/<class number> with so many images of each class, and the list of those for validation."""
+    listed = []
+    for c, (n, held) in enumerate(zip(train, val)):
+        group = ("Aves", "Plantae", "Insecta")[c % 3]
+        for i in range(n + held):
+            picture(f"{root}/2018/{group}/{c}/{i:03d}.jpg", 100 * c + i)
+        listed += [{"id": len(listed), "file_name": f"train_val2018/{group}/{c}/{i:03d}.jpg"} for i in range(held)]
+    (root / "val2018.json").write_text(json.dumps({"images": listed, "annotations": []}))
+
+
+def test_inat18_through_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setattr(groups, "INAT18", {"head": 1, "medium": 1, "tail": 11})
+    inat(tmp_path, [101, 30] + [3] * 9 + [1, 2], [3] * 13)              # class 10 and 11 sort after 9, not after 1
+    (tmp_path / "2018/Aves/0/notes.txt").write_text("not an image")
+    train, test = data.load("inat18", root=str(tmp_path), img_size=8)
+    assert isinstance(train, data.Files) and train.y.bincount().tolist() == [101, 30] + [3] * 9 + [1, 2]
+    assert test.y.bincount().tolist() == [3] * 13 and len(train.classes) == 13 and test.name == "inat18"
+    assert not set(train.paths) & set(test.paths)
+    for images in (train, test):
+        for path, c in zip(images.paths, images.y.tolist()):
+            assert os.path.isfile(path) and path.split(os.sep)[-2] == str(c)
+    assert train.read(0)[0].shape == (3, 8, 8)
+    cut, whole = data.load("inat18", root=str(tmp_path), imbalance=101)
+    assert len(cut) < len(train) and whole.paths == test.paths
+
+    with open(tmp_path / "val2018.json", "a") as f:                      # a list that is no JSON
+        f.write("}")
+    with pytest.raises(ValueError, match="inat18 is expected as .*2018/<group>.*val2018.json"):
+        data.load("inat18", root=str(tmp_path))
+    (tmp_path / "val2018.json").write_text(json.dumps({"images": [{"file_name": "train_val2018/Aves/0/absent.jpg"}]}))
+    with pytest.raises(ValueError, match="names 1 images, and 0 of them"):
+        data.load("inat18", root=str(tmp_path))
+    (tmp_path / "val2018.json").unlink()
+    with pytest.raises(ValueError, match="inat18 is expected as .*val2018.json"):
+        data.load("inat18", root=str(tmp_path))
+    with pytest.raises(ValueError, match="inat18 is expected as .*nowhere.2018"):
+        data.load("inat18", root=str(tmp_path / "nowhere"))
+
+
+def test_inat18_counts_of_the_classes_are_asserted(tmp_path):
+    inat(tmp_path, [3, 3, 3], [1, 1, 1])
+    with pytest.raises(ValueError, match="842 head, 3701 medium, 3599 tail classes .* got 0 head, 0 medium, 3 tail"):
+        data.load("inat18", root=str(tmp_path))
+
+
+# ---- transfer sets: a small copy of each layout, read by torchvision's own class -------------------------------------
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def agrees(name, root, lengths, classes):
+    """Loads, compares lengths and classes, reads two images. -> (train, val, test)"""
+    sets = transfer.load(name, str(root))
+    assert tuple(s and len(s) for s in sets) == lengths
+    for s in (s for s in sets if s):
+        assert s.classes == classes and s.name == name and s.y.dtype == torch.int64
+        assert isinstance(s, data.Files) and all(isinstance(p, str) for p in s.paths)
+        assert s.read(len(s) - 1)[0].shape == (3, 8, 8) and s.read(0)[1] is None
+    paths = [p for s in sets if s for p in s.paths]
+    assert len(paths) == len(set(paths))
+    return sets
+
+
+def test_transfer_aircraft(tmp_path):
+    base, n = tmp_path / "fgvc-aircraft-2013b/data", itertools.count()
+    write(base / "variants.txt", "707-320\nA380 heavy\n")
+    for split, labels in {"train": ("707-320", "A380 heavy"), "val": ("A380 heavy",), "test": ("707-320",) * 3}.items():
+        names = [f"{next(n):07d}" for _ in labels]
+        for name in names:
+            picture(f"{base}/images/{name}.jpg", int(name))
+        write(base / f"images_variant_{split}.txt", "".join(f"{a} {b}\n" for a, b in zip(names, labels)))
+    train, val, test = agrees("aircraft", tmp_path, (2, 1, 3), ["707-320", "A380 heavy"])
+    assert (train.y.tolist(), val.y.tolist(), test.y.tolist()) == ([0, 1], [1], [0, 0, 0])
+    assert test.paths[0].endswith("0000003.jpg")
+    write(base / "images_variant_val.txt", "")
+    with pytest.raises(ValueError, match="aircraft is expected in .*a split is empty"):
+        transfer.load("aircraft", str(tmp_path))
+
+
+def test_transfer_dtd(tmp_path):
+    base = tmp_path / "dtd/dtd"
+    for s, split in enumerate(("train", "val", "test")):
+        rows = [f"{c}/{c}_{s}{i}.jpg" for c in ("woven", "banded") for i in range(s + 1)]
+        for i, row in enumerate(rows):
+            picture(f"{base}/images/{row}", 10 * s + i)
+        write(base / f"labels/{split}1.txt", "\n".join(rows) + "\n")
+    for s in agrees("dtd", tmp_path, (2, 4, 6), ["banded", "woven"]):
+        assert all(f"/{s.classes[y]}/" in p for p, y in zip(s.paths, s.y))
+
+
+def test_transfer_food(tmp_path):
+    base = tmp_path / "food-101"
+    for split, n in (("train", 3), ("test", 2)):
+        rows = {c: [f"{c}/{split}{i}" for i in range(n)] for c in ("tacos", "apple_pie")}
+        for row in itertools.chain(*rows.values()):
+            picture(f"{base}/images/{row}.jpg", n)
+        write(base / f"meta/{split}.json", json.dumps(rows))
+    train, val, test = agrees("food", tmp_path, (6, None, 4), ["apple_pie", "tacos"])
+    assert val is None and train.y.tolist() == [1, 1, 1, 0, 0, 0] and test.y.tolist() == [1, 1, 0, 0]
+    assert all(f"/{s.classes[y]}/" in p for s in (train, test) for p, y in zip(s.paths, s.y))
+
+
+def test_transfer_pets(tmp_path):
+    base = tmp_path / "oxford-iiit-pet"
+    for split, rows in {"trainval": ["Abyssinian_1 1 1 1", "great_pyrenees_2 2 2 1", "Abyssinian_3 1 1 1"],
+                        "test": ["great_pyrenees_9 2 2 1", "Abyssinian_8 1 1 1"]}.items():
+        write(base / f"annotations/{split}.txt", "\n".join(rows) + "\n")
+        for row in rows:
+            picture(f"{base}/images/{row.split()[0]}.jpg")
+    train, _, test = agrees("pets", tmp_path, (3, None, 2), ["Abyssinian", "Great Pyrenees"])
+    assert train.y.tolist() == [0, 1, 0] and test.y.tolist() == [1, 0]
+
+
+def test_transfer_sun397_reads_the_first_partition(tmp_path):
+    base = tmp_path / "SUN397"
+    write(base / "ClassName.txt", "/a/abbey\n/c/church/indoor\n")
+    rows = [f"/a/abbey/sun_a{i}.jpg" for i in range(4)] + [f"/c/church/indoor/sun_b{i}.jpg" for i in range(4)]
+    for i, row in enumerate(rows):
+        picture(f"{base}{row}", i)
+    with pytest.raises(ValueError, match="sun397 is expected in .*SUN397/.*Training_01.txt"):
+        transfer.load("sun397", str(tmp_path))
+    write(base / "Training_01.txt", "\n".join(rows[:2] + rows[4:5]) + "\n")
+    write(base / "Testing_01.txt", "\n".join(rows[6:] + rows[3:4]) + "\n\n")         # two images are in neither list
+    train, _, test = agrees("sun397", tmp_path, (3, None, 3), ["abbey", "church/indoor"])
+    assert train.y.tolist() == [0, 0, 1] and test.y.tolist() == [1, 1, 0]
+    assert test.paths == [f"{base}{row}" for row in rows[6:] + rows[3:4]]
+
+
+def test_transfer_caltech_takes_thirty_of_each_class(tmp_path):
+    base = tmp_path / "caltech101/101_ObjectCategories"
+    for c, (name, n) in enumerate({"BACKGROUND_Google": 35, "accordion": 40, "yin_yang": 4}.items()):
+        for i in range(1, n + 1):
+            picture(f"{base}/{name}/image_{i:04d}.jpg", 100 * c + i)
+    (base / "BACKGROUND_Google/tmp").write_text("as in the archive")
+    train, _, test = agrees("caltech101", tmp_path, (63, None, 16), ["BACKGROUND_Google", "accordion", "yin_yang"])
+    assert train.y.bincount().tolist() == [30, 30, 3] and test.y.bincount().tolist() == [5, 10, 1]
+    assert all(f"/{s.classes[y]}/" in p for s in (train, test) for p, y in zip(s.paths, s.y))
+    assert transfer.load("caltech101", str(tmp_path))[0].paths == train.paths          # the same for everybody
+    assert test.paths[5:15] != sorted(p for p in train.paths + test.paths if "accordion" in p)[-10:]
+
+
+def test_transfer_flowers(tmp_path, monkeypatch):
+    io = pytest.importorskip("scipy.io")
+    from torchvision.datasets import Flowers102
+    monkeypatch.setattr(Flowers102, "_file_dict", {k: (v[0], None) for k, v in Flowers102._file_dict.items()})
+    base = tmp_path / "flowers-102"
+    for i in range(1, 8):
+        picture(f"{base}/jpg/image_{i:05d}.jpg", i)
+    io.savemat(base / "imagelabels.mat", {"labels": np.array([[5, 1, 102, 5, 1, 2, 2]])})
+    io.savemat(base / "setid.mat", {"trnid": np.array([[3, 1]]), "valid": np.array([[2, 7]]),
+                                    "tstid": np.array([[6, 5, 4]])})
+    train, val, test = agrees("flowers", tmp_path, (2, 2, 3), list(Flowers102.classes))
+    assert (train.y.tolist(), val.y.tolist(), test.y.tolist()) == ([101, 4], [0, 1], [1, 0, 4])
+    assert train.paths[0].endswith("image_00003.jpg")
+
+
+def test_transfer_cars(tmp_path):
+    io = pytest.importorskip("scipy.io")
+    base = tmp_path / "stanford_cars"
+    kinds = [("fname", "O"), ("class", "O")]
+    for split, path, rows in (("train", "devkit/cars_train_annos.mat", [("00001.jpg", 2), ("00002.jpg", 1)]),
+                              ("test", "cars_test_annos_withlabels.mat", [("00001.jpg", 1), ("00002.jpg", 2),
+                                                                          ("00003.jpg", 2)])):
+        for name, c in rows:
+            picture(f"{base}/cars_{split}/{name}", c)
+        (base / path).parent.mkdir(exist_ok=True)
+        io.savemat(base / path, {"annotations": np.array(rows, dtype=kinds)[None]})
+    io.savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([["AM General Hummer", "Acura RL"]], dtype="O")})
+    train, _, test = agrees("cars", tmp_path, (2, None, 3), ["AM General Hummer", "Acura RL"])
+    assert train.y.tolist() == [1, 0] and test.y.tolist() == [0, 1, 1] and "/cars_test/" in test.paths[0]
+
+
+def test_transfer_voc2007_difficult_objects(tmp_path):
+    base = tmp_path / "VOCdevkit/VOC2007"
+    things = {"000001": [("dog", 0), ("dog", 0), ("person", 1)],        # person only as a difficult one
+              "000002": [("tvmonitor", 1), ("tvmonitor", 0)],           # one of the two is plain to see
+              "000003": [("aeroplane", 0), ("aeroplane", 1)], "000004": []}
+    for name, objects in things.items():
+        picture(f"{base}/JPEGImages/{name}.jpg", int(name))
+        rows = "".join(f"<object><name>{escape(c)}</name><difficult>{d}</difficult><part><name>head</name></part>"
+                       "</object>" for c, d in objects)
+        write(base / f"Annotations/{name}.xml", f"<annotation><filename>{name}.jpg</filename>{rows}</annotation>")
+    for split, names in (("train", ["000001", "000004"]), ("val", ["000002"]), ("test", ["000003"])):
+        write(base / f"ImageSets/Main/{split}.txt", "\n".join(names) + "\n")
+    train, val, test = agrees("voc2007", tmp_path, (2, 1, 1), list(transfer.VOC))
+    assert train.y.shape == (2, 20) and len(set(transfer.VOC)) == 20 and sorted(transfer.VOC) == list(transfer.VOC)
+    y = {s: {transfer.VOC[c]: int(row[c]) for row in t.y for c in range(20) if row[c]}
+         for s, t in (("train", train), ("val", val), ("test", test))}
+    assert y == {"train": {"dog": 1, "person": -1}, "val": {"tvmonitor": 1}, "test": {"aeroplane": 1}}
+    damage(train.paths[0])                                              # a stand-in must have all its labels
+    with pytest.raises(ValueError, match="the images around it cannot be read"):
+        train.read(0)
+    train.y[1] = train.y[0]
+    assert train.read(0)[1] == train.paths[0]
+
+
+def test_transfer_cifar_has_no_validation_split(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(data, "named", lambda name, root, train: asked.append((name, root, train)) or f"set {train}")
+    assert transfer.load("cifar100", str(tmp_path)) == ("set True", None, "set False")
+    assert asked == [("cifar100", str(tmp_path), True), ("cifar100", str(tmp_path), False)]
+
+
+@pytest.mark.parametrize("name", sorted(set(transfer.SETS) - {"cifar10", "cifar100"}))
+def test_transfer_says_where_missing_files_are_expected(tmp_path, name):
+    if name in ("cars", "flowers"):
+        pytest.importorskip("scipy.io")
+    with pytest.raises(ValueError) as caught:
+        transfer.load(name, str(tmp_path))
+    text, (kind, _, _, where) = str(caught.value), transfer.SETS[name]
+    assert text.startswith(f"--data {name} is expected in {tmp_path}") and where in text and kind in text
+    assert "\n" not in text
+
+
+def test_transfer_names_and_metrics(tmp_path):
+    with pytest.raises(ValueError, match="--data birdsnap is not one of the transfer sets aircraft, caltech101, cars"):
+        transfer.load("birdsnap", str(tmp_path))
+    assert {n for n, m in transfer.METRIC.items() if m == "per_class"} == {"aircraft", "caltech101", "flowers", "pets"}
+    assert {n for n, m in transfer.METRIC.items() if m == "map11"} == {"voc2007"} and len(transfer.METRIC) == 11
 
 
 def test_subset(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""Tests of eval_knn.py: the classifier against float64 loops, its memory, features, checkpoints, the command line."""
+"""Tests of eval_knn.py and groups.py: the classifier against float64 loops, its memory, features, checkpoints, head /
+medium / tail, the command line."""
+import csv
 import math
 import re
 import types
@@ -8,11 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval_knn
+import features as features_py
+import groups
 import models
-from eval_knn import knn_accuracy, knn_scores
+import train
+from eval_knn import knn_accuracy, knn_predict, knn_scores
 
 
 def sample(N, M, D=16, classes=5, seed=0):
@@ -76,7 +82,7 @@ def test_blocks_do_not_change_the_result(monkeypatch, budget, queries):
     train_x, train_y, test_x, test_y = sample(301, 29)
     wanted, accuracy = knn_scores(train_x, train_y, test_x, k=50), knn_accuracy(train_x, train_y, test_x, test_y)
     monkeypatch.setattr(eval_knn, "BUDGET", budget)
-    monkeypatch.setattr(eval_knn, "MAX_QUERIES", queries)
+    monkeypatch.setattr(eval_knn, "QUERIES", queries)
     torch.testing.assert_close(knn_scores(train_x, train_y, test_x, k=50), wanted, rtol=1e-4, atol=1e-2)
     assert knn_accuracy(train_x, train_y, test_x, test_y) == accuracy
 
@@ -128,10 +134,10 @@ def test_many_and_scattered_labels():
     assert set(knn_accuracy(train_x, train_y, test_x, test_y + 5).values()) == {0}      # classes that the bank lacks
 
 
-@pytest.mark.parametrize("block", [60, 7, 1])
-def test_equal_similarities_go_to_the_smaller_bank_index(monkeypatch, block):
-    monkeypatch.setattr(eval_knn, "MAX_QUERIES", 1)
-    monkeypatch.setattr(eval_knn, "BUDGET", 2 * block * (8 * 4 + 4))    # bank blocks of this many rows
+@pytest.mark.parametrize("rows", [60, 25, 7])
+def test_equal_similarities_go_to_the_smaller_bank_index(monkeypatch, rows):
+    monkeypatch.setattr(eval_knn, "QUERIES", 1)
+    monkeypatch.setattr(eval_knn, "ROWS", rows)                         # blocks of every 1st, 2nd and 8th bank row
     train_x, test_x = torch.eye(4)[torch.arange(60) % 3], torch.eye(4)[[0, 2]]      # 20 copies each of three directions
     got = torch.cat([index for _, _, index in eval_knn.neighbours(train_x, test_x, 5)])
     assert got.tolist() == [[0, 3, 6, 9, 12], [2, 5, 8, 11, 14]]
@@ -182,6 +188,134 @@ def test_accuracy_needs_test_labels():
         knn_accuracy(train_x, train_y, test_x, test_y, ks=(0, 5))
 
 
+def test_keys_sort_as_similarity_then_index():
+    sim = torch.tensor([-math.inf, -1.0, -0.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, 1.0]).repeat(3)
+    index = torch.tensor([0, 7, 2**32 - 1]).repeat_interleave(9)
+    keys = eval_knn.to_keys(sim, index)
+    wanted = sorted(range(27), key=lambda i: (-float(sim[i]), int(index[i])))
+    order = keys.argsort(descending=True)
+    assert torch.equal(sim[order], sim[wanted]) and torch.equal(index[order], index[wanted])
+    assert keys.unique().numel() == 24                                  # 0 and -0 are one similarity, all else differs
+    back, place = eval_knn.from_keys(keys)
+    assert torch.equal(back, sim) and torch.equal(place, index)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "by class", "rising", "falling", "periodic"])
+@pytest.mark.parametrize("k", [1, 20, 45, 611])
+def test_search_is_a_stable_sort_for_any_order_of_the_bank(monkeypatch, order, k):
+    """Axes and diagonals of four dimensions: every cosine is a multiple of 1/4, exact in any order of summation, and
+    nearly every neighbour is tied."""
+    g = torch.Generator().manual_seed(3)
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 4)    # (16, 4)
+    directions = torch.cat([torch.eye(4), -torch.eye(4), corners, torch.zeros(1, 4)])       # (25, 4)
+    label, test_x = torch.randint(25, (611,), generator=g), directions[torch.randint(25, (37,), generator=g)]
+    near = directions[label] @ test_x[3]
+    train_x = directions[label[{"shuffled": torch.arange(611), "by class": label.argsort(), "rising": near.argsort(),
+                                "falling": near.argsort(descending=True),
+                                "periodic": torch.arange(611 * 13).view(611, 13).T.flatten() % 611}[order][:611]]]
+    exact = F.normalize(test_x, dim=1) @ F.normalize(train_x, dim=1).T
+    wanted, place = exact.sort(dim=1, descending=True, stable=True)
+    monkeypatch.setattr(eval_knn, "ROWS", 50)
+    monkeypatch.setattr(eval_knn, "QUERIES", 16)
+    blocks = list(eval_knn.neighbours(train_x, test_x, k))
+    assert [i for i, _, _ in blocks] == [0, 16, 32]
+    assert torch.equal(torch.cat([sim for _, sim, _ in blocks]), wanted[:, :k])
+    assert torch.equal(torch.cat([index for _, _, index in blocks]), place[:, :k])
+
+
+@pytest.mark.parametrize("rows, queries", [(4096, 2048), (13, 5), (60, 7)])
+def test_leave_one_out_by_index(monkeypatch, rows, queries):
+    train_x, train_y, _, _ = sample(120, 1)
+    train_x[100:] = train_x[:20]                                        # copies: they stay neighbours of each other
+    train_y[100:] = train_y[:20]
+    monkeypatch.setattr(eval_knn, "ROWS", rows)
+    monkeypatch.setattr(eval_knn, "QUERIES", queries)
+    predicted = knn_predict(train_x, train_y, train_x, ks=(1, 7), leave_one_out=True)       # many blocks
+    predicted |= knn_predict(train_x, train_y, train_x, ks=(500,), leave_one_out=True)      # k 119: one
+    for i in range(120):
+        others = torch.arange(120) != i
+        for k in (1, 7, 500):
+            scores = loop_scores(train_x[others], train_y[others], train_x[i:i + 1], k, 0.07, 5)
+            assert predicted[k][i] == scores[0].argmax(), (i, k)
+    assert torch.equal(predicted[1][:20], train_y[:20])                 # the copy at index 100 + i votes
+    plain = knn_predict(train_x, train_y, train_x, ks=(1,))[1]
+    assert torch.equal(plain, train_y) and not torch.equal(predicted[1], train_y)
+    got = torch.cat([index for _, _, index in eval_knn.neighbours(train_x, train_x, 119, leave_one_out=True)])
+    assert all(sorted(got[i].tolist()) == [j for j in range(120) if j != i] for i in range(120))
+
+
+def test_leave_one_out_with_a_class_of_one_image_and_its_errors():
+    train_x, train_y = torch.eye(4)[[0, 0, 0, 1]], torch.tensor([0, 0, 0, 1])
+    assert knn_predict(train_x, train_y, train_x, ks=[2], leave_one_out=True)[2].tolist() == [0, 0, 0, 0]
+    for bank, queries in ((4, 3), (1, 1)):
+        with pytest.raises(ValueError, match=f"leave-one-out needs .*{bank} in the bank and {queries} queries"):
+            knn_predict(train_x[:bank], train_y[:bank], train_x[:queries], leave_one_out=True)
+
+
+# ------------------------------------------------------------------------------------------------- head, medium, tail
+
+def test_groups_by_hand():
+    counts = torch.tensor([500, 101, 100, 20, 19, 1, 0])                # head head medium medium tail tail tail
+    y = torch.tensor([0, 0, 0, 0, 1, 2, 2, 3, 4, 5, 6])
+    pred = torch.tensor([0, 0, 0, 1, 1, 2, 0, 3, 0, 5, 0])
+    out = groups.report(pred, y, counts)
+    assert out["classes"] == {"head": 2, "medium": 2, "tail": 3}
+    assert out["all"] == pytest.approx(100 * 7 / 11) and out["head"] == pytest.approx(80)
+    assert out["medium"] == pytest.approx(100 * 2 / 3) and out["tail"] == pytest.approx(100 / 3)
+    assert out["per_class"] == pytest.approx(100 * (3 / 4 + 1 + 1 / 2 + 1 + 0 + 1 + 0) / 7)
+    moved = groups.report(pred, y, counts, head=19, tail=1)             # 500 101 100 20 | 19 1 | 0
+    assert moved["classes"] == {"head": 4, "medium": 2, "tail": 1}
+    assert (moved["head"], moved["medium"], moved["tail"]) == (75, 50, 0)
+    some = groups.report(pred[:5], y[:5], counts)                       # no test image of a medium or tail class
+    assert (some["all"], some["head"], some["medium"], some["tail"]) == (80, 80, None, None)
+    assert some["per_class"] == pytest.approx(87.5)                     # classes without test images do not count
+    one = groups.report(torch.tensor([0]), torch.tensor([0]), torch.tensor([1]))            # one class, one image
+    assert one["all"] == one["tail"] == one["per_class"] == 100 and one["head"] is None
+
+
+def test_equal_test_images_per_class_make_all_the_weighted_mean():
+    """As on iNaturalist-2018: three test images in each class (method of the paper's Table 2)."""
+    g = torch.Generator().manual_seed(0)
+    counts, y = torch.randint(1, 300, (200,), generator=g), torch.arange(200).repeat(3)
+    pred = torch.where(torch.rand(600, generator=g) < 0.6, y, (y + 1) % 200)
+    out = groups.report(pred, y, counts)
+    mean = sum(out["classes"][n] * out[n] for n in groups.NAMES) / 200
+    assert out["all"] == pytest.approx(mean) == pytest.approx(out["per_class"])
+
+
+def test_inat18_counts_are_asserted():
+    counts = torch.tensor([101] * 842 + [100] * 3000 + [20] * 701 + [19] * 3599)
+    groups.check_inat18(counts)
+    for c, n in ((0, 100), (842, 101), (8141, 20)):
+        with pytest.raises(ValueError, match="842 head, 3701 medium, 3599 tail classes .* got "):
+            groups.check_inat18(counts.scatter(0, torch.tensor([c]), n))
+
+
+def test_prototype_shares_by_hand():
+    counts = torch.tensor([200, 50, 5])
+    won = torch.tensor([0, 0, 0, 1, 1, 3, 3, 4, 4, 4])
+    y = torch.tensor([0, 1, 1, 0, 2, 2, 2, 1, 2, 0])                    # prototype 0: medium; 1 and 4: a tie, so head
+    assert groups.owners(won, y, 8, 3).tolist() == [1, 0, -1, 2, 0, -1, -1, -1]
+    assert groups.prototype_share(won, y, counts, 8) == {"head": 25, "medium": 12.5, "tail": 12.5, "unused": 50}
+    assert groups.prototype_share(won, y, counts, 8, head=300, tail=2) == {
+        "head": 0, "medium": 50, "tail": 0, "unused": 50}
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda t: groups.report(t([0, 1]), t([0]), [5, 5]), r"\(2,\) and \(1,\)"),
+    (lambda t: groups.report(t([]), t([]), [5, 5]), "one prediction for each label"),
+    (lambda t: groups.report(t([0]), t([2]), [5, 5]), "labels run from 2 to 2 .* 2 classes"),
+    (lambda t: groups.report(t([0]), t([-1]), [5, 5]), "labels run from -1"),
+    (lambda t: groups.members([5], head=10, tail=12), "tail ends at 12 .* head begins above 10"),
+    (lambda t: groups.members([5], head=10, tail=-1), "tail ends at -1"),
+    (lambda t: groups.prototype_share(t([0, 8]), t([0, 0]), [5], 8), r"0..7 for each label"),
+])
+def test_groups_name_what_is_wrong(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(lambda values: torch.tensor(values, dtype=torch.long))
+    assert int(sum(groups.members([5, 11], head=10, tail=11)[n].sum() for n in groups.NAMES)) == 2     # may touch
+
+
 # ------------------------------------------------------------------------------------------------------------ features
 
 class Tiny(nn.Module):
@@ -208,7 +342,7 @@ def in_memory(images, img_size, *, batch_size=512, device="cpu"):
 
 
 def test_features_are_normalised_eval_mode_and_in_order(monkeypatch):
-    monkeypatch.setattr(eval_knn, "eval_batches", in_memory)
+    monkeypatch.setattr(features_py, "eval_batches", in_memory)
     net, x = Tiny(), torch.randn(11, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     net.train()
     net.frozen.eval()                                                   # a part that the caller keeps in eval mode
@@ -227,7 +361,7 @@ def test_features_put_the_mode_back_when_the_data_breaks(monkeypatch):
     def broken(images, img_size, *, batch_size, device):
         yield images[:2]
         raise ValueError("broken image")
-    monkeypatch.setattr(eval_knn, "eval_batches", broken)
+    monkeypatch.setattr(features_py, "eval_batches", broken)
     net = Tiny().train()
     with pytest.raises(ValueError, match="broken image"):
         eval_knn.features(net, torch.zeros(5, 3, 2, 2), 2)
@@ -339,6 +473,98 @@ def test_command_line_end_to_end(tmp_path, capsys):
     assert ckpt["args"]["data"] in capsys.readouterr().out
 
 
+def test_command_line_appends_results_and_keeps_features(tmp_path, capsys, monkeypatch):
+    write_images(tmp_path / "images", "train", (14, 10))
+    write_images(tmp_path / "images", "val", (6, 9), seed=1)
+    checkpoint(tmp_path / "ckpt.pt", data=str(tmp_path / "images"))
+    first = eval_knn.main([str(tmp_path), "--device", "cpu", "--k", "3", "5"])
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    monkeypatch.setattr(features_py, "features", None)                  # the second time nothing is computed
+    assert eval_knn.main([str(tmp_path), "--device", "cpu", "--k", "3", "5", "--T", "0.5"])["test"] == 15
+    with open(tmp_path / "results.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["result"] for row in rows] == ["k=3", "k=5", "guess"] * 2
+    for row, k in zip(rows, (3, 5)):
+        assert float(row["all"]) == first["knn"][k] and row["protocol"] == eval_knn.PROTOCOL
+        assert row["settings"] == "T=0.07 leave_one_out=False" and row["train"] == "24" and row["head"] == ""
+    assert rows[3]["settings"] == "T=0.5 leave_one_out=False"
+    weights = features_py.fingerprint(eval_knn.load_backbone(tmp_path)[0])
+    assert {row["weights"] for row in rows} == {weights} and {row["which"] for row in rows} == {"teacher"}
+    monkeypatch.undo()
+    eval_knn.main([str(tmp_path / "ckpt.pt"), "--device", "cpu", "--no-cache", "--results", str(tmp_path / "mine.csv")])
+    assert "read from" not in capsys.readouterr().out.split("step 123")[-1] and (tmp_path / "mine.csv").exists()
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 7
+
+
+def test_command_line_leave_one_out_where_there_is_no_test_split(tmp_path, capsys):
+    write_images(tmp_path / "images", "train", (9, 8))
+    for c in range(2):
+        (tmp_path / "single" / f"class{c}").mkdir(parents=True)
+        Image.new("RGB", (32, 32), ("red", "blue")[c]).save(tmp_path / "single" / f"class{c}" / "0.png")
+    checkpoint(tmp_path / "ckpt.pt", data=str(tmp_path / "single"))
+    with pytest.raises(SystemExit):                                     # a class's only image is never held out
+        eval_knn.main([str(tmp_path), "--device", "cpu"])
+    assert "no test split: --leave-one-out" in capsys.readouterr().err
+    out = eval_knn.main([str(tmp_path), "--device", "cpu", "--leave-one-out", "--k", "1", "5"])
+    assert out["knn"] == {1: 0, 5: 0} and (out["train"], out["test"]) == (2, 2)       # only the other class is left
+    text = capsys.readouterr().out
+    assert "each image against all others" in text and "(all 1 of the bank)" in text
+    out = eval_knn.main([str(tmp_path), "--data", str(tmp_path / "images" / "train"), "--device", "cpu", "--k", "3",
+                         "--leave-one-out"])
+    assert out["knn"][3] == 100 and out["train"] == out["test"] == 15   # 17 less the tenth of each class held out
+
+
+def test_command_line_on_a_long_tailed_run(tmp_path, capsys):
+    """Training itself on a long tail, then k-NN by groups beside the prototypes that each group has."""
+    write_images(tmp_path / "images", "train", (40, 40))
+    write_images(tmp_path / "images", "val", (5, 5), seed=1)
+    train.main(["--data", str(tmp_path / "images"), "--imbalance", "10", "--steps", "1", "--batch-size", "8",
+                "--num-prototypes", "32", "--partition-size", "16", "--prototypes", "frozen", "--device", "cpu",
+                "--head-hidden", "16", "--bottleneck-dim", "16", "--out", str(tmp_path / "run")])
+    capsys.readouterr()
+    out = eval_knn.main([str(tmp_path / "run"), "--device", "cpu", "--k", "3", "--head", "30", "--tail", "10"])
+    text, share = capsys.readouterr().out, out["prototypes"]
+    assert out["groups"][3]["classes"] == {"head": 1, "medium": 0, "tail": 1} and out["train"] == 44
+    assert out["groups"][3]["head"] is not None and out["groups"][3]["medium"] is None
+    assert out["groups"]["guess"]["head"] == 100 and out["groups"]["guess"]["tail"] == 0 and out["guess"] == 50
+    assert sum(share.values()) == pytest.approx(100) and share["head"] > 0 and share["medium"] == 0
+    for words in ("head (1)", "tail (1)", "prototypes", "head: classes of more than 30", "tail: of fewer than 10"):
+        assert words in text
+    assert "medium (" not in text                                       # a group without classes has no column
+    won, K = eval_knn.winners(tmp_path / "run", eval_knn.load(str(tmp_path / "images"), imbalance=10)[0])
+    assert K == 32 and won.shape == (44,)
+    assert len(set(won.tolist())) / K == pytest.approx(1 - share["unused"] / 100)
+    out = eval_knn.main([str(tmp_path / "run"), "--device", "cpu", "--k", "3"])               # one group: 40 and 4
+    assert out["prototypes"] is not None and out["groups"][3]["classes"] == {"head": 0, "medium": 1, "tail": 1}
+    out = eval_knn.main([str(tmp_path / "run"), "--device", "cpu", "--k", "3", "--head", "3", "--tail", "4"])
+    assert out["prototypes"] is None and "head (" not in capsys.readouterr().out.split("of fewer than 20")[-1]
+
+
+def test_command_line_takes_weights_of_others(tmp_path, capsys):
+    write_images(tmp_path / "images", "train", (7, 7))
+    write_images(tmp_path / "images", "val", (3, 3), seed=1)
+    torch.manual_seed(0)
+    net = models.build("vit_nano", patch_size=8, img_size=32)
+    torch.save(net.state_dict(), tmp_path / "foreign.pth")
+    with pytest.raises(SystemExit):
+        eval_knn.main([str(tmp_path / "foreign.pth"), "--arch", "vit_nano", "--device", "cpu"])
+    assert "does not say on what data it was trained: give --data" in capsys.readouterr().err
+    common = [str(tmp_path / "foreign.pth"), "--arch=vit_nano", "--device=cpu", "--data", str(tmp_path / "images")]
+    out = eval_knn.main([*common, "--k", "3", "--dump", str(tmp_path / "a.pt")])
+    assert out["knn"][3] == 100 and out["prototypes"] is None
+    larger = eval_knn.main([*common, "--k", "3", "--img-size", "64", "--dump", str(tmp_path / "b.pt")])
+    assert larger["train"] == 14 and "centre-cropped to 64 px" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / f, weights_only=True)["test_x"] for f in ("a.pt", "b.pt"))
+    assert not torch.allclose(a, b) and torch.allclose(a.norm(dim=1), torch.ones(6))
+    x = torch.cat(list(eval_knn.eval_batches(eval_knn.load(str(tmp_path / "images"))[1], 32)))
+    with torch.no_grad():
+        torch.testing.assert_close(a, F.normalize(net.eval()(x)[0], dim=1))
+    for extra, words in ((["--patch-size", "16"], "--patch-size 16"), (["--arch", "vit_huge"], "--arch vit_huge")):
+        with pytest.raises(SystemExit) as caught:
+            eval_knn.main([*common, *extra])
+        assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     calls = []
 
@@ -346,14 +572,14 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
         calls.append((name, kwargs))
         raise ValueError("enough")
     monkeypatch.setattr(eval_knn, "load", load)
-    checkpoint(tmp_path / "ckpt.pt", seed=3, imbalance=50.0, data_root="there")
+    checkpoint(tmp_path / "ckpt.pt", seed=3, imbalance=50.0, imbalance_law="power", data_root="there")
     for extra in ([], ["--data", "cifar10"], ["--data", "shapes", "--data-root", "here"]):
         with pytest.raises(SystemExit):
             eval_knn.main([str(tmp_path), "--device", "cpu", *extra])
-    run = dict(seed=3, img_size=32)
-    assert calls == [("shapes", dict(root="there", imbalance=50.0, **run)),         # the long-tailed bank of the run
-                     ("cifar10", dict(root="there", imbalance=1.0, **run)),         # another set: as it is
-                     ("shapes", dict(root="here", imbalance=50.0, **run))]
+    run, tail = dict(seed=3, img_size=32), dict(imbalance=50.0, imbalance_law="power")
+    assert calls == [("shapes", dict(root="there", **tail, **run)),                 # the long-tailed bank of the run
+                     ("cifar10", dict(root="there", imbalance=1.0, imbalance_law="exp", **run)),    # another: as it is
+                     ("shapes", dict(root="here", **tail, **run))]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -365,9 +591,10 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--dump", "{tmp}/no/such/f.pt"], "--dump .*no/such"),
     (["--dump", "{tmp}"], "--dump"),
     (["--device", "abacus"], "--device abacus"),
+    (["--head", "5", "--tail", "50"], "tail ends at 50"),
 ])
 def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, words):
-    monkeypatch.delattr(eval_knn, "features")                           # refused before the long work, not after it
+    monkeypatch.delattr(eval_knn, "cached")                           # refused before the long work, not after it
     write_images(tmp_path / "images", "train", (2, 2))
     write_images(tmp_path / "images", "val", (1, 1))
     (tmp_path / "loose").mkdir()

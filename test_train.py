@@ -315,10 +315,11 @@ def test_every_equation_stands_in_the_code(tag):
     assert any(tag in text for text in sources().values())
 
 
-ARROWS = {"gmm": set(), "losses": set(), "ddp": set(), "models": set(), "config": set(), "shapes": set(), "views": set(),
-          "monitor": set(), "optim": set(),
-          "data": {"views", "shapes"}, "heads": {"gmm", "losses"}, "eval_knn": {"data", "models"},
-          "checkpoints": set(), "guard": {"ddp"}, "features": {"data", "models", "checkpoints", "guard", "weights", "eval_knn"},
+ARROWS = {"gmm": set(), "losses": {"blocks"}, "blocks": set(), "ddp": set(), "models": set(), "config": set(), "shapes": set(),
+          "views": set(), "monitor": set(), "optim": set(), "groups": set(), "data": {"groups", "shapes", "views"},
+          "heads": {"gmm", "losses"}, "transfer": {"data", "views"}, "features": {"checkpoints", "data", "guard", "models", "views"},
+          "probes": {"views"}, "eval_knn": {"data", "features", "groups", "run"},
+          "eval_linear": {"data", "features", "groups", "models", "probes", "transfer"}, "checkpoints": set(), "guard": {"ddp"},
           "run": {"checkpoints", "config", "ddp", "guard", "heads", "losses", "models"},
           "weights": {"checkpoints", "ddp", "eval_knn", "guard", "run"}}
 

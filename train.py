@@ -64,7 +64,7 @@ def train(args, device, caught):
     if ddp.RANK:
         ddp.barrier()                                   # rank 0 comes first: it may have to download the set
     images, test = data.load(args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
-                             imbalance=args.imbalance)
+                             imbalance=args.imbalance, imbalance_law=args.imbalance_law)
     if ddp.RANK == 0:
         ddp.barrier()
     recipe = views.Recipe(args.img_size, args.local_size, args.local_crops, tuple(args.global_scale),
