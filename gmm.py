@@ -29,6 +29,12 @@ def eta_at(t, a=0.001, c=0.89):
     return 0.99 - 1 / (a * t + 1 / (0.99 - c))
 
 
+def sum_ranks(x, reduce):
+    """reduce(x), which may work in place and return nothing; x on one process (None)."""
+    out = reduce(x) if reduce else x
+    return x if out is None else out
+
+
 class OnlineGMM(nn.Module):
     """A mixture of K Gaussians in D dimensions with diagonal covariances, updated once per training step.
 
@@ -38,17 +44,19 @@ class OnlineGMM(nn.Module):
     rescale     shrink the mean of a component above that weight (A.6)
     var_floor   smallest variance, as a share of the pooled variance of the step
     all_reduce  sums a tensor over the ranks, in place or returning it; None on one process
+    all_gather  joins the rows (n, D) of all ranks; needs `ranks`, their number. None: statistics are summed always
     """
 
-    def __init__(self, K, D, *, chunk=8192, forgetting="responsibility", resurrect=0.3, rescale=True,
-                 var_floor=1e-3, seed=0, all_reduce=None):
+    def __init__(self, K, D, *, chunk=2048, forgetting="responsibility", resurrect=0.3, rescale=True,
+                 var_floor=1e-3, seed=0, all_reduce=None, all_gather=None, ranks=1):
         super().__init__()
         if forgetting not in ("responsibility", "plain"):
             raise ValueError(f"forgetting must be 'responsibility' or 'plain', got {forgetting!r}")
         if resurrect is not None and not 0 < resurrect < 1:
             raise ValueError(f"resurrect must lie in (0, 1) or be None, got {resurrect}")
         self.K, self.D, self.chunk, self.forgetting, self.resurrect = K, D, chunk, forgetting, resurrect
-        self.rescale, self.var_floor, self.seed, self.reduce, self.t = rescale, var_floor, seed, all_reduce, 0
+        self.rescale, self.var_floor, self.seed, self.t = rescale, var_floor, seed, 0
+        self.reduce, self.gather, self.ranks = all_reduce, all_gather, ranks
         for dtype, sizes in ((torch.float32, {"log_pi": (K,), "mu": (K, D), "var": (K, D)}),
                              (torch.float64, {"S_pi": (K,), "S_mu": (K, D), "S_sig": (K, D)})):
             for name, size in sizes.items():
@@ -86,7 +94,7 @@ class OnlineGMM(nn.Module):
         h = h.float()
         if not torch.isfinite(h).all():
             raise ValueError("OnlineGMM.init_from: h holds values that are not finite")
-        _, centre, pooled, rms = self.moments(h, reduce=False)
+        _, centre, pooled, rms = self.moments(h)
         if how == "features":
             gen = torch.Generator().manual_seed(self.seed)
             picks = torch.cat([torch.randperm(len(h), generator=gen) for _ in range(-(-self.K // len(h)))])[:self.K]
@@ -100,7 +108,7 @@ class OnlineGMM(nn.Module):
 
     def directions(self, n):
         """n random unit vectors (n, D), a function of (seed, t): equal on all ranks, new at every update."""
-        g = torch.randn(n, self.D, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.t))    # (n, D)
+        g = torch.randn(n, self.D, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.t))     # (n, D)
         return nn.functional.normalize(g, dim=1)
 
     # ---- A.1 -------------------------------------------------------------------------------------------------------
@@ -110,7 +118,7 @@ class OnlineGMM(nn.Module):
         mu, prec = self.mu[ks] - c, 1 / self.var[ks]                                                         # (|ks|, D)
         w = torch.cat([mu * prec, -0.5 * prec], 1)                                                          # (|ks|, 2D)
         # log N(h | mu, Sigma) = h . mu/Sigma - h^2 . 1/(2 Sigma) - (sum mu^2/Sigma + log Sigma + log 2 pi) / 2
-        const = -0.5 * ((mu * mu * prec).sum(1) - prec.log().sum(1) + self.D * math.log(2 * math.pi))        # (|ks|,)
+        const = -0.5 * ((mu * mu * prec).sum(1) - prec.log().sum(1) + self.D * math.log(2 * math.pi))          # (|ks|,)
         return torch.addmm(self.log_pi[ks] + beta * const, x, w.T, alpha=beta)
 
     @torch.no_grad()
@@ -135,54 +143,61 @@ class OnlineGMM(nn.Module):
         if not 0 <= beta <= 1:
             raise ValueError(f"beta must lie in [0, 1], got {beta}")
         with torch.autocast(h.device.type, enabled=False):
-            return self._update(h.float(), beta, eta, keep)
+            # Over the wire goes the smaller of two: the N x D vectors, of which every rank then makes the same update
+            # (2 MB at N 2,048, D 256), or K (1 + 2D) sums, out and back (269 MB at K 65,536). Gathering repeats the
+            # products on each rank, which a GPU does in milliseconds, and gives the mixture of one process.
+            D, N = self.D, len(h) * self.ranks
+            if self.gather and self.ranks > 1 and N * D < 2 * self.K * (1 + 2 * D):
+                return self._update(self.gather(h.float()), beta, eta, keep, None)
+            return self._update(h.float(), beta, eta, keep, self.reduce)
 
-    def _update(self, h, beta, eta, keep):
-        N, c, pooled, rms = self.moments(h)
+    def _update(self, h, beta, eta, keep, reduce):
+        N, c, pooled, rms = self.moments(h, reduce)
         sane = torch.isfinite(rms)
         x = torch.where(sane, torch.cat([h - c, (h - c) ** 2], 1), 0.)                                         # (n, 2D)
         c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
         floor, blocks = (self.var_floor * pooled).clamp_min(1e-8), self.blocks()
 
         # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, in logs, block after block of K
-        kept = [self.log_joint(x, c, ks, beta) if len(h) * self.K <= keep else None for ks in blocks]
-        log_Z, best = h.new_full((len(h),), -torch.inf), h.new_full((len(h),), -torch.inf)                 # (n,), (n,)
-        for ks, log_p in zip(blocks, kept):
-            log_p = self.log_joint(x, c, ks, beta) if log_p is None else log_p                               # (n, |ks|)
-            log_Z = torch.logaddexp(log_Z, log_p.logsumexp(1))
-            best = torch.maximum(best, log_p.amax(1))
+        fits, kept, back = len(h) * self.K <= keep, [], c.double()
+        log_Z, best = h.new_full((len(h),), -torch.inf), h.new_full((len(h),), -torch.inf)                  # (n,), (n,)
+        first = torch.zeros(len(h), dtype=torch.long, device=h.device)                # (n,), most responsible component
+        for ks in blocks:
+            log_p = self.log_joint(x, c, ks, beta)                                                           # (n, |ks|)
+            top, at = log_p.max(1)                                                                          # (n,), (n,)
+            e = log_p.sub_(top[:, None]).exp_()                          # (n, |ks|), gamma but for a factor of each row
+            log_Z = torch.logaddexp(log_Z, top + e.sum(1).log())
+            first, best = torch.where(top > best, at + ks.start, first), torch.maximum(top, best)
+            kept.append((e, top) if fits else None)
 
-        used = torch.zeros(self.K, device=h.device)                                                               # (K,)
         for i, ks in enumerate(blocks):
-            log_p = self.log_joint(x, c, ks, beta) if kept[i] is None else kept[i]                           # (n, |ks|)
-            kept[i] = None
-            used[ks] = (log_p == best[:, None]).any(0).float()
-            gamma = log_p.sub_(log_Z[:, None]).exp_()                                                        # (n, |ks|)
+            e, top = kept[i] or (self.log_joint(x, c, ks, beta).sub_(log_Z[:, None]).exp_(), log_Z)          # (n, |ks|)
+            kept[i], row = None, (top - log_Z).exp()                                          # (n,): gamma = row_i e_ik
             # A.2  S~ = { sum_i gamma_ik,  sum_i gamma_ik h_i,  sum_i gamma_ik h_i^2 }, of h - c, then shifted back by c
-            T = self.sum_ranks(torch.cat([gamma.sum(0)[:, None], gamma.T @ x], 1)).double()              # (|ks|, 1+2D)
-            T_pi, T_mu, T_sig = T[:, 0], T[:, 1:self.D + 1], T[:, self.D + 1:]
-            T_sig = T_sig + c * (2 * T_mu + c * T_pi[:, None])                                               # (|ks|, D)
-            T_mu = T_mu + c * T_pi[:, None]                                                                  # (|ks|, D)
+            T = torch.cat([(row @ e)[:, None], e.T @ (row[:, None] * x)], 1)                              # (|ks|, 1+2D)
+            T_pi, T_mu, T_sig = sum_ranks(T, reduce).double().split([1, self.D, self.D], 1)
+            T_sig = T_sig.addcmul_(T_mu, back, value=2).addcmul_(T_pi, back * back)                          # (|ks|, D)
+            T_mu = T_mu.addcmul_(T_pi, back)                                                                 # (|ks|, D)
             # A.3  S <- eta^g S + (1 - eta^g) S~,  g = T_pi / N;  1 - eta^g = -expm1(g log eta) keeps g = 1e-6 alive
-            g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)                     # (|ks|,)
-            w = torch.where(sane, -torch.expm1(g * math.log(eta)), 0.)                                         # (|ks|,)
-            self.S_pi[ks] = self.S_pi[ks].lerp(T_pi, w)
-            self.S_mu[ks] = self.S_mu[ks].lerp(T_mu, w[:, None])
-            self.S_sig[ks] = self.S_sig[ks].lerp(T_sig, w[:, None])
+            g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)                   # (|ks|, 1)
+            w = torch.where(sane, -torch.expm1(g * math.log(eta)), 0.)                                       # (|ks|, 1)
+            S_pi = self.S_pi[ks].lerp_(T_pi[:, 0], w[:, 0])                                            # views: in place
+            S_mu, S_sig = self.S_mu[ks].lerp_(T_mu, w), self.S_sig[ks].lerp_(T_sig, w)
             # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
-            S_pi = self.S_pi[ks].clamp_min(torch.finfo(torch.float64).tiny)[:, None]       # "plain" drives it to 0 / 0
-            mu = self.S_mu[ks] / S_pi                                                                        # (|ks|, D)
-            self.mu[ks] = mu.float()
+            S_pi = S_pi.clamp_min(torch.finfo(torch.float64).tiny)[:, None]                # "plain" drives it to 0 / 0
+            mu = torch.div(S_mu, S_pi, out=T_mu)                                                             # (|ks|, D)
+            self.mu[ks] = mu
             # differs: the paper names no floor; round-off can make the difference negative
-            var = torch.maximum(self.S_sig[ks] / S_pi - mu * mu, floor).float()                              # (|ks|, D)
+            var = torch.div(S_sig, S_pi, out=T_sig).addcmul_(mu, mu, value=-1).clamp_(min=floor)             # (|ks|, D)
             self.var[ks] = torch.where(sane, var, self.var[ks])
         # A.5  pi = S_pi / sum_k S_pi
         pi = self.S_pi / self.S_pi.sum()                                                                          # (K,)
         self.log_pi.copy_(pi.log())
 
         self.t += 1
-        split = self.split_resurrect(pi, pooled, rms) if self.resurrect and self.K > 1 else used.new_zeros(())
-        return {"used": (self.sum_ranks(used) > 0).sum(), "pi_max": self.log_pi.max().exp(), "resurrected": split}
+        split = self.split_resurrect(pi, pooled, rms) if self.resurrect and self.K > 1 else pi.new_zeros(())
+        used = sum_ranks(torch.zeros(self.K, device=h.device).index_fill_(0, first, 1.0), reduce)                 # (K,)
+        return {"used": (used > 0).sum(), "pi_max": self.log_pi.max().exp(), "resurrected": split}
 
     def split_resurrect(self, pi, pooled, rms):
         """Components above the weight limit are rescaled (A.6) and share their mass with the lightest, which restart.
@@ -204,7 +219,7 @@ class OnlineGMM(nn.Module):
         half = (self.S_pi[k] + self.S_pi[j]) / 2                                                                  # (n,)
         # differs: "scale-aware random initialization" is read as a random direction as long as the typical vector, and
         # "reset its variance" as the pooled variance of the step
-        fresh = rms * self.directions(n).to(self.mu.device)                                                     # (n, D)
+        fresh = rms * self.directions(n).to(self.mu.device, non_blocking=True)                                  # (n, D)
         self.mu[j] = torch.where(heavy[:, None], fresh, self.mu[j])
         self.var[j] = torch.where(heavy[:, None], pooled.clamp_min(1e-8), self.var[j])
         self.to_stats(k, half, heavy)
@@ -216,14 +231,10 @@ class OnlineGMM(nn.Module):
     def blocks(self):
         return [slice(k, min(k + self.chunk, self.K)) for k in range(0, self.K, self.chunk)]
 
-    def sum_ranks(self, x):
-        out = self.reduce(x) if self.reduce else x
-        return x if out is None else out
-
-    def moments(self, h, reduce=True):
+    def moments(self, h, reduce=None):
         """N, mean (D,), pooled variance and root mean square norm of h, over all ranks: one small reduction."""
-        s = torch.cat([h.new_tensor([float(len(h))]), h.sum(0), (h * h).sum(0)]).double()                      # (1+2D,)
-        s = self.sum_ranks(s) if reduce else s
+        s = torch.cat([h.new_full((1,), len(h)), h.sum(0), (h * h).sum(0)]).double()                      # (1+2D,)
+        s = sum_ranks(s, reduce)
         N, mean, square = s[0], s[1:self.D + 1] / s[0], s[self.D + 1:] / s[0]
         return N, mean.float(), (square - mean * mean).mean().clamp_min(0).float(), square.sum().sqrt().float()
 

@@ -303,23 +303,43 @@ def test_gpu_equals_cpu():
         assert torch.allclose(x.double(), y.cpu().double(), rtol=1e-4, atol=1e-5)
 
 
+def gather(h):
+    parts = [torch.empty_like(h) for _ in range(2)]
+    torch.distributed.all_gather(parts, h)
+    return torch.cat(parts)
+
+
 def two_ranks(rank, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29_600 + os.getppid() % 300))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    gmm, _, h = mixture(all_reduce=torch.distributed.all_reduce, resurrect=0.05)              # in place, returns None
-    for t in range(6):
-        gmm.update((h + 0.1 * t).chunk(2)[rank], 0.3, eta_at(t))
-    torch.save(gmm.state_dict(), f"{path}/{rank}.pt")
+    for way, more in (("summed", {}), ("gathered", {"all_gather": gather, "ranks": 2})):
+        gmm, _, h = mixture(all_reduce=torch.distributed.all_reduce, resurrect=0.05, **more)     # in place, returns None
+        for t in range(6):
+            gmm.update((h + 0.1 * t).chunk(2)[rank], 0.3, eta_at(t))
+        torch.save(gmm.state_dict(), f"{path}/{way}{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_equal_one(tmp_path):
-    """Real gloo processes with half the vectors each: bitwise equal to each other, and equal to one process."""
+    """Real gloo processes with half the vectors each, by either way: bitwise equal to each other, and equal to one process;
+    where the vectors are gathered, to the bit."""
     mp.spawn(two_ranks, (str(tmp_path),), nprocs=2)
     one, _, h = mixture(resurrect=0.05)
     for t in range(6):
         one.update(h + 0.1 * t, 0.3, eta_at(t))
-    a, b = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in (0, 1))
-    for name, value in one.named_buffers():
-        assert torch.equal(a[name], b[name])
-        assert torch.allclose(a[name].double(), value.double(), rtol=1e-5, atol=1e-6), name
+    for way in ("summed", "gathered"):
+        a, b = (torch.load(tmp_path / f"{way}{r}.pt", weights_only=True) for r in (0, 1))
+        for name, value in one.named_buffers():
+            assert torch.equal(a[name], b[name])
+            assert torch.allclose(a[name].double(), value.double(), rtol=1e-5, atol=1e-6), name
+            assert way == "summed" or torch.equal(a[name], value), name
+
+
+@pytest.mark.parametrize("N, ways", [(150, ["gather"]), (200, ["reduce"])])
+def test_the_smaller_of_vectors_and_statistics_goes_over_the_wire(N, ways):
+    """Two ranks in pretence, K 40, D 6: 2 N D floats against 2 K (1 + 2D) = 1,040."""
+    seen = set()
+    gmm, _, _ = mixture(all_reduce=lambda x: (seen.add("reduce"), 2 * x)[1], ranks=2,
+                        all_gather=lambda h: (seen.add("gather"), torch.cat([h, h]))[1])
+    gmm.update(torch.randn(N // 2, 6, generator=torch.Generator().manual_seed(0)), 0.3, 0.9)
+    assert seen == set(ways)
