@@ -78,8 +78,8 @@ def parser():
     flag("--head-norm", action=on_off, default=False, help="h of length one (papers: DINO yes, CARP no)")
     flag = p.add_argument_group("method and prototypes (results)").add_argument
     flag("--method", default="carp", choices=["carp", "carl"], help="loss; carl is carp with one block of K prototypes")
-    flag("--prototypes", default="decoupled", choices=["joint", "kp", "frozen", "decoupled"],
-         help="trained by the loss, that + KoLeo, random, or means of an online mixture")
+    flag("--prototypes", default="decoupled", choices=["joint", "kp", "frozen", "decoupled", "live"],
+         help="trained by the loss, that + KoLeo, random, means of the paper's online mixture, or of ours (live.py)")
     flag("--num-prototypes", type=int, default=1024, metavar="K", help="prototypes (65536 in the papers)")
     flag("--partition-size", type=int, default=128, metavar="P", help="prototypes per softmax of CARP (512 official)")
     flag("--logit-scale", type=float, default=1.0, help="factor on all logits, an inverse temperature (CARP: 1)")
@@ -91,10 +91,17 @@ def parser():
     flag("--beta", type=float, nargs=2, default=[0.1, 0.5], metavar=("START", "END"), help="A.1; 1 1: no annealing")
     flag("--eta-a", type=float, default=0.001, help="A.7, how fast eta rises")
     flag("--eta-c", type=float, default=0.89, help="A.7, where eta starts")
-    flag("--forgetting", default="responsibility", choices=["responsibility", "plain"], help="A.3 (Table A.1, row 1)")
+    flag("--forgetting", default="responsibility", choices=["responsibility", "plain", "sample"],
+         help="A.3; plain: Table A.1, row 1; sample: per vector, as Celaya and Agostini's rule that A.3 cites")
     flag("--resurrect", type=float, default=0.3, help="weight above which a component is split; 0: never")
     flag("--rescale", action=on_off, default=True, help="A.6, for components above that weight")
     flag("--var-floor", type=float, default=1e-3, help="smallest variance, as a share of the pooled variance")
+    flag = p.add_argument_group("mixture: --prototypes live (results)").add_argument
+    flag("--live-start", type=float, default=0.5,
+         help="step or share of the run at which it starts; means that follow earlier hold the encoder back")
+    flag("--live-eta", type=float, default=0.95, help="L.3, forgetting per vector won: a mean remembers 1/(1 - eta)")
+    flag("--live-patience", type=float, default=8.0, help="L.5, vectors per prototype until one that won none restarts")
+    flag("--live-apart", type=float, default=0.026, help="L.4, cosine distance below which twins part; 0: they stay")
     flag = p.add_argument_group("optimiser and schedules (results)").add_argument
     flag("--epochs", type=float, default=5.0, help="length of the run in passes over the images")
     flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
@@ -125,6 +132,7 @@ def parse(argv=None):
     p.set_defaults(**PRESETS.get(known.parse_known_args(argv)[0].preset, {}))
     args = p.parse_args(argv)
     check(args, p.error)
+    args.gmm_start = args.live_start if args.prototypes == "live" else args.gmm_start
     args.device = device(args, p.error)
     args.resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
@@ -140,11 +148,11 @@ def check(args, error):
                  "stop_at", "save_every", "keep_every"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(a, name)}")
-    for name in ("epochs", "lr", "logit_scale", "var_floor"):
+    for name in ("epochs", "lr", "logit_scale", "var_floor", "live_patience"):
         if not 0 < getattr(a, name) < float("inf"):
             error(f"--{name.replace('_', '-')} must be positive, got {getattr(a, name)}")
     for name in ("local_crops", "workers", "seed", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end",
-                 "clip_grad", "gmm_start", "eta_a"):
+                 "clip_grad", "gmm_start", "eta_a", "live_start", "live_apart"):
         if not 0 <= getattr(a, name) < float("inf"):
             error(f"--{name.replace('_', '-')} must not be negative, got {getattr(a, name)}")
     for name in ("jitter_p", "gray", "momentum"):
@@ -162,6 +170,8 @@ def check(args, error):
         error(f"--jitter needs values of at least 0 and a hue of at most 0.5, got {b} {c} {s} {h}")
     if not 0 < a.eta_c < 0.99:
         error(f"--eta-c must lie in (0, 0.99), the range in which A.7 rises to 0.99, got {a.eta_c}")
+    if not 0 < a.live_eta < 1:
+        error(f"--live-eta must lie in (0, 1), got {a.live_eta}")
     if not 0 <= a.resurrect < 1:
         error(f"--resurrect must lie in [0, 1), got {a.resurrect}")
     if not 0 <= a.drop_path < 1:
@@ -190,7 +200,7 @@ def check(args, error):
 
 def device(args, error):
     """cuda, mps or cpu for --device auto; an unavailable one is an error. MPS has no float64, as the mixture needs."""
-    name, mixture = args.device, args.prototypes == "decoupled"
+    name, mixture = args.device, args.prototypes in ("decoupled", "live")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(d for d in ("cuda", "mps", "cpu") if there[d] and not (d == "mps" and mixture))
@@ -200,7 +210,7 @@ def device(args, error):
     if not there[kind]:
         error(f"--device {name}: torch {torch.__version__} finds no such device here")
     if kind == "mps" and mixture:
-        error("--device mps has no float64, which --prototypes decoupled needs; use --device cpu")
+        error(f"--device mps has no float64, which --prototypes {args.prototypes} needs; use --device cpu")
     return name
 
 

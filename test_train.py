@@ -24,7 +24,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "3", "--num-prototypes", "16", "--partition-size", "8",
         "--bottleneck-dim", "8", "--head-hidden", "16", "--local-crops", "1", "--eval-bank", "60", "--eval-queries", "40",
         "--log-every", "1", "--eval-every", "3", "--gmm-start", "1"]
-GRID = [(m, p) for m in ("carp", "carl") for p in ("joint", "kp", "frozen", "decoupled")]
+GRID = [(m, p) for m in ("carp", "carl") for p in ("joint", "kp", "frozen", "decoupled", "live")]
 
 
 @functools.lru_cache
@@ -77,7 +77,7 @@ def test_every_method_and_prototype_set_trains(tmp_path, method, prototypes):
     saved, log = ckpt(tmp_path), rows(tmp_path)
     assert saved["step"] == 3 and saved["args"]["method"] == method and [int(r["step"]) for r in log] == [0, 1, 2, 3]
     assert all(k.startswith(("backbone.", "head.")) for net in ("student", "teacher") for k in saved[net])
-    assert saved["prototypes"]["vectors"].shape == (16, 8) and bool(saved["gmm"]) == (prototypes == "decoupled")
+    assert saved["prototypes"]["vectors"].shape == (16, 8) and bool(saved["gmm"]) == (prototypes in ("decoupled", "live"))
     assert (metrics["drift"] == 0) == (prototypes == "frozen")
     assert (float(log[-1]["penalty"]) != 0) == (prototypes == "kp")
     assert json.load(open(tmp_path / "args.json"))["prototypes"] == prototypes
@@ -98,10 +98,10 @@ def test_teacher_starts_as_the_student_and_shares_no_storage():
     assert shared is same_set
 
 
-@pytest.mark.parametrize("prototypes", ["joint", "decoupled"])
+@pytest.mark.parametrize("prototypes", ["joint", "decoupled", "live"])
 def test_one_step_moves_what_it_should(tmp_path, prototypes):
     """Every student tensor moves; the teacher moves (1 - m) of the way to it; prototypes by gradient or by the mixture."""
-    flags = ["--prototypes", prototypes, "--steps", "40", "--gmm-start", "0", "--momentum", "0.9", "--stop-at", "1"]
+    flags = ["--prototypes", prototypes, "--steps", "40", "--gmm-start", "0", "--live-start", "0", "--momentum", "0.9", "--stop-at", "1"]
     start = train.networks(config.parse([*TINY, *flags]), torch.device("cpu"), 0)[0].state_dict()
     start = {k: v.clone() for k, v in start.items()}
     run(tmp_path, *flags, "--warmup-epochs", "0")
@@ -268,7 +268,7 @@ def test_every_equation_stands_in_the_code(tag):
 
 
 ARROWS = {"gmm": set(), "losses": set(), "ddp": set(), "models": set(), "config": set(), "shapes": set(), "views": set(),
-          "data": {"views", "shapes"}, "heads": {"gmm", "losses"}, "eval_knn": {"data", "models"},
+          "data": {"views", "shapes"}, "heads": {"gmm", "live", "losses"}, "live": set(), "eval_knn": {"data", "models"},
           "checkpoints": set(), "guard": {"ddp"}, "run": {"checkpoints", "config", "ddp", "guard", "heads", "models"},
           "weights": {"checkpoints", "ddp", "eval_knn", "guard", "run"}}
 
