@@ -16,7 +16,8 @@
     L.3  n_k <- w n_k + g,   mu_k <- mu_k + g / n_k (u_k - mu_k),   w = eta^r_k, g = (1 - w) / (1 - eta), u_k = mean of
          the u that k won
     L.4  a winner and the mean nearest to it are twins if their cosine is above 1 - apart: the later one must restart
-    L.5  components that must, or won nothing in patience K vectors, restart on the vectors farthest from their winners
+    L.5  components that must, or won nothing in patience K vectors, restart on the vectors farthest from their winners,
+         leaving out twins of farther vectors
 
 # differs: every line departs from Appendix A. What was measured on `shapes` and led to it:
 
@@ -30,10 +31,12 @@
 * L.4. Unique prototypes do not follow from decoupling: where vectors are dense, so are their means. `apart` a little
   above the eps of Def. 2.1 asks for what the definition counts, so unique(eps) is then built in, not a finding.
 * L.5 for split-resurrect. A.3 leaves the weight of a component without vectors as it is, so weights do not tell the
-  dead; wins do. The farthest vectors (as k-means++ prefers) rather than random ones, which are often twins of others.
+  dead; wins do. The farthest vectors (as k-means++ prefers) rather than random ones, which are often twins of others;
+  farthest after L.3, since a young mean goes most of the way to what it won, and not both views of one image.
 
 Every rank passes the vectors of all ranks and gets the same result: nothing is drawn after the start, and no statistic
-needs a reduction. A step costs two (N, D) x (D, K) products; gmm.update's A.1 and A.2 are worth four.
+needs a reduction. A step costs two (N, D) x (D, K) products on every rank; gmm.update's A.1 and A.2 are worth four,
+shared by the ranks.
 """
 import torch
 from torch import nn
@@ -105,7 +108,7 @@ class LiveMixture(nn.Module):
         N = len(h)
         u = F.normalize(self.centred(h), dim=1)                                                                # (N, D)
         # L.2  gamma_ik = 1 for k = argmax_k  u_i . mu_k / |mu_k|
-        cos, k = (x[:, 0] for x in self.nearest(u))                                                         # (N,) (N,)
+        k = self.nearest(u)[1][:, 0]                                                                              # (N,)
 
         # L.3  n <- w n + g,  mu <- mu + g / n (u_k - mu),  w = eta^r, g = (1 - w) / (1 - eta)
         # a row for each vector: those of one winner are equal, so that it does not matter which of them is written
@@ -129,9 +132,12 @@ class LiveMixture(nn.Module):
 
         # L.5  what must, or won nothing in patience K vectors, restarts on the vectors farthest from their winners
         R = min(N, max(1, int(self.pace * self.K)))
+        cos = (u * F.normalize(self.mu[k], dim=1)).sum(1)             # (N,), to winners that have moved to them already
+        far = u[cos.argsort(stable=True)]                                                      # (N, D), farthest first
+        twin = (far @ far.T > 1 - self.apart).tril(-1).any(1) & (self.apart > 0)   # (N,), of a farther one: two views
+        far = far[twin.byte().argsort(stable=True)[:R]]                                                         # (R, D)
         j = self.idle.argsort(descending=True, stable=True)[:R]                                                   # (R,)
-        dead = (self.idle[j] > self.patience * self.K) & sane                                                     # (R,)
-        far = u[cos.argsort(stable=True)[:R]]                                                                   # (R, D)
+        dead = (self.idle[j] > self.patience * self.K) & (torch.arange(R, device=h.device) < N - twin.sum()) & sane
         self.mu[j] = torch.where(dead[:, None], far, self.mu[j])
         self.n[j] = torch.where(dead, 1., self.n[j])
         self.idle[j] = torch.where(dead, 0., self.idle[j])

@@ -37,7 +37,6 @@ def loop(state, h, eta, patience, apart, pace, f):
     u = [[a - b for a, b in zip(x, m)] for x in h]
     u = [[a / math.sqrt(sum(b * b for b in x)) for a in x] for x in u]
     order = [sorted(range(K), key=lambda k: -cosine(x, mu[k])) for x in u]
-    best = [cosine(x, mu[o[0]]) for x, o in zip(u, order)]
     for k in range(K):
         won = [x for x, o in zip(u, order) if o[0] == k]
         if won:
@@ -52,8 +51,10 @@ def loop(state, h, eta, patience, apart, pace, f):
         if cosine(mu[twin], mu[k]) > 1 - apart:
             idle[max(k, twin)] = math.inf
     dead = [k for k in sorted(range(K), key=lambda k: -idle[k]) if idle[k] > patience * K][:min(N, max(1, int(pace * K)))]
-    far = sorted(range(N), key=lambda i: best[i])
-    for k, i in zip(dead, far):
+    far = sorted(range(N), key=lambda i: cosine(u[i], mu[order[i][0]]))
+    alone = [i for p, i in enumerate(far) if not any(cosine(u[i], u[j]) > 1 - apart for j in far[:p])] if apart else far
+    dead = dead[:len(alone)]
+    for k, i in zip(dead, alone):
         mu[k], n[k], idle[k] = u[i], 1.0, 0.0
     return (m, mu, n, idle), len(dead)
 
@@ -73,6 +74,14 @@ def test_L1_to_L5_against_a_plain_loop(apart, patience):
         assert int(report["resurrected"]) == dead
         restarts += dead
     assert (restarts > 0) == (apart > 0)
+
+
+def test_L1_starts_at_the_first_mean():
+    gmm, (a, b, *_) = LiveMixture(10, 6, follow=0.1), batches()
+    gmm.centre(a)
+    assert torch.allclose(gmm.m, a.mean(0))
+    gmm.centre(b)
+    assert torch.allclose(gmm.m, 0.9 * a.mean(0) + 0.1 * b.mean(0))
 
 
 def test_L2_responsibilities_are_the_nearest_direction_from_m():
