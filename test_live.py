@@ -124,6 +124,17 @@ def test_L5_idle_components_restart_after_patience_and_not_before():
     assert (h @ gmm.mu[west]).max() == pytest.approx(1) and float(gmm.n[west]) == 1
 
 
+def test_L5_two_views_of_one_image_take_one_component():
+    """Three components wait, three vectors came, two of them equal: two restart, on different vectors; one waits on."""
+    gmm = LiveMixture(4, 2, pace=1.0)
+    gmm.init_from(torch.eye(2))
+    gmm.mu.copy_(torch.tensor([[2., 1.], [0., -1.], [-.5, -1.], [-1., -.4]]))
+    gmm.idle[1:] = math.inf
+    report = gmm.update(torch.tensor([[1., .2], [-.2, 1.], [-.2, 1.]]))
+    assert int(report["resurrected"]) == 2 and gmm.idle.tolist() == [0, 0, 0, math.inf]
+    assert float((F.normalize(gmm.mu[1], dim=0) * F.normalize(gmm.mu[2], dim=0)).sum()) < 0.1
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 10, 999])
 def test_any_chunk(chunk):
     a, b = started(chunk=chunk, apart=0.3), started(apart=0.3)
