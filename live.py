@@ -17,7 +17,7 @@
          the u that k won
     L.4  a winner and the mean nearest to it are twins if their cosine is above 1 - apart: the later one must restart
     L.5  components that must, or won nothing in patience K vectors, restart on the vectors farthest from their winners,
-         leaving out twins of farther vectors
+         leaving out twins of farther vectors and of their winners
 
 # differs: every line departs from Appendix A. What was measured on `shapes` and led to it:
 
@@ -133,8 +133,10 @@ class LiveMixture(nn.Module):
         # L.5  what must, or won nothing in patience K vectors, restarts on the vectors farthest from their winners
         R = min(N, max(1, int(self.pace * self.K)))
         cos = (u * F.normalize(self.mu[k], dim=1)).sum(1)             # (N,), to winners that have moved to them already
-        far = u[cos.argsort(stable=True)]                                                      # (N, D), farthest first
-        twin = (far @ far.T > 1 - self.apart).tril(-1).any(1) & (self.apart > 0)   # (N,), of a farther one: two views
+        cos, order = cos.sort(stable=True)                                                    # (N,) (N,) farthest first
+        far = u[order]                                                                                          # (N, D)
+        twin = (far @ far.T > 1 - self.apart).tril(-1).any(1) | (cos > 1 - self.apart)       # (N,) of another, of a mean
+        twin &= self.apart > 0
         far = far[twin.byte().argsort(stable=True)[:R]]                                                         # (R, D)
         j = self.idle.argsort(descending=True, stable=True)[:R]                                                   # (R,)
         dead = (self.idle[j] > self.patience * self.K) & (torch.arange(R, device=h.device) < N - twin.sum()) & sane

@@ -52,7 +52,8 @@ def loop(state, h, eta, patience, apart, pace, f):
             idle[max(k, twin)] = math.inf
     dead = [k for k in sorted(range(K), key=lambda k: -idle[k]) if idle[k] > patience * K][:min(N, max(1, int(pace * K)))]
     far = sorted(range(N), key=lambda i: cosine(u[i], mu[order[i][0]]))
-    alone = [i for p, i in enumerate(far) if not any(cosine(u[i], u[j]) > 1 - apart for j in far[:p])] if apart else far
+    alone = [i for p, i in enumerate(far) if not any(cosine(u[i], u[j]) > 1 - apart for j in far[:p])
+             and cosine(u[i], mu[order[i][0]]) <= 1 - apart] if apart else far
     dead = dead[:len(alone)]
     for k, i in zip(dead, alone):
         mu[k], n[k], idle[k] = u[i], 1.0, 0.0
