@@ -80,7 +80,7 @@ def parser():
     flag = p.add_argument_group("data (results)").add_argument
     flag("--data", default="shapes", help="shapes (built in), cifar10, cifar100, stl10, or a folder of images")
     flag("--data-root", default="data", help="where downloaded sets are kept")
-    flag("--imbalance", type=float, default=1.0, help="long tail: largest class over smallest; the test split stays whole")
+    flag("--imbalance", type=float, default=1.0, help="long tail: largest class over smallest; test split untouched")
     flag("--imbalance-law", default="exp", choices=["exp", "power"],
          help="sizes fall by one factor per class, or as (c + 1)^-a")
     flag("--img-size", type=int, default=32, help="side of the two global crops, pixels")
@@ -107,9 +107,9 @@ def parser():
     flag = p.add_argument_group("method and prototypes (results)").add_argument
     flag("--method", default="carp", choices=["carp", "carl", "dino"],
          help="loss; carl is carp with one block of K prototypes")
-    flag("--prototypes", default="decoupled", choices=["joint", "kp", "vmf", "frozen", "decoupled"],
-         help="trained by the loss, that + KoLeo, that with lengths as concentrations (dino), random, or means of an "
-         "online mixture")
+    flag("--prototypes", default="decoupled", choices=["joint", "kp", "vmf", "frozen", "decoupled", "live"],
+         help="trained by the loss, that + KoLeo, that with lengths as concentrations (dino), random, means of the "
+         "paper's online mixture, or of ours (live.py)")
     flag("--kp-weight", type=float, help="KoLeo on trained prototypes; None: 0.1 (B.1) with kp, else 0")
     flag("--norm-last-layer", action=on_off, default=True, help="joint and kp: no lengths to train, as published")
     flag("--freeze-prototypes", type=float, default=0.0, metavar="EPOCHS",
@@ -126,17 +126,23 @@ def parser():
     flag("--targets", choices=["center", "prob", "sinkhorn"],
          help="what keeps the teacher from one prototype: a centre of logits, one of log-probabilities, or "
          "Sinkhorn-Knopp; None: prob for vmf, else center")
-    flag = p.add_argument_group("mixture: --prototypes decoupled (results)").add_argument
+    flag = p.add_argument_group("mixture: --prototypes decoupled; its start also of live (results)").add_argument
     flag("--gmm-init", default="features", choices=["features", "random"], help="start of the means; random dies")
-    flag("--gmm-start", type=float, default=0.75,
-         help="step at which the mixture starts, or below 1 the share of the run; before, h still turns too fast")
+    flag("--gmm-start", type=float,
+         help="step at which the mixture starts, or below 1 the share of the run; before, h still turns too fast; "
+         "None: 0.75, and 0.5 for live")
     flag("--beta", type=float, nargs=2, default=[0.1, 0.5], metavar=("START", "END"), help="A.1; 1 1: no annealing")
     flag("--eta-a", type=float, default=0.001, help="A.7, how fast eta rises")
     flag("--eta-c", type=float, default=0.89, help="A.7, where eta starts")
-    flag("--forgetting", default="responsibility", choices=["responsibility", "plain"], help="A.3 (Table A.1, row 1)")
+    flag("--forgetting", default="responsibility", choices=["responsibility", "plain", "sample"],
+         help="A.3; plain: Table A.1, row 1; sample: per vector, as Celaya and Agostini's rule that A.3 cites")
     flag("--resurrect", type=float, default=0.3, help="weight above which a component is split; 0: never")
     flag("--rescale", action=on_off, default=True, help="A.6, for components above that weight")
     flag("--var-floor", type=float, default=1e-3, help="smallest variance, as a share of the pooled variance")
+    flag = p.add_argument_group("mixture: --prototypes live (results)").add_argument
+    flag("--live-eta", type=float, default=0.95, help="L.3, forgetting per vector won: a mean remembers 1/(1 - eta)")
+    flag("--live-patience", type=float, default=8.0, help="L.5, vectors per prototype until one that won none restarts")
+    flag("--live-apart", type=float, default=0.026, help="L.4, cosine distance below which twins part; 0: they stay")
     flag = p.add_argument_group("optimiser and schedules (results)").add_argument
     flag("--epochs", type=float, default=5.0, help="length of the run in passes over the images")
     flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
@@ -198,6 +204,7 @@ def complete(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     default("head_norm", args.method == "dino")
+    default("gmm_start", 0.5 if args.prototypes == "live" else 0.75)
     default("targets", "prob" if args.prototypes == "vmf" else "center")
     default("kp_weight", 0.1 if args.prototypes == "kp" else 0.0)
 
@@ -210,11 +217,12 @@ def check(args, error):
                  "stop_at", "save_every", "keep_every"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(a, name)}")
-    for name in ("epochs", "lr", "logit_scale", "var_floor", "student_temp"):
+    for name in ("epochs", "lr", "logit_scale", "var_floor", "student_temp", "live_patience"):
         if not 0 < getattr(a, name) < float("inf"):
             error(f"--{name.replace('_', '-')} must be positive, got {getattr(a, name)}")
     for name in ("local_crops", "workers", "seed", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end",
-                 "clip_grad", "gmm_start", "eta_a", "kp_weight", "freeze_prototypes", "teacher_temp_epochs"):
+                 "clip_grad", "gmm_start", "eta_a", "kp_weight", "freeze_prototypes", "teacher_temp_epochs",
+                 "live_apart"):
         if not 0 <= getattr(a, name) < float("inf"):
             error(f"--{name.replace('_', '-')} must not be negative, got {getattr(a, name)}")
     for name in ("jitter_p", "gray", "momentum"):
@@ -238,6 +246,8 @@ def check(args, error):
         error(f"--jitter needs values of at least 0 and a hue of at most 0.5, got {b} {c} {s} {h}")
     if not 0 < a.eta_c < 0.99:
         error(f"--eta-c must lie in (0, 0.99), the range in which A.7 rises to 0.99, got {a.eta_c}")
+    if not 0 < a.live_eta < 1:
+        error(f"--live-eta must lie in (0, 1), got {a.live_eta}")
     if not 0 <= a.resurrect < 1:
         error(f"--resurrect must lie in [0, 1), got {a.resurrect}")
     if not 0 <= a.drop_path < 1:
@@ -266,7 +276,7 @@ def check(args, error):
 
 def device(args, error):
     """cuda, mps or cpu for --device auto; an unavailable one is an error. MPS has no float64, as the mixture needs."""
-    name, mixture = args.device, args.prototypes == "decoupled"
+    name, mixture = args.device, args.prototypes in ("decoupled", "live")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(d for d in ("cuda", "mps", "cpu") if there[d] and not (d == "mps" and mixture))
@@ -276,7 +286,7 @@ def device(args, error):
     if not there[kind]:
         error(f"--device {name}: torch {torch.__version__} finds no such device here")
     if kind == "mps" and mixture:
-        error("--device mps has no float64, which --prototypes decoupled needs; use --device cpu")
+        error(f"--device mps has no float64, which --prototypes {args.prototypes} needs; use --device cpu")
     return name
 
 

@@ -39,7 +39,8 @@ class OnlineGMM(nn.Module):
     """A mixture of K Gaussians in D dimensions with diagonal covariances, updated once per training step.
 
     chunk       components handled at a time: bounds memory, never changes the result
-    forgetting  "responsibility": eta to the power of g (A.3); "plain": eta itself (Table A.1, row 1: it starves)
+    forgetting  "responsibility": eta to the power of g (A.3); "plain": eta itself (Table A.1, row 1: it starves);
+                "sample": eta to the power of T_pi, the gain of Celaya and Agostini that A.3 goes back to
     resurrect   weight above which a component is split (0.3 in B.1), None: never
     rescale     shrink the mean of a component above that weight (A.6)
     var_floor   smallest variance, as a share of the pooled variance of the step
@@ -50,8 +51,8 @@ class OnlineGMM(nn.Module):
     def __init__(self, K, D, *, chunk=2048, forgetting="responsibility", resurrect=0.3, rescale=True,
                  var_floor=1e-3, seed=0, all_reduce=None, all_gather=None, ranks=1):
         super().__init__()
-        if forgetting not in ("responsibility", "plain"):
-            raise ValueError(f"forgetting must be 'responsibility' or 'plain', got {forgetting!r}")
+        if forgetting not in ("responsibility", "plain", "sample"):
+            raise ValueError(f"forgetting must be 'responsibility', 'plain' or 'sample', got {forgetting!r}")
         if resurrect is not None and not 0 < resurrect < 1:
             raise ValueError(f"resurrect must lie in (0, 1) or be None, got {resurrect}")
         self.K, self.D, self.chunk, self.forgetting, self.resurrect = K, D, chunk, forgetting, resurrect
@@ -104,7 +105,9 @@ class OnlineGMM(nn.Module):
         else:
             mu, var = rms * self.directions(self.K).to(h.device), rms ** 2 / self.D     # one component covers the cloud
         var = var.clamp_min(1e-8).expand(self.K, self.D)
-        self.set_params(mu, var, h.new_full((self.K,), 1 / self.K), len(h) / self.K if mass is None else mass)
+        mass = len(h) / self.K if mass is None else mass
+        mass = 1.0 if self.forgetting == "sample" else mass                                  # the start is one sample
+        self.set_params(mu, var, h.new_full((self.K,), 1 / self.K), mass)
 
     def directions(self, n):
         """n random unit vectors (n, D), a function of (seed, t): equal on all ranks, new at every update."""
@@ -180,6 +183,12 @@ class OnlineGMM(nn.Module):
             T_mu = T_mu.addcmul_(T_pi, back)                                                                 # (|ks|, D)
             # A.3  S <- eta^g S + (1 - eta^g) S~,  g = T_pi / N;  1 - eta^g = -expm1(g log eta) keeps g = 1e-6 alive
             g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)                   # (|ks|, 1)
+            if self.forgetting == "sample":
+                # differs (this choice alone): the rule A.3 is taken from counts samples, not steps. Each one takes its
+                # S <- eta^gamma_ik S + (1 - eta^gamma_ik) / (1 - eta) {1, h, h^2}; all of a step at once, g = sum_i
+                # gamma_ik and S~ becomes its mean sample times 1 / (1 - eta), the number of samples S remembers
+                g, n = T_pi, ((1 - eta) * T_pi).clamp_min(torch.finfo(torch.float64).tiny)                   # (|ks|, 1)
+                T_pi, T_mu, T_sig = T_pi / n, T_mu / n, T_sig / n
             w = torch.where(sane, -torch.expm1(g * math.log(eta)), 0.)                                       # (|ks|, 1)
             S_pi = self.S_pi[ks].lerp_(T_pi[:, 0], w[:, 0])                                            # views: in place
             S_mu, S_sig = self.S_mu[ks].lerp_(T_mu, w), self.S_sig[ks].lerp_(T_sig, w)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gmm import OnlineGMM, eta_at
+from live import LiveMixture
 from losses import koleo
 
 
@@ -65,11 +66,15 @@ class Frozen(nn.Module):
         """(K, D), the rows that h is multiplied with."""
         return self.start
 
+    def centred(self, h):
+        """What of h (..., D) is multiplied with the directions: all of it."""
+        return h.float()
+
     def logits(self, h, ks=None):
         """h (..., D) -> (..., K), or (..., len(ks)) for some of the prototypes; float32 also under autocast."""
         with torch.autocast(h.device.type, enabled=False):
             C = self.directions()
-            return self.scale * (h.float() @ (C if ks is None else C[ks]).T)
+            return self.scale * (self.centred(h) @ (C if ks is None else C[ks]).T)
 
     def bias(self, tau):
         """What comes on top of logits / tau inside a softmax: (K,), or 0."""
@@ -181,7 +186,7 @@ class Decoupled(Frozen):
     def step(self, h, step=0, beta=0.5):
         """Eq. 3: one online-EM step on the teacher vectors h (n, D) of this rank; step counts from 0."""
         if not self.started:
-            self.wait(h, step)
+            self.wait(self.all_gather(h), step)
         if not self.started:
             return {}
         eta = eta_at(step - self.begin, self.a, self.c)
@@ -189,16 +194,20 @@ class Decoupled(Frozen):
 
     @torch.no_grad()
     def wait(self, h, step):
-        """Before the mixture starts: collect the last K teacher vectors, and start from them when the step has come."""
-        K, h = len(self.start), self.all_gather(h)                                                              # (N, D)
-        N, h = len(h), h[torch.isfinite(h).all(1)]              # as the run skips such steps, the queue skips vectors
+        """Before the mixture starts: collect the last K teacher vectors, h (N, D) those of this step and of all ranks,
+        and start from them when the step has come."""
+        K, N = len(self.start), len(h)
+        h = h[torch.isfinite(h).all(1)]                         # as the run skips such steps, the queue skips vectors
         if step >= self.begin - -(-K // N):                                   # the steps before cannot be in the queue
             self.gmm.mu.copy_(torch.cat([self.gmm.mu, h])[-K:])
             self.queued = min(self.queued + len(h), K)
         if step >= self.begin and self.queued:
-            self.gmm.init_from(self.gmm.mu[K - self.queued:].clone(), self.init, mass=N / K)
+            self.begin_on(self.gmm.mu[K - self.queued:].clone(), N / K)
             self.start.copy_(self.gmm.mu)
             self.started = True
+
+    def begin_on(self, h, mass):
+        self.gmm.init_from(h, self.init, mass)
 
     def vectors(self):
         return self.gmm.mu if self.started else self.start
@@ -213,12 +222,37 @@ class Decoupled(Frozen):
         self.started, self.queued = state["started"], state["queued"]
 
 
-def prototypes(args, begin=0, all_reduce=None, all_gather=lambda h: h):
-    """The prototype set that the flags ask for; begin: the step at which a mixture starts."""
+class Live(Decoupled):
+    """Means of a LiveMixture, our own rule (live.py). Student and teacher logits are (h - m) . mu_k / |mu_k|, m the
+    running mean of the teacher's vectors, before the start as after it. init, a and c mean nothing here."""
+
+    def centred(self, h):
+        return self.gmm.centred(h)
+
+    def step(self, h, step=0, beta=None):
+        h = self.all_gather(h)                                  # every rank updates on the vectors of all, see live.py
+        self.gmm.centre(h)
+        if not self.started:
+            self.wait(h, step)
+        return self.gmm.update(h) if self.started else {}
+
+    def begin_on(self, h, mass):
+        self.gmm.init_from(h)
+
+    def assign(self, h, beta=None):
+        return self.gmm.responsibilities(h) if self.started else Frozen.assign(self, h)
+
+
+def prototypes(args, begin=0, all_reduce=None, all_gather=lambda h: h, ranks=1):
+    """The prototype set that the flags ask for; begin: the step at which a mixture starts; ranks: their number."""
     def gmm():
         return OnlineGMM(args.num_prototypes, args.bottleneck_dim, forgetting=args.forgetting, rescale=args.rescale,
                          resurrect=args.resurrect or None, var_floor=args.var_floor, seed=args.seed,
-                         all_reduce=all_reduce)
+                         all_reduce=all_reduce, all_gather=all_gather, ranks=ranks)
+
+    def live():
+        return LiveMixture(args.num_prototypes, args.bottleneck_dim, eta=args.live_eta, patience=args.live_patience,
+                           apart=args.live_apart, seed=args.seed)
     tau = args.student_temp if args.method == "dino" else 1.0
     base = (args.num_prototypes, args.bottleneck_dim, args.logit_scale, args.seed, tau)
     return {
@@ -228,4 +262,5 @@ def prototypes(args, begin=0, all_reduce=None, all_gather=lambda h: h):
         "frozen": lambda: Frozen(*base),
         "decoupled": lambda: Decoupled(*base, gmm=gmm(), init=args.gmm_init, begin=begin, all_gather=all_gather,
                                        unit=args.proto_norm == "unit", a=args.eta_a, c=args.eta_c),
+        "live": lambda: Live(*base, gmm=live(), begin=begin, all_gather=all_gather),
     }[args.prototypes]()

@@ -3,14 +3,13 @@
     z_s (V, B, K)   student logits of V views of B images; views 0 and 1 are the global ones
     z_t (2, B, K)   teacher logits of the global views; view i of z_s and z_t is the same crop, so i == j is skipped
 
-The functions are the mathematics. The two small modules below them are what train.py calls, once per step for the
-targets and once per micro-batch for the loss; the loop does not know which one it holds. On several ranks a mean over
-the batch that a logarithm is taken of must be the mean over all: `mean_over_ranks` and `all_reduce` are passed in.
+The functions are the mathematics, to read and to paste; methods.py makes of them what train.py calls, and blocks.py has
+CARP's once more, lean. On several ranks a mean over the batch that a logarithm is taken of must be the mean over all:
+`mean_over_ranks` and `all_reduce` are passed in.
 """
 import math
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 EPS = torch.finfo(torch.float32).eps                     # CARP's official clamp: 1.19e-7 on both ends
@@ -91,89 +90,3 @@ def koleo(C, block=2 ** 26):
                 near.append(cos.argmax(1))
         d = (c - c[torch.cat(near)]).norm(dim=1)                                                                  # (K,)
         return -(d + 1e-8).log().mean()                                  # 1e-8: a duplicate costs 18 nats, not infinity
-
-
-class CARPLoss(nn.Module):
-    """CARP and CARL for the loop: a new partition at every step, a function of (seed, step), so equal on all ranks."""
-
-    def __init__(self, K, partition_size, seed, mean_over_ranks):
-        super().__init__()
-        self.K, self.partition_size, self.seed, self.mean = K, partition_size, seed, mean_over_ranks
-        self.main, self.ln_k = "consistency", math.log(partition_size)     # its value when the student says nothing
-
-    def offset(self, tau):
-        """What the targets take off logits / tau: nothing."""
-        return 0.0
-
-    def targets(self, h_t, protos_t, step):
-        """Teacher vectors (2, B, D) of a step -> what forward needs of them."""
-        return h_t
-
-    def forward(self, h_s, h_t, protos_s, protos_t, step):
-        """h_s (V, B, D), h_t (2, B, D) of a micro-batch -> dict of scalars."""
-        gen = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        perm = torch.randperm(self.K, generator=gen).to(h_s.device)                                               # (K,)
-        z_s, z_t = protos_s.logits(h_s), protos_t.logits(h_t)                                      # (V, B, K) (2, B, K)
-        return carp(z_s, z_t, self.partition_size, perm, self.mean)
-
-
-class DINOLoss(nn.Module):
-    """DINO for the loop, as its official code has it: the teacher's probabilities are sharpened, and kept from all
-    falling on one prototype, in one of three ways:
-
-    "center"    softmax((z - centre) / tau), centre the running mean of z over views, images and ranks
-    "prob"      softmax(z / tau + bias - centre), centre the running log of the mean probability (DINO-vMF)
-    "sinkhorn"  Sinkhorn-Knopp over both views of all images (DINOv2, and Table C.3 for decoupled prototypes)
-    """
-
-    def __init__(self, K, per_epoch, targets="center", temps=(0.04, 0.04), temp_epochs=0, tau_s=0.1, momentum=0.9,
-                 mean_over_ranks=None, all_reduce=None):
-        super().__init__()
-        self.per_epoch, self.how, self.temps, self.temp_epochs = per_epoch, targets, temps, temp_epochs
-        self.tau_s, self.momentum, self.reduce = tau_s, momentum, all_reduce
-        self.mean = mean_over_ranks or (lambda x: x)
-        self.register_buffer("centre", torch.zeros(K))                                                            # (K,)
-        self.main, self.ln_k = "cross_entropy", math.log(K)
-
-    def offset(self, tau):
-        """What the targets take off logits / tau: the centre (K,), which Sinkhorn-Knopp leaves at 0."""
-        return self.centre if self.how == "prob" else self.centre / tau
-
-    def temperature(self, step):
-        """tau of the teacher: a straight line over the first `temp_epochs` epochs, one value per epoch, then flat."""
-        start, end = self.temps
-        share = min(1, step // self.per_epoch / max(1, self.temp_epochs - 1)) if self.temp_epochs else 1
-        return start + (end - start) * share
-
-    @torch.no_grad()
-    def targets(self, h_t, protos_t, step):
-        """Teacher vectors (2, B, D) of a step -> p_t (2, B, K)."""
-        tau, z = self.temperature(step), protos_t.logits(h_t)                                                # (2, B, K)
-        z_tau = z / tau + protos_t.bias(tau)                                                                 # (2, B, K)
-        if self.how == "sinkhorn":
-            return sinkhorn(z_tau.flatten(0, 1), 1.0, all_reduce=self.reduce).view_as(z)
-        # both centres move after they have served, as in the official code
-        if self.how == "prob":
-            now = self.mean(z_tau.softmax(-1).mean((0, 1))).clamp_min(torch.finfo(z.dtype).tiny).log()            # (K,)
-        else:
-            now = self.mean(z.mean((0, 1)))                                                                       # (K,)
-        p_t = (z_tau - self.offset(tau)).softmax(-1)                                                         # (2, B, K)
-        self.centre.lerp_(now, 1 - self.momentum)
-        return p_t
-
-    def forward(self, h_s, p_t, protos_s, protos_t, step):
-        """h_s (V, B, D), p_t (2, B, K) of a micro-batch -> dict of scalars."""
-        return dino(protos_s.logits(h_s), p_t, self.tau_s, protos_s.bias(self.tau_s))
-
-
-def make(args, per_epoch, mean_over_ranks=None, all_reduce=None):
-    """The loss that --method asks for; per_epoch: steps of one pass over the images."""
-    def carp_loss():                                                                  # carl: one block of K prototypes
-        return CARPLoss(args.num_prototypes, args.partition_size, args.seed, mean_over_ranks)
-    return {
-        "carp": carp_loss,
-        "carl": carp_loss,
-        "dino": lambda: DINOLoss(args.num_prototypes, per_epoch, args.targets, args.teacher_temp,
-                                 args.teacher_temp_epochs, args.student_temp, mean_over_ranks=mean_over_ranks,
-                                 all_reduce=all_reduce),
-    }[args.method]()

@@ -26,7 +26,7 @@ import checkpoints
 import config
 import ddp
 import heads
-import losses
+import methods
 import models
 from guard import write
 
@@ -243,7 +243,7 @@ def load_run(path):
         net, protos = network(args), heads.prototypes(args)
         net.load_state_dict(ckpt["teacher"])
         protos.load_state_dict(ckpt["prototypes"]["teacher"] | {f"gmm.{k}": v for k, v in ckpt["gmm"].items()})
-        loss = losses.make(args, 1)
+        loss = methods.make(args, 1)
         loss.load_state_dict(ckpt["loss"])
         protos.offset = loss.offset(protos.tau)
     except Exception as e:

@@ -140,6 +140,54 @@ def test_A3_plain_forgetting_starves():
     assert mass["plain"] < 1e-12 and mass["responsibility"] == pytest.approx(25.0)
 
 
+def sample_loop(gmm, gamma, h, eta):
+    """Celaya and Agostini's update, one vector after the other, float64: S <- eta^g S + (1 - eta^g) / (1 - eta) {1, h, h^2}."""
+    S = [gmm.S_pi.clone(), gmm.S_mu.clone(), gmm.S_sig.clone()]
+    for x, g in zip(h.double(), gamma.double()):
+        for k in range(gmm.K):
+            w = eta ** float(g[k])
+            for s, v in zip(S, (torch.ones(()), x, x * x)):
+                s[k] = w * s[k] + (1 - w) / (1 - eta) * v
+    return S
+
+
+def test_A3_sample_forgetting_is_celaya_and_agostinis_rule():
+    """Exact for one vector, and for many that are equal, where the order cannot matter; a step of many different ones
+    keeps its total effect and gives each vector the weight of its responsibility."""
+    for rows in (slice(0, 1), [3] * 9):
+        gmm, params, h = mixture(K=7, chunk=3, var_floor=1e-9, resurrect=None, forgetting="sample")
+        h = h[rows]
+        S = sample_loop(gmm, oracle_gamma(*params, h, 0.4), h, 0.8)
+        gmm.update(h, 0.4, 0.8)
+        for a, b in zip((gmm.S_pi, gmm.S_mu, gmm.S_sig), S):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    gmm, params, h = mixture(K=7, var_floor=1e-9, resurrect=None, forgetting="sample")
+    S, gamma, x = gmm.S_mu.clone(), oracle_gamma(*params, h, 0.4), h.double()
+    total = sample_loop(gmm, gamma, h, 0.8)[0]                                           # masses do not depend on the order
+    gmm.update(h, 0.4, 0.8)
+    for k in range(7):
+        r = sum(float(g) for g in gamma[:, k])
+        w = 0.8 ** r
+        T = sum(float(g) * v for g, v in zip(gamma[:, k], x))
+        assert torch.allclose(gmm.S_mu[k], w * S[k] + (1 - w) / ((1 - 0.8) * r) * T, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(gmm.S_pi, total, rtol=1e-5)
+
+
+def test_A3_sample_forgetting_follows_where_the_printed_rule_stays_behind():
+    """64 far components whose vectors all move by 1 in 200 steps of 32: as printed, a mean makes a part of the way."""
+    behind, home = {}, 10 * torch.eye(64)
+    for forgetting in ("responsibility", "sample"):
+        gmm = OnlineGMM(64, 64, forgetting=forgetting, resurrect=None)
+        gmm.init_from(home, mass=0.5)
+        assert float(gmm.S_pi[0]) == (1 if forgetting == "sample" else 0.5)
+        gmm.set_params(home, torch.ones(64, 64), torch.full((64,), 1 / 64), float(gmm.S_pi[0]))
+        for t in range(200):
+            pick = torch.randint(64, (32,), generator=torch.Generator().manual_seed(t))
+            gmm.update(home[pick] + (t + 1) / 200, 1.0, 0.89)
+        behind[forgetting] = float((home + 1 - gmm.mu).mean())
+    assert behind["sample"] < 0.15 < 0.5 < behind["responsibility"], behind
+
+
 def test_A4_A5_round_trip():
     """S written from parameters gives back these parameters: an update that forgets nothing leaves them (A.4, A.5)."""
     gmm, (mu, var, pi), h = mixture()

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import losses
+import methods
 from gmm import OnlineGMM
 import heads
 from heads import VMF, Decoupled, Frozen, Head, Joint
@@ -226,7 +227,7 @@ def test_decoupled_state_goes_on_before_and_after_the_start():
 # ---- DINO for the loop -----------------------------------------------------------------------------------------------
 def test_centre_serves_before_it_moves_and_follows_the_mean_of_raw_logits():
     """Three steps by hand in float64: softmax((z - c) / tau), then c <- .9 c + .1 mean(z)."""
-    loss, protos = losses.DINOLoss(12, 10, temps=(0.04, 0.04)), Frozen(12, 6)
+    loss, protos = methods.DINOLoss(12, 10, temps=(0.04, 0.04)), Frozen(12, 6)
     c = torch.zeros(12, dtype=torch.float64)
     for step in range(3):
         h = F.normalize(torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(step)), dim=-1)
@@ -239,7 +240,7 @@ def test_centre_serves_before_it_moves_and_follows_the_mean_of_raw_logits():
 
 def test_probability_centre_divides_by_the_mean_probability():
     """When the centre has settled on a fixed batch, the mean of the targets before renormalising is uniform over prototypes."""
-    loss, protos = losses.DINOLoss(8, 10, "prob", temps=(0.1, 0.1)), VMF(8, 6, tau=0.1)
+    loss, protos = methods.DINOLoss(8, 10, "prob", temps=(0.1, 0.1)), VMF(8, 6, tau=0.1)
     h = F.normalize(torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
     for step in range(200):
         loss.targets(h, protos, step)
@@ -250,7 +251,7 @@ def test_probability_centre_divides_by_the_mean_probability():
 
 
 def test_sinkhorn_targets_take_both_views_together():
-    loss, protos = losses.DINOLoss(8, 10, "sinkhorn", temps=(0.05, 0.05)), Frozen(8, 6)
+    loss, protos = methods.DINOLoss(8, 10, "sinkhorn", temps=(0.05, 0.05)), Frozen(8, 6)
     h = F.normalize(torch.randn(2, 20, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
     q = (protos.logits(h).double().flatten(0, 1) / 0.05).exp()
     for _ in range(3):
@@ -280,13 +281,13 @@ def test_sinkhorn_over_two_ranks_is_sinkhorn_over_all(tmp_path):
 @pytest.mark.parametrize("epochs, expected", [(0, [.07] * 5), (1, [.04, .07, .07, .07, .07]), (3, [.04, .055, .07, .07, .07])])
 def test_teacher_temperature_is_a_line_over_epochs(epochs, expected):
     """numpy's linspace over the warm-up, then flat, one value per epoch: DINO's official schedule."""
-    loss = losses.DINOLoss(4, 10, temps=(0.04, 0.07), temp_epochs=epochs)
+    loss = methods.DINOLoss(4, 10, temps=(0.04, 0.07), temp_epochs=epochs)
     assert [loss.temperature(10 * e + 3) for e in range(5)] == pytest.approx(expected)
     assert [loss.temperature(10 * e) for e in range(5)] == pytest.approx(expected)
 
 
 def test_dino_loss_for_the_loop_matches_its_parts():
-    loss, protos = losses.DINOLoss(12, 10, tau_s=0.2), VMF(12, 6, tau=0.2)
+    loss, protos = methods.DINOLoss(12, 10, tau_s=0.2), VMF(12, 6, tau=0.2)
     gen = torch.Generator().manual_seed(0)
     h_s, h_t = (F.normalize(torch.randn(v, 5, 6, generator=gen), dim=-1) for v in (4, 2))
     with torch.no_grad():

@@ -24,7 +24,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "3", "--num-prototypes", "16", "--partition-size", "8",
         "--bottleneck-dim", "8", "--head-hidden", "16", "--local-crops", "1", "--eval-bank", "60", "--eval-queries", "40",
         "--log-every", "1", "--eval-every", "3", "--gmm-start", "1"]
-GRID = [(m, p) for m in ("carp", "carl", "dino") for p in ("joint", "kp", "frozen", "decoupled")] + [("dino", "vmf")]
+GRID = [(m, p) for m in ("carp", "carl", "dino") for p in ("joint", "kp", "frozen", "decoupled", "live")] + [("dino", "vmf")]
 
 
 @functools.lru_cache
@@ -77,7 +77,7 @@ def test_every_method_and_prototype_set_trains(tmp_path, method, prototypes):
     saved, log = ckpt(tmp_path), rows(tmp_path)
     assert saved["step"] == 3 and saved["args"]["method"] == method and [int(r["step"]) for r in log] == [0, 1, 2, 3]
     assert all(k.startswith(("backbone.", "head.")) for net in ("student", "teacher") for k in saved[net])
-    assert saved["prototypes"]["vectors"].shape == (16, 8) and bool(saved["gmm"]) == (prototypes == "decoupled")
+    assert saved["prototypes"]["vectors"].shape == (16, 8) and bool(saved["gmm"]) == (prototypes in ("decoupled", "live"))
     assert (metrics["drift"] == 0) == (prototypes == "frozen")
     assert (float(log[-1]["penalty"]) != 0) == (prototypes == "kp")
     assert bool(log[-1]["cross_entropy"]) == (method == "dino") != bool(log[-1]["consistency"])
@@ -100,7 +100,7 @@ def test_teacher_starts_as_the_student_and_shares_no_storage():
     assert shared is same_set
 
 
-@pytest.mark.parametrize("prototypes", ["joint", "decoupled"])
+@pytest.mark.parametrize("prototypes", ["joint", "decoupled", "live"])
 def test_one_step_moves_what_it_should(tmp_path, prototypes):
     """Every student tensor moves; the teacher moves (1 - m) of the way to it; prototypes by gradient or by the mixture."""
     flags = ["--prototypes", prototypes, "--steps", "40", "--gmm-start", "0", "--momentum", "0.9", "--stop-at", "1"]
@@ -114,7 +114,8 @@ def test_one_step_moves_what_it_should(tmp_path, prototypes):
         if k != "backbone.blocks.0.attn.qkv.bias" and not k.startswith(("head.mlp.0.bias", "head.mlp.3.bias")):
             assert moved.abs().max() > 0, k                 # (the key's bias and a bias before a batch norm have no gradient)
         assert torch.allclose(saved["teacher"][k] - start[k], 0.1 * moved, atol=1e-6), k
-    assert not torch.equal(saved["prototypes"]["vectors"], saved["prototypes"]["start"])
+    # (the first step of live sees the very vectors it starts on, which are then their own means)
+    assert torch.equal(saved["prototypes"]["vectors"], saved["prototypes"]["start"]) == (prototypes == "live")
 
 
 def test_accumulation_gives_the_mixture_the_whole_batch(tmp_path):
@@ -315,12 +316,12 @@ def test_every_equation_stands_in_the_code(tag):
     assert any(tag in text for text in sources().values())
 
 
-ARROWS = {"gmm": set(), "losses": {"blocks"}, "blocks": set(), "ddp": set(), "models": set(), "config": set(), "shapes": set(),
+ARROWS = {"gmm": set(), "losses": set(), "blocks": {"losses"}, "methods": {"blocks", "losses"}, "ddp": set(), "models": set(), "config": set(), "shapes": set(),
           "views": set(), "monitor": set(), "optim": set(), "groups": set(), "data": {"groups", "shapes", "views"},
-          "heads": {"gmm", "losses"}, "transfer": {"data", "views"}, "features": {"checkpoints", "data", "guard", "models", "views"},
+          "heads": {"gmm", "live", "losses"}, "live": set(), "transfer": {"data", "views"}, "features": {"checkpoints", "data", "guard", "models", "views"},
           "probes": {"views"}, "eval_knn": {"data", "features", "groups", "run"},
           "eval_linear": {"data", "features", "groups", "models", "probes", "transfer"}, "checkpoints": set(), "guard": {"ddp"},
-          "run": {"checkpoints", "config", "ddp", "guard", "heads", "losses", "models"},
+          "run": {"checkpoints", "config", "ddp", "guard", "heads", "methods", "models"},
           "weights": {"checkpoints", "ddp", "eval_knn", "guard", "run"}}
 
 

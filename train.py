@@ -24,7 +24,7 @@ import data
 import ddp
 import eval_knn
 import heads
-import losses
+import methods
 import monitor
 import optim
 import views
@@ -79,7 +79,7 @@ def train(args, device, caught):
         raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
 
     student, teacher, protos_s, protos_t = networks(args, device, int(begin))
-    loss_fn = losses.make(args, per_epoch, ddp.mean_over_ranks, ddp.all_reduce).to(device)
+    loss_fn = methods.make(args, per_epoch, ddp.mean_over_ranks, ddp.all_reduce).to(device)
 
     trained = [*student.parameters(), *protos_s.parameters()]
     matched = [*zip(teacher.parameters(), student.parameters()), *zip(protos_t.parameters(), protos_s.parameters())]
@@ -216,7 +216,7 @@ def networks(args, device, begin):
     """Student, teacher and their prototype sets; the teacher starts as a copy. begin: step where a mixture starts."""
     student, teacher = (ddp.sync_batchnorm(network(args, rate)).to(device) for rate in (args.drop_path, 0.0))
     teacher.load_state_dict(student.state_dict())
-    protos_s = heads.prototypes(args, begin, ddp.all_reduce, ddp.gather_views).to(device)
+    protos_s = heads.prototypes(args, begin, ddp.all_reduce, ddp.gather_views, ddp.WORLD).to(device)
     protos_t = protos_s.twin()                          # the same object, unless the prototypes are trained by gradient
     return student, teacher.requires_grad_(False), protos_s, protos_t
 
