@@ -61,14 +61,16 @@ TABLES = {                                             # name: (what it is, [(ro
         ("variance floor .1", "--prototypes decoupled --var-floor 0.1"),
         ("unit h, scale 20", "--prototypes decoupled --head-norm --logit-scale 20"),
         ("unit h, scale 20, frozen (control)", "--prototypes frozen --head-norm --logit-scale 20"), CONTROL]),
-    "longtail": ("long tail, largest class over smallest 100", [
+    "longtail": ("long tail, largest class over smallest 100; head: above 1,000 images, tail: below 200", [
         (f"CARP, {kind}", f"{CARP}{kind} --imbalance 100")
         for kind in ("joint", "kp", "frozen", "decoupled", "live")]),
 }
 SHOWN = (("knn", "k-NN (%)", 1), ("unique_0.025", "unique(.025)", 3), ("unique_0.5", "unique(.5)", 3),
          ("ceiling_0.5", "ceiling(.5)", 3), ("used", "used", 3), ("perplexity", "perplexity", 3), ("drift", "drift", 3))
-FIELDS = ["row", "seed", "block", *[key for key, _, _ in SHOWN], "ceiling_0.025", "h_norm", "raw_knn", "untrained_knn",
-          "steps", "command", "hardware", "torch", "date"]
+GROUPS = (("knn_head", "k-NN head", 1), ("knn_medium", "medium", 1), ("knn_tail", "tail", 1))
+TAIL = ["--head", "1000", "--tail", "200"]             # a third of CIFAR-10's classes each, at 5,000 to 50 images
+FIELDS = ["row", "seed", "block", *[key for key, _, _ in SHOWN + GROUPS], "ceiling_0.025", "h_norm", "raw_knn",
+          "untrained_knn", "steps", "command", "hardware", "torch", "date"]
 
 
 def runs(name, seeds, extra):
@@ -105,6 +107,19 @@ def measured(out):
         "raw_knn": log[0]["raw_knn"], "untrained_knn": log[0]["knn"], "steps": last["step"], "torch": args["torch"]}
 
 
+def grouped(out):
+    """k-NN (k 20) of the whole test split for head, medium and tail classes, by eval_knn.py, of a long-tailed run."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    subprocess.run([sys.executable, os.path.join(here, "eval_knn.py"), out, "--k", "20", *TAIL], check=True)
+    last = [r for r in read(os.path.join(out, "results.csv")) if r["result"] == "k=20"][-1]
+    return {f"knn_{group}": last[group] for group in ("head", "medium", "tail")}
+
+
+def columns(name):
+    """What a table shows: (column of the file, title, digits)."""
+    return SHOWN[:1] + GROUPS + SHOWN[1:] if name == "longtail" else SHOWN
+
+
 def hardware():
     """CPU or GPU by name, with how many cores this process may use."""
     if torch.cuda.is_available():
@@ -126,8 +141,9 @@ def train(args, out, block, row, seed, flags):
     if done.returncode:
         raise ValueError(f"{row}, seed {seed}: train.py ended with exit code {done.returncode}; run the same command "
                          "again to go on from there")
-    return {"row": row, "seed": seed, "block": block, **measured(out), "command": shlex.join(["train.py", *flags]),
-            "hardware": hardware(), "date": datetime.date.today().isoformat()}
+    tail = grouped(out) if args.table == "longtail" else {}
+    return {"row": row, "seed": seed, "block": block, **measured(out), **tail,
+            "command": shlex.join(["train.py", *flags]), "hardware": hardware(), "date": datetime.date.today().isoformat()}
 
 
 def blocks(results):
@@ -139,7 +155,7 @@ def blocks(results):
 
 
 def cell(group, key, digits):
-    values = [float(r[key]) for r in group if r[key]]
+    values = [float(r[key]) for r in group if r.get(key)]
     if not values:
         return "-"
     sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -157,9 +173,9 @@ def table(name, results):
                   f"{' and '.join(steps)} steps; k-NN of raw pixels {cell(every, 'raw_knn', 1)}, of the untrained "
                   f"backbone {cell(every, 'untrained_knn', 1)}; {every[0]['hardware']}, torch {every[0]['torch']}, "
                   f"{dates[-1]}", "",
-                  f"| prototypes | seeds | {' | '.join(title for _, title, _ in SHOWN)} |",
-                  "|---|---|" + "---|" * len(SHOWN)]
-        lines += [f"| {row} | {len(rows[row])} | {' | '.join(cell(rows[row], key, d) for key, _, d in SHOWN)} |"
+                  f"| prototypes | seeds | {' | '.join(title for _, title, _ in columns(name))} |",
+                  "|---|---|" + "---|" * len(columns(name))]
+        lines += [f"| {row} | {len(rows[row])} | {' | '.join(cell(rows[row], key, d) for key, _, d in columns(name))} |"
                   for row in order] + [""]
     return "\n".join(lines)
 
@@ -214,7 +230,7 @@ def ablate(args, extra):
         raise ValueError(f"{file} holds no results yet")
     print("\n" + table(args.table, results))
     try:
-        plots.ablation(args.table, [row for row in known], blocks(results), SHOWN, f"{file[:-4]}.png")
+        plots.ablation(known, blocks(results), columns(args.table), f"{file[:-4]}.png")
     except ValueError as e:
         print(f"no picture: {e}")
     return results

@@ -105,7 +105,7 @@ def sweep(curves, baselines, file):
     save(fig, file)
 
 
-def ablation(name, order, blocks, shown, file):
+def ablation(order, blocks, shown, file):
     """A finished table of ablate.py: a panel per measure, a line per row, seeds as points and their mean as a bar.
     blocks: {block: {row: [{measure: text}]}}, drawn side by side in colours; shown: [(measure, title, digits)]."""
     rows = [row for row in order if any(row in part for part in blocks.values())]
@@ -125,7 +125,7 @@ def ablation(name, order, blocks, shown, file):
         ax.tick_params(axis="x", labelsize=8)
         ax.grid(alpha=.25)
         ax.spines[["top", "right"]].set_visible(False)
-        if key not in ("knn", "drift"):
+        if not key.startswith("knn") and key != "drift":
             ax.set_xlim(-.05, 1.05)
     if len(blocks) > 1:
         handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels())}
