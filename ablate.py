@@ -143,7 +143,8 @@ def train(args, out, block, row, seed, flags):
                          "again to go on from there")
     tail = grouped(out) if args.table == "longtail" else {}
     return {"row": row, "seed": seed, "block": block, **measured(out), **tail,
-            "command": shlex.join(["train.py", *flags]), "hardware": hardware(), "date": datetime.date.today().isoformat()}
+            "command": shlex.join(["train.py", *flags]), "hardware": hardware(),
+            "date": datetime.date.today().isoformat()}
 
 
 def blocks(results):

@@ -78,6 +78,13 @@ def test_A1_and_A5_far_from_the_origin(offset):
     assert torch.allclose(far.var, gmm.var, rtol=1e-3)
 
 
+@pytest.mark.parametrize("chunk", [7, 40])
+def test_used_counts_the_most_responsible_components(chunk):
+    gmm, params, h = mixture(chunk=chunk)
+    want = oracle_gamma(*params, h, 0.4).argmax(1).unique().numel()
+    assert 8 < want < 40 and gmm.update(h, 0.4, 0.9)["used"] == want
+
+
 def test_A1_immune_to_autocast():
     a, _, h = mixture()
     b, _, _ = mixture()
