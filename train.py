@@ -252,7 +252,8 @@ def measure(protos, h, beta, seed):
     out = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
            "h_norm": float(h.norm(dim=1).median())}
     for eps, count in collapse.unique_counts(C, EPS).items():
-        out[f"unique_{eps}"], out[f"ceiling_{eps}"] = count / len(C), collapse.ceiling(h, len(C), eps, seed)
+        out[f"unique_{eps}"] = count / len(C)
+        out[f"ceiling_{eps}"] = collapse.ceiling(protos.centred(h), len(C), eps, seed)
     return out
 
 
