@@ -9,8 +9,8 @@ import math
 import torch
 from torch import nn
 
-from blocks import carp_blocks
-from losses import dino, sinkhorn
+from blocks import carp_blocks, dino_blocks
+from losses import sinkhorn
 
 
 class CARPLoss(nn.Module):
@@ -85,7 +85,9 @@ class DINOLoss(nn.Module):
 
     def forward(self, h_s, p_t, protos_s, protos_t, step):
         """h_s (V, B, D), p_t (2, B, K) of a micro-batch -> dict of scalars."""
-        return dino(protos_s.logits(h_s), p_t, self.tau_s, protos_s.bias(self.tau_s))
+        bias = protos_s.bias(self.tau_s)
+        return {"cross_entropy": dino_blocks(protos_s.centred(h_s), p_t, protos_s.directions(),
+                                             bias if torch.is_tensor(bias) else None, self.tau_s, protos_s.scale)}
 
 
 def make(args, per_epoch, mean_over_ranks=None, all_reduce=None):

@@ -24,7 +24,7 @@ def troubles(row, K):
         return math.nan if value is None else float(value)                      # comparisons with NaN are all false
     out = {}
     # a fifth of the run is enough for every preset to leave ln K; before that the loss rests there lawfully
-    if 0.98 < at("loss_over_ln_k") < 1.02 and at("progress") > 0.2:
+    if 0.995 < at("loss_over_ln_k") < 1.005 and at("progress") > 0.2:
         out["uniform"] = (f"the loss rests at {at('loss_over_ln_k'):.3f} of ln K, the loss of a student that says "
                           "nothing: try a lower --lr, a longer --warmup-epochs, or a higher --logit-scale")
     # exp of the entropy of the mean assignment is the number of prototypes in effect
