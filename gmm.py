@@ -73,7 +73,8 @@ class OnlineGMM(nn.Module):
         pi = torch.as_tensor(pi, dtype=torch.float64, device=self.mu.device).expand(self.K)                      # (K,)
         self.log_pi.copy_(pi.log())
         # differs: A.4 prints one mass JB/K for all; K pi_k JB/K is the same for pi = 1/K, and A.5 returns any other pi
-        self.to_stats(slice(None), self.K * mass * pi, torch.ones_like(pi, dtype=torch.bool))
+        for ks in self.blocks():                                                  # float64 copies of a part at a time
+            self.to_stats(ks, self.K * mass * pi[ks], torch.ones_like(pi[ks], dtype=torch.bool))
 
     def to_stats(self, ks, n, where):
         """Write the parameters of components ks into S with n samples each, where the mask says so; A.5 undoes this."""

@@ -316,7 +316,8 @@ def test_every_equation_stands_in_the_code(tag):
     assert any(tag in text for text in sources().values())
 
 
-ARROWS = {"gmm": set(), "losses": set(), "blocks": {"losses"}, "methods": {"blocks", "losses"}, "ddp": set(), "models": set(), "config": set(), "shapes": set(),
+ARROWS = {"gmm": set(), "losses": set(), "blocks": set(), "methods": {"blocks", "losses"}, "bench": {"sides"},
+          "sides": {"blocks", "collapse", "data", "eval_knn", "losses", "models", "shapes", "views", "gmm"}, "ddp": set(), "models": set(), "config": set(), "shapes": set(),
           "views": set(), "monitor": set(), "optim": set(), "groups": set(), "data": {"groups", "shapes", "views"},
           "heads": {"gmm", "live", "losses"}, "live": set(), "transfer": {"data", "views"}, "features": {"checkpoints", "data", "guard", "models", "views"},
           "probes": {"views"}, "eval_knn": {"data", "features", "groups", "run"},
