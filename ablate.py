@@ -35,6 +35,7 @@ CONTROL = ("frozen random (control)", "--prototypes frozen")
 TABLES = {                                             # name: (what it is, [(row, flags)])
     "main": ("method x prototype set", [
         *[(f"CARP, {kind}", CARP + kind) for kind in ("joint", "kp", "frozen", "decoupled", "live")],
+        ("CARP, live that never starts", CARP + "live --gmm-start 1e9"),         # what its centring does alone
         *[(f"DINO, {kind}", DINO + kind) for kind in ("joint", "kp", "vmf", "frozen", "decoupled", "live")]]),
     "A1": ("Table A.1 of the paper: components of the mixture", [
         ("no responsibility forgetting", f"{DEC} --forgetting plain"),

@@ -317,7 +317,8 @@ def test_every_equation_stands_in_the_code(tag):
 
 
 ARROWS = {"gmm": set(), "losses": set(), "blocks": set(), "methods": {"blocks", "losses"}, "bench": {"sides"},
-          "sides": {"blocks", "collapse", "data", "eval_knn", "losses", "models", "shapes", "views", "gmm"}, "ddp": set(), "models": set(), "config": set(), "shapes": set(),
+          "sides": {"blocks", "collapse", "data", "eval_knn", "losses", "models", "shapes", "views", "gmm"}, "ddp": set(),
+          "models": set(), "config": set(), "shapes": set(),
           "views": set(), "monitor": set(), "optim": set(), "groups": set(), "data": {"groups", "shapes", "views"},
           "heads": {"gmm", "live", "losses"}, "live": set(), "transfer": {"data", "views"}, "features": {"checkpoints", "data", "guard", "models", "views"},
           "probes": {"views"}, "eval_knn": {"data", "features", "groups", "run"},
