@@ -35,11 +35,11 @@ def troubles(row, K):
     if at("unique_0.025") < 0.5:
         out["collapse"] = (f"partial prototype collapse: {100 * at('unique_0.025'):.0f} % of the prototypes are unique "
                            "at eps 0.025. Try --prototypes kp, live or frozen")
-    # prototypes that lie on the data cannot be more unique than the data; twice their ceiling tells the two apart
-    elif at("unique_0.5") < 0.5 and at("unique_0.5") > 2 * at("ceiling_0.5"):
+    # the means of a mixture lie on the data, and cannot be more unique at 0.5 than the data are: that is no collapse
+    elif at("unique_0.5") < 0.5 and row.get("mixture_used") is None:
         out["collapse"] = (f"partial prototype collapse begins: {100 * at('unique_0.5'):.0f} % of the prototypes are "
                            "unique at eps 0.5. Try --prototypes kp, live or frozen")
-    if row.get("eta") is not None and at("used") < 0.05:
+    if row.get("mixture_used") is not None and at("used") < 0.05:
         out["dead"] = (f"the mixture is dead: {100 * at('used'):.1f} % of its components are anybody's most "
                        "responsible one. Try a later --gmm-start, --head-norm, or --prototypes live")
     if at("h_norm") < 1e-2:

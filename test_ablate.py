@@ -93,3 +93,16 @@ def test_a_run_that_fails_is_named(table, capfd):
     with pytest.raises(SystemExit):
         table("--seeds", "0", extra=("--lr", "-1"))
     assert "one, seed 0: train.py ended with exit code 2" in capfd.readouterr().err
+
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+KEPT = [n[:-4] for n in sorted(os.listdir(os.path.join(HERE, "results"))) if n.endswith(".csv")] if os.path.isdir(os.path.join(HERE, "results")) else []
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_every_kept_table_stands_in_the_readme_as_it_is_printed(name):
+    """No number of a table is typed by hand; and every row of the file is one that its command makes."""
+    text, results = open(os.path.join(HERE, "README.md")).read(), ablate.read(os.path.join(HERE, "results", f"{name}.csv"))
+    for line in ablate.table(name, results).splitlines():
+        assert line in text, line
+    assert any("frozen" in r["row"] for r in results) and all(r["command"].startswith("train.py ") and r["date"] and r["torch"] for r in results)

@@ -9,21 +9,21 @@ from config import parse
 from monitor import Monitor
 
 HEALTHY = {"loss_over_ln_k": 0.7, "progress": 0.9, "perplexity": 0.5, "unique_0.025": 1.0, "unique_0.5": 0.9, "ceiling_0.5": 0.01,
-           "used": 0.4, "h_norm": 12.0, "eta": 0.9}
+           "used": 0.4, "h_norm": 12.0, "mixture_used": None}
 
 
 def test_a_healthy_row_is_silent_and_so_are_rows_without_measures():
     assert Monitor(1024).look(HEALTHY) == []
-    assert Monitor(1024).look({"loss_over_ln_k": 0.9, "progress": 0.5, "eta": None, "used": None}) == []
+    assert Monitor(1024).look({"loss_over_ln_k": 0.9, "progress": 0.5, "mixture_used": None, "used": None}) == []
     # what the default run looks like from the start of its mixture on: means on the data, as unique as the data are
     assert Monitor(1024).look({**HEALTHY, "perplexity": 0.024, "unique_0.025": 0.592, "unique_0.5": 0.014, "ceiling_0.5": 0.012,
-                               "used": 0.092}) == []
+                               "used": 0.092, "mixture_used": 30}) == []
 
 
 @pytest.mark.parametrize("change, words", [
     ({"loss_over_ln_k": 0.999}, "rests at 0.999 of ln K"), ({"perplexity": 1.5 / 1024}, "1.5 of 1024 are in effect"),
     ({"unique_0.025": 0.3}, "30 % of the prototypes are unique at eps 0.025"),
-    ({"unique_0.5": 0.14}, "14 % of the prototypes are unique at eps 0.5"), ({"used": 0.02}, "the mixture is dead: 2.0 %"),
+    ({"unique_0.5": 0.14}, "14 % of the prototypes are unique at eps 0.5"), ({"used": 0.02, "mixture_used": 9}, "the mixture is dead: 2.0 %"),
     ({"h_norm": 1e-4}, "vanish"), ({"h_norm": 1e5}, "explode")])
 def test_every_warning_fires_once_and_names_flags(change, words):
     watch = Monitor(1024)
@@ -34,7 +34,7 @@ def test_every_warning_fires_once_and_names_flags(change, words):
 
 def test_warnings_that_must_wait():
     assert Monitor(1024).look(HEALTHY | {"loss_over_ln_k": 0.999, "progress": 0.1}) == []             # every run starts at ln K
-    assert Monitor(1024).look(HEALTHY | {"used": 0.02, "eta": None}) == []                            # no mixture runs
+    assert Monitor(1024).look(HEALTHY | {"used": 0.02}) == []                                         # no mixture runs
 
 
 def test_lars_by_hand():
