@@ -160,18 +160,18 @@ def torchrun(n, *flags):
     return done.stdout
 
 
-@pytest.mark.parametrize("prototypes", ["decoupled", "joint"])
-def test_two_processes_equal_one(tmp_path, prototypes):
+@pytest.mark.parametrize("flags", ["--prototypes decoupled", "--prototypes joint", "--prototypes live --method dino --targets sinkhorn"])
+def test_two_processes_equal_one(tmp_path, flags):
     """Global batch, batch norm, entropy, gradients and mixture over two gloo processes: the losses of one process."""
     for c in "ab":
         os.makedirs(tmp_path / "set" / c)
         for i in range(16):
             save_image(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(ord(c) * 100 + i)), tmp_path / "set" / c / f"{i}.png")
     for n in (1, 2):
-        torchrun(n, *TINY, "--steps", "4", "--data", str(tmp_path / "set"), "--out", str(tmp_path / str(n)), "--prototypes", prototypes)
+        torchrun(n, *TINY, "--steps", "4", "--data", str(tmp_path / "set"), "--out", str(tmp_path / str(n)), *flags.split())
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
-    for name in ("consistency", "entropy", "loss"):
-        assert [float(r[name]) for r in two[1:]] == pytest.approx([float(r[name]) for r in one[1:]], rel=1e-4, abs=1e-6)
+    for name in ("consistency", "entropy", "cross_entropy", "loss"):
+        assert [float(r[name] or 0) for r in two[1:]] == pytest.approx([float(r[name] or 0) for r in one[1:]], rel=1e-4, abs=1e-6)
     a, b = ckpt(tmp_path / "1"), ckpt(tmp_path / "2")
     assert torch.allclose(a["prototypes"]["vectors"], b["prototypes"]["vectors"], atol=1e-4)
     for k, v in a["teacher"].items():
