@@ -109,7 +109,7 @@ def ablation(order, blocks, shown, file):
     """A finished table of ablate.py: a panel per measure, a line per row, seeds as points and their mean as a bar.
     blocks: {block: {row: [{measure: text}]}}, drawn side by side in colours; shown: [(measure, title, digits)]."""
     rows = [row for row in order if any(row in part for part in blocks.values())]
-    fig, axes = figure(1, len(shown), 1.9 * len(shown) + 2, .34 * len(rows) * max(1, .6 * len(blocks)) + 1.3)
+    fig, axes = figure(1, len(shown), 1.9 * len(shown) + 2, .34 * len(rows) * max(1, .4 * len(blocks)) + 1.3)
     for ax, (key, title, _) in zip(axes[0], shown):
         for b, (block, part) in enumerate(blocks.items()):
             shift = .5 * (b - (len(blocks) - 1) / 2) / len(blocks)
