@@ -105,7 +105,8 @@ def measured(out):
     last = [r for r in log if r["used"]][-1]
     keys = [*[key for key, _, _ in SHOWN], "ceiling_0.025", "h_norm"]
     return {key: last[key] for key in keys} | {
-        "raw_knn": log[0].get("raw_knn", ""), "untrained_knn": log[0]["knn"], "steps": last["step"], "torch": args["torch"]}
+        "raw_knn": log[0].get("raw_knn", ""), "untrained_knn": log[0]["knn"], "steps": last["step"],
+        "torch": args["torch"]}
 
 
 def grouped(out):

@@ -346,7 +346,7 @@ def test_nothing_imports_train_and_files_stay_readable():
 def readme_commands():
     text = open(os.path.join(HERE, "README.md")).read()
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]
-    return [m.groups() for line in lines for m in re.finditer(r"\b(\w+\.py)\b([^&#]*)", line)]
+    return [m.groups() for line in lines for m in re.finditer(r"\b(\w+\.py)\b([^&#]*)", re.sub(r" -- .*", "", line))]
 
 
 def test_commands_of_the_readme_parse():
