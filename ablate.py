@@ -24,6 +24,7 @@ import zlib
 
 import torch
 
+import config
 import plots
 from guard import write
 
@@ -135,7 +136,15 @@ def hardware():
 
 
 def train(args, out, block, row, seed, flags):
-    """One run to its end; what the file holds of it."""
+    """One run to its end; what the file holds of it. ValueError if the folder holds a run that its command would not
+    make: --resume takes the flags of the folder, and the table would name others."""
+    old = os.path.join(out, "args.json")
+    if os.path.exists(old):
+        new = vars(config.parse(flags))
+        with open(old) as f:
+            made = {k: v for k, v in json.load(f).items() if k in new}
+        if changed := config.differences(made, new):
+            raise ValueError(f"{out} holds a run with other flags ({', '.join(changed)}); move it away")
     here = os.path.dirname(os.path.abspath(__file__))
     # glibc gives freed memory back to the kernel and fetches it again at every step, which costs a tenth of the time
     env = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 32), **os.environ}

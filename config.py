@@ -10,7 +10,7 @@ import os
 import torch
 
 PRESETS = {
-    # python train.py                    2 CPU cores, 2 minutes, k-NN 69.0 (2026-11-21); README.md, "Results"
+    # python train.py                    2 CPU cores, 2 minutes, k-NN 68.1 (2026-11-21); README.md, "Results"
     "tiny": {},
     # python train.py --preset cifar10   one GPU; not run
     "cifar10": dict(data="cifar10", arch="vit_tiny", patch_size=4, num_prototypes=4096, partition_size=512,
@@ -176,7 +176,10 @@ def parse(argv=None):
     typed = early.parse_known_args(argv)[0]
     p.set_defaults(**PRESETS.get(typed.preset, {}))
     if typed.resume and typed.out:
-        p.set_defaults(**written(typed.out))
+        try:
+            p.set_defaults(**written(typed.out))
+        except ValueError as e:
+            p.error(e)
     args = p.parse_args(argv)
     complete(args)
     check(args, p.error)
@@ -188,14 +191,26 @@ def parse(argv=None):
 
 
 def written(out):
-    """The flags of the run in a folder, which need not be typed again for --resume; {} if there is none."""
+    """The flags of the run in a folder, not to be typed again for --resume; {} if there are none to be read.
+    ValueError where the file holds something else than train.py wrote."""
+    path = os.path.join(out, "args.json")
     try:
-        with open(os.path.join(out, "args.json")) as f:
+        with open(path) as f:
             old = json.load(f)
     except (OSError, ValueError):                       # the checkpoint says the same, and run.resume compares with it
         return {}
-    here = vars(parser().parse_args([])).keys() - {"out", "device", "resume", "stop_at", "export"}
-    return {k: v for k, v in old.items() if k in here}
+    if not isinstance(old, dict):
+        raise ValueError(f"--resume: {path} does not hold the flags of a run; remove it, and type them again")
+    actions = [a for a in parser()._actions if a.dest not in ("help", "out", "device", "resume", "stop_at", "export")]
+    for a in (a for a in actions if a.dest in old):
+        value, kind = old[a.dest], (int, float)
+        fits = value == a.default or isinstance(value, (*kind, str)) and (not a.choices or value in a.choices)
+        if isinstance(a.default, list):
+            fits = isinstance(value, list) and len(value) == len(a.default) and all(isinstance(v, kind) for v in value)
+        if not fits:
+            raise ValueError(f"--resume: {path} says {a.dest} = {value!r}, which cannot be; remove it, and type the "
+                             "flags again")
+    return {a.dest: old[a.dest] for a in actions if a.dest in old}
 
 
 def complete(args):
@@ -246,6 +261,8 @@ def check(args, error):
         error(f"--jitter needs values of at least 0 and a hue of at most 0.5, got {b} {c} {s} {h}")
     if not 0 < a.eta_c < 0.99:
         error(f"--eta-c must lie in (0, 0.99), the range in which A.7 rises to 0.99, got {a.eta_c}")
+    if a.prototypes == "live" and K < 2:
+        error(f"--prototypes live needs --num-prototypes 2 or more, got {K}")
     if not 0 < a.live_eta < 1:
         error(f"--live-eta must lie in (0, 1), got {a.live_eta}")
     if not 0 <= a.resurrect < 1:

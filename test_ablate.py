@@ -49,6 +49,15 @@ def test_a_table_is_run_once_goes_on_and_shows(table, tmp_path, capfd, monkeypat
     assert len(table("--seeds", "0", "1")) == 2 and len(calls) == 1
     assert "| one | 2 |" in capfd.readouterr().out
 
+    # a folder with other flags than its command has is refused: its row would name what did not run
+    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [("one", "--prototypes joint")]))
+    os.rename(tmp_path / "results" / "main.csv", tmp_path / "kept.csv")
+    with pytest.raises(SystemExit):
+        table("--seeds", "0")
+    assert "holds a run with other flags (--prototypes frozen -> joint); move it away" in capfd.readouterr().err
+    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [("one", "--prototypes frozen")]))
+    os.rename(tmp_path / "kept.csv", tmp_path / "results" / "main.csv")
+
     # a run that was stopped in the middle goes on: the file lost its row, the folder has a checkpoint of step 2
     stopped = next(p for p in (tmp_path / "runs" / "main").iterdir() if p.name.endswith("s0"))
     before = ablate.read(tmp_path / "results" / "main.csv")[0]

@@ -190,6 +190,7 @@ def refused(capsys, *flags):
     (["--preset", "nope"], "nope"), (["--method", "nope"], "nope"), (["--batch", "8"], "unrecognized arguments: --batch"),
     (["--img-size", "36"], "--img-size 36 must be a multiple of --patch-size 8"),
     (["--prototypes", "vmf"], "--prototypes vmf has concentrations in units of DINO's temperatures; got --method carp"),
+    (["--prototypes", "live", "--method", "dino", "--num-prototypes", "1"], "--prototypes live needs --num-prototypes 2 or more, got 1"),
     (["--teacher-temp", "0", "0.04"], "--teacher-temp must be positive, got 0.0 0.04"),
     (["--partition-size", "5"], "--num-prototypes 16 must be a multiple of --partition-size 5"),
     (["--eta-c", "1.2"], "--eta-c must lie in (0, 0.99), the range in which A.7 rises to 0.99, got 1.2"),
@@ -229,6 +230,12 @@ def test_resume_needs_no_flag_typed_again(capsys, tmp_path):
     run(tmp_path / "b", *flags)
     assert ckpt(tmp_path / "a")["step"] == 4 and not [k for k in same(ckpt(tmp_path / "a"), ckpt(tmp_path / "b")) if "/args/" not in k]
     assert "--preset tiny -> cifar10" in refused(capsys, "--out", tmp_path / "a", "--resume", "--preset", "cifar10")
+    before = open(tmp_path / "a" / "ckpt.pt", "rb").read()
+    for text, words in (("[1]", "does not hold the flags of a run"), ('{"method": "foo"}', "says method = 'foo', which cannot be"),
+                        ('{"lr": null}', "says lr = None, which cannot be"), ('{"beta": 3}', "says beta = 3, which cannot be")):
+        open(tmp_path / "a" / "args.json", "w").write(text)
+        assert words in refused(capsys, "--out", tmp_path / "a", "--resume")
+    assert open(tmp_path / "a" / "ckpt.pt", "rb").read() == before
 
 
 def test_trouble_is_named_once_while_it_happens(capsys, tmp_path):
