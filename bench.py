@@ -25,6 +25,7 @@ import time
 import torch
 
 import sides
+from run import keep_freed_memory
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 #             default                                                          --paper
@@ -63,6 +64,7 @@ def turn(run, device, first):
 
 
 def serve(pipe, item, side, a, threads):
+    keep_freed_memory()                                         # as train.py does, for all sides
     torch.set_num_threads(threads)
     run = getattr(sides, item)(side, a)
     while (order := pipe.recv()) is not None:

@@ -116,31 +116,39 @@ class OnlineGMM(nn.Module):
         return nn.functional.normalize(g, dim=1)
 
     # ---- A.1 -------------------------------------------------------------------------------------------------------
-    def log_joint(self, x, c, ks, beta):
-        """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ], (N, |ks|), for x = [h - c, (h - c)^2] (N, 2D): one product."""
+    def log_joint(self, y, c, ks, beta, w, out=None):
+        """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ], (N, |ks|), one product with y = terms(h - c, beta) (N, 2D + 1).
+        w (>= |ks|, 2D + 1): memory to work in."""
         # a shift of h and mu by c leaves P as it is, but not float32 rounding: far from the origin it eats the signal
-        mu, prec = self.mu[ks] - c, 1 / self.var[ks]                                                         # (|ks|, D)
-        w = torch.cat([mu * prec, -0.5 * prec], 1)                                                          # (|ks|, 2D)
-        # log N(h | mu, Sigma) = h . mu/Sigma - h^2 . 1/(2 Sigma) - (sum mu^2/Sigma + log Sigma + log 2 pi) / 2
-        const = -0.5 * ((mu * mu * prec).sum(1) - prec.log().sum(1) + self.D * math.log(2 * math.pi))          # (|ks|,)
-        return torch.addmm(self.log_pi[ks] + beta * const, x, w.T, alpha=beta)
+        mu, var, w = self.mu[ks] - c, self.var[ks], w[:ks.stop - ks.start]                                   # (|ks|, D)
+        # log P(h | mu, Sigma) = h . mu/Sigma - h^2/2 . 1/Sigma - (sum mu^2/Sigma + log Sigma + log 2 pi) / 2
+        prec = torch.reciprocal(var, out=w[:, self.D:-1])                                                    # (|ks|, D)
+        slope = torch.mul(mu, prec, out=w[:, :self.D])                                                       # (|ks|, D)
+        const = mu.mul_(slope).sum(1) + var.log().sum(1) + self.D * math.log(2 * math.pi)                      # (|ks|,)
+        w[:, -1] = self.log_pi[ks] - beta / 2 * const
+        return torch.mm(y, w.T, out=out)
+
+    def terms(self, d, beta):
+        """What of d = h - c (n, D) meets mu/Sigma, 1/Sigma and the constant in log_joint, (n, 2D + 1)."""
+        return torch.cat([beta * d, -beta / 2 * d * d, torch.ones_like(d[:, :1])], 1)
 
     @torch.no_grad()
     def responsibilities(self, h, beta):
         """gamma (N, K) of h (N, D) at smoothing beta (A.1); rows sum to 1."""
         with torch.autocast(h.device.type, enabled=False):                       # bf16 products would ruin the exponent
             c = h.float().mean(0)                                                                                 # (D,)
-            x = torch.cat([h - c, (h - c) ** 2], 1)                                                            # (N, 2D)
-            return torch.cat([self.log_joint(x, c, ks, beta) for ks in self.blocks()], 1).softmax(1)
+            y, w = self.terms(h - c, beta), c.new_empty(min(self.chunk, self.K), 2 * self.D + 1)
+            return torch.cat([self.log_joint(y, c, ks, beta, w) for ks in self.blocks()], 1).softmax(1)
 
     # ---- one step of online EM: Eq. 3, A.1 to A.6 --------------------------------------------------------------------
     @torch.no_grad()
-    def update(self, h, beta, eta, keep=2 ** 28):
+    def update(self, h, beta, eta, keep=2 ** 26):
         """Take in the teacher vectors h (n, D) of this rank (N = sum of n over ranks); beta in [0, 1], eta in (0, 1).
 
         Returns 0-dim tensors: used (components that are some vector's most responsible one in this step), pi_max,
-        resurrected. keep: the (n, K) logits are kept between A.1 and A.2 if they number at most this many, else
-        computed twice. A step with vectors that are not finite leaves the mixture as it was.
+        resurrected. keep: responsibilities in memory at a time (2^26: 256 MiB); where n K is more, the vectors are
+        taken in parts, and nothing is computed twice. A step with vectors that are not finite leaves the mixture as
+        it was.
         """
         if not 0 < eta < 1:
             raise ValueError(f"eta must lie in (0, 1), got {eta}")
@@ -160,28 +168,14 @@ class OnlineGMM(nn.Module):
         sane = torch.isfinite(rms)
         x = torch.where(sane, torch.cat([h - c, (h - c) ** 2], 1), 0.)                                         # (n, 2D)
         c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
-        floor, blocks = (self.var_floor * pooled).clamp_min(1e-8), self.blocks()
-
-        # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, in logs, block after block of K
-        fits, kept, back = len(h) * self.K <= keep, [], c.double()
-        log_Z, best = h.new_full((len(h),), -torch.inf), h.new_full((len(h),), -torch.inf)                  # (n,), (n,)
-        first = torch.zeros(len(h), dtype=torch.long, device=h.device)                # (n,), most responsible component
-        for ks in blocks:
-            log_p = self.log_joint(x, c, ks, beta)                                                           # (n, |ks|)
-            top, at = log_p.max(1)                                                                          # (n,), (n,)
-            e = log_p.sub_(top[:, None]).exp_()                          # (n, |ks|), gamma but for a factor of each row
-            log_Z = torch.logaddexp(log_Z, top + e.sum(1).log())
-            first, best = torch.where(top > best, at + ks.start, first), torch.maximum(top, best)
-            kept.append((e, top) if fits else None)
-
-        for i, ks in enumerate(blocks):
-            e, top = kept[i] or (self.log_joint(x, c, ks, beta).sub_(log_Z[:, None]).exp_(), log_Z)          # (n, |ks|)
-            kept[i], row = None, (top - log_Z).exp()                                          # (n,): gamma = row_i e_ik
+        floor, back = (self.var_floor * pooled).clamp_min(1e-8), c.double()
+        used = x.new_zeros(self.K)                                                                                # (K,)
+        for ks, T_pi, T in self.statistics(x, c, beta, keep, used):
             # A.2  S~ = { sum_i gamma_ik,  sum_i gamma_ik h_i,  sum_i gamma_ik h_i^2 }, of h - c, then shifted back by c
-            T = torch.cat([(row @ e)[:, None], e.T @ (row[:, None] * x)], 1)                              # (|ks|, 1+2D)
-            T_pi, T_mu, T_sig = sum_ranks(T, reduce).double().split([1, self.D, self.D], 1)
-            T_sig = T_sig.addcmul_(T_mu, back, value=2).addcmul_(T_pi, back * back)                          # (|ks|, D)
-            T_mu = T_mu.addcmul_(T_pi, back)                                                                 # (|ks|, D)
+            T_pi = sum_ranks(T_pi, reduce).double()[:, None]                                                 # (|ks|, 1)
+            T_mu, T_sig = sum_ranks(T, reduce).double().split(self.D, 1)                                     # (|ks|, D)
+            T_sig.addcmul_(T_mu, back, value=2).addcmul_(T_pi, back * back)
+            T_mu.addcmul_(T_pi, back)
             # A.3  S <- eta^g S + (1 - eta^g) S~,  g = T_pi / N;  1 - eta^g = -expm1(g log eta) keeps g = 1e-6 alive
             g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)                   # (|ks|, 1)
             if self.forgetting == "sample":
@@ -198,16 +192,44 @@ class OnlineGMM(nn.Module):
             mu = torch.div(S_mu, S_pi, out=T_mu)                                                             # (|ks|, D)
             self.mu[ks] = mu
             # differs: the paper names no floor; round-off can make the difference negative
-            var = torch.div(S_sig, S_pi, out=T_sig).addcmul_(mu, mu, value=-1).clamp_(min=floor)             # (|ks|, D)
-            self.var[ks] = torch.where(sane, var, self.var[ks])
+            var = torch.div(S_sig, S_pi, out=T_sig).addcmul_(mu, mu, value=-1)                               # (|ks|, D)
+            torch.where(sane, var.float().clamp_(min=floor), self.var[ks], out=self.var[ks])
         # A.5  pi = S_pi / sum_k S_pi
-        pi = self.S_pi / self.S_pi.sum()                                                                          # (K,)
+        pi = (self.S_pi / self.S_pi.sum()).clamp_min(torch.finfo(torch.float64).tiny)                             # (K,)
         self.log_pi.copy_(pi.log())
 
         self.t += 1
         split = self.split_resurrect(pi, pooled, rms) if self.resurrect and self.K > 1 else pi.new_zeros(())
-        used = sum_ranks(torch.zeros(self.K, device=h.device).index_fill_(0, first, 1.0), reduce)                 # (K,)
-        return {"used": (used > 0).sum(), "pi_max": self.log_pi.max().exp(), "resurrected": split}
+        return {"used": (sum_ranks(used, reduce) > 0).sum(), "pi_max": self.log_pi.max().exp(), "resurrected": split}
+
+    def statistics(self, x, c, beta, keep, used):
+        """A.1 and A.2 on x = [h - c, (h - c)^2] (n, 2D): yields, block after block of K, ks, sum_i gamma_ik (|ks|,) and
+        sum_i gamma_ik x_i (|ks|, 2D). used (K,) gets 1 where a component is some vector's most responsible one."""
+        blocks, parts = self.blocks(), x.split(max(1, keep // self.K))
+        sums, w = [None] * len(blocks), x.new_empty(blocks[0].stop, 2 * self.D + 1)                     # (|ks|, 2D + 1)
+        room = x.new_empty(len(blocks), len(parts[0]), len(w))                                       # (blocks, n, |ks|)
+        room[-1] = 0                                                     # the last block may be shorter: 0 wins nothing
+        for part, x in enumerate(parts, 1):
+            y = self.terms(x[:, :self.D], beta)                                                            # (n, 2D + 1)
+            gamma = [r[:len(x), :ks.stop - ks.start] for r, ks in zip(room, blocks)]                         # (n, |ks|)
+            top, most = x.new_empty(2, len(blocks), len(x))                                                # (blocks, n)
+            # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta: a softmax p in each block, times
+            # the block's share. As max p = exp(max z) / sum exp z, log sum exp z needs no second exponential
+            for i, ks in enumerate(blocks):
+                z = self.log_joint(y, c, ks, beta, w, out=gamma[i])                                          # (n, |ks|)
+                torch.amax(z, 1, out=top[i])
+                torch.amax(torch.softmax(z, 1, out=z), 1, out=most[i])
+            share, best = (top - most.log()).softmax(0), top.argmax(0)                                # (blocks, n) (n,)
+            winner = room[best, torch.arange(len(x), device=x.device)].argmax(1)                                  # (n,)
+            used.index_fill_(0, best * len(w) + winner, 1.0)
+            # A.2  sum_i gamma_ik,  sum_i gamma_ik x_i
+            for i, (ks, p) in enumerate(zip(blocks, gamma)):
+                row = share[i, :, None] * x                                                                    # (n, 2D)
+                T = (share[i] @ p, p.T @ row) if part == 1 else \
+                    (sums[i][0] + share[i] @ p, sums[i][1].addmm_(p.T, row))                        # (|ks|,) (|ks|, 2D)
+                sums[i] = T if part < len(parts) else None
+                if part == len(parts):
+                    yield ks, *T
 
     def split_resurrect(self, pi, pooled, rms):
         """Components above the weight limit are rescaled (A.6) and share their mass with the lightest, which restart.

@@ -12,7 +12,9 @@ A checkpoint holds tensors and plain values alone, so that torch.load(weights_on
 
 Randomness is a function of (seed, step or sample, rank): a run goes on from its step, and nothing else is restored.
 """
+import contextlib
 import csv
+import ctypes
 import io
 import json
 import math
@@ -134,6 +136,15 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 2 ** 20
     import resource                                                                     # not there on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def keep_freed_memory():
+    """glibc gives freed memory back to the kernel and fetches it again, page by page and zeroed, at every step; told to
+    keep it, a run on a CPU gains a tenth. Nothing on other systems."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):                                       # another libc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-1, 2 ** 31 - 1), mallopt(-3, 2 ** 30)                          # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -25,17 +25,18 @@ def gmm(side, a):
     gen, eta, beta = torch.Generator().manual_seed(0), 0.9, 0.3
     h = torch.randn(a.N, a.D, generator=gen).to(a.device)                                                       # (N, D)
     if side == "floor":                                         # A.1 and A.2, one product each with [h, h^2]
-        x, w = torch.cat([h, h * h], 1), torch.randn(2048, 2 * a.D, generator=gen).to(a.device)
+        x, w = torch.cat([h, h * h], 1), torch.randn(a.K, 2 * a.D, generator=gen).to(a.device)         # (N, 2D) (K, 2D)
+        T = torch.empty_like(w)                                                                                # (K, 2D)
 
         def products():
-            for k in range(0, a.K, 2048):
-                z = x @ w[:a.K - k].T
-                z.T @ x
+            for rows, out in zip(w.split(2048), T.split(2048)):
+                torch.mm((x @ rows.T).T, x, out=out)
+            return T
         return products
     mix = OnlineGMM(a.K, a.D, resurrect=None).to(a.device)
     mix.init_from(h)
     if side != "plain":
-        return lambda: mix.update(h, beta, eta, keep=0 if side == "streaming" else 2 ** 40) and mix.mu
+        return lambda: mix.update(h, beta, eta, keep=2 ** 25 if side == "streaming" else 2 ** 40) and mix.mu
 
     def plain():                                                        # the equations as printed, one after the other
         mu, var = mix.mu, mix.var
