@@ -100,12 +100,37 @@ def check_eps(eps_list):
     return sorted(set(eps_list))
 
 
+def gram(X):
+    """X' X in float64, (D, D)."""
+    return sum(part.double().T @ part.double() for part in X.split(8192))
+
+
+def sketch(X, eps, block):
+    """Unit rows X (M, D) -> (M, d + 1): coordinates along the d main axes, and the length of what is left of the row.
+    Products of such rows are no smaller than the cosines (Cauchy-Schwarz on what is left), and cost d / D of the time:
+    pairs that they clear need no more. d is the cheapest on a sample of pairs; X itself where none would pay."""
+    (M, D), axes = X.shape, torch.linalg.eigh(gram(X))[1].flip(1)       # (D, D), main axis first
+
+    def along(rows, d):
+        y = rows.double() @ axes[:, :d]                                 # (n, d)
+        left = rows.double().square().sum(1) - y.square().sum(1)        # (n,)
+        return torch.cat([y, left.clamp_min(0).sqrt()[:, None]], 1).float()
+
+    def cost(d):  # of a pair, where its cosine costs 1; one doubtful pair is enough to ask for a column of `block`
+        y = along(X[::-(-M // 1024)], d)
+        doubtful = int((y @ y.T > 1 - eps - slack(D)).sum()) - len(y)
+        return (d + 1) / D + min(1, block * doubtful / len(y) ** 2)
+    d = min((d for d in (D // 8, D // 4, D // 2) if d and M > 2 * block), key=cost, default=0)
+    return torch.cat([along(part, d) for part in X.split(8192)]) if d and cost(d) < 1 else X
+
+
 # -------------------------------------------------------------------------------------------- Def. 2.1, greedy leader
 def leaders(C, eps_list, progress=False, block=None):
     """{eps: owner (K,)}: the index of the representative that claims each prototype (itself if it is one, -1: zero).
 
     All eps in one pass: a block of rows meets the representatives so far in matrix products, then itself. No two blocks
-    meet twice, and blocks without a pair within eps (usual for distinct prototypes) cost a product and one maximum."""
+    meet twice, and blocks without a pair within eps (usual for distinct prototypes) cost one product of their sketches
+    and one maximum."""
     block = block or BLOCK
     X, kept = unit_rows(C)
     C, (M, D) = torch.as_tensor(C).detach(), X.shape
@@ -121,24 +146,30 @@ def leaders(C, eps_list, progress=False, block=None):
     earlier = torch.ones(min(block, M), min(block, M), dtype=torch.bool, device=X.device).triu(1)
     floor = [1 - eps - slack(D) for eps in todo]                        # cosines up to here cannot be within eps
     with plain_float32(X.device):
+        Y = sketch(X, todo[-1], block)                                  # (M, d + 1), packed as X is; or X
         for start in bar(range(0, M, block), "unique prototypes", progress):
-            B, rows = X[start:start + block].clone(), kept[start:start + block]     # (b, D), (b,)
+            B, Q, rows = (t[start:start + block].clone() for t in (X, Y, kept))     # (b, D), (b, d + 1), (b,)
             free = torch.ones(len(todo), len(B), dtype=torch.bool, device=X.device)     # not claimed yet, per eps
             for r in range(0, n, block):
-                S = X[r:min(r + block, n)] @ B.T                        # (leaders, b)
-                top = S.amax(0)                                         # (b,)
-                if top.max() <= floor[-1]:
+                old = slice(r, min(r + block, n))
+                S = Y[old] @ Q.T                                        # (leaders, b)
+                maybe = (S.amax(0) > floor[-1]).nonzero()[:, 0]         # columns that may have a cosine within eps
+                if not len(maybe):
                     continue
+                S = pick(S, torch.arange(len(S)), maybe) if Y is X else X[old] @ B[maybe].T     # (leaders, maybe)
+                top = S.amax(0)                                         # (maybe,)
                 for e, eps in enumerate(todo):
-                    col = (free[e] & (top > floor[e])).nonzero()[:, 0]
-                    led = lead[e, r:r + len(S)].nonzero()[:, 0]
+                    col = (free[e, maybe] & (top > floor[e])).nonzero()[:, 0]
+                    led = lead[e, old].nonzero()[:, 0]
                     if len(col) and len(led):
-                        near = within(pick(S, led, col), C, row_of[r + led], rows[col], eps)
+                        near = within(pick(S, led, col), C, row_of[r + led], rows[maybe[col]], eps)
                         hit = near.any(0)
                         first = near.byte().argmax(0)[hit]      # argmax: the first of equal maxima, so the lowest index
-                        out[eps][rows[col[hit]]] = row_of[r + led[first]]
-                        free[e, col[hit]] = False
-            S = (B @ B.T).masked_fill_(~earlier[:len(B), :len(B)], -4)  # (b, b): row i earlier than column j
+                        out[eps][rows[maybe[col[hit]]]] = row_of[r + led[first]]
+                        free[e, maybe[col[hit]]] = False
+            S = (Q @ Q.T).masked_fill_(~earlier[:len(B), :len(B)], -4)  # (b, b): row i earlier than column j
+            if Y is not X and S.max() > floor[-1]:
+                S = (B @ B.T).masked_fill_(~earlier[:len(B), :len(B)], -4)
             top = S.amax(0)
             for e, eps in enumerate(todo):
                 row = free[e].nonzero()[:, 0]
@@ -153,7 +184,7 @@ def leaders(C, eps_list, progress=False, block=None):
                     free[e, row[by != torch.arange(len(row), device=X.device)]] = False
             new = free.any(0).nonzero()[:, 0]
             m = n + len(new)
-            X[n:m], row_of[n:m], lead[:, n:m] = B[new], rows[new], free[:, new]     # m <= rows read so far
+            X[n:m], Y[n:m], row_of[n:m], lead[:, n:m] = B[new], Q[new], rows[new], free[:, new]     # m <= rows read
             n = m
     return out
 
@@ -239,8 +270,7 @@ def neighbours(C, eps_list, progress=False, block=None):
 def effective_rank(C):
     """exp of the entropy of the unit rows' singular values over their sum (Roy and Vetterli 2007): 1 to min(K, D)."""
     X, _ = unit_rows(C)
-    gram = sum(part.double().T @ part.double() for part in X.split(8192))     # (D, D)
-    p = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    p = torch.linalg.eigvalsh(gram(X)).clamp_min(0).sqrt()
     p = p / p.sum()
     return float(torch.special.entr(p).sum().exp())
 

@@ -79,6 +79,27 @@ def test_chains_across_blocks(block):
     assert len(collapse.unique_prototypes(in_line, .025)) == 20
 
 
+@pytest.mark.parametrize("kind", ["even", "few axes", "one axis"])
+def test_sketches_never_hide_a_duplicate(kind):
+    """A sketch's products bound the cosines from above, it is narrower where that pays, and nothing is lost."""
+    C = randn(300, 64, seed=5)
+    if kind == "few axes":                                      # two thirds of the length in 4 dimensions
+        C[:, :4] *= 6
+    if kind == "one axis":                                      # all cosines above .9: no sketch can pay
+        C[:, 0] = 40
+    for k, cos in enumerate((1, .9999, .9751, .9749, .95, .91, .89)):          # planted pairs, on both sides of eps
+        a, b = C[10 + k], randn(64, seed=k)
+        b = b - (b @ a) / (a @ a) * a
+        C[200 + 9 * k] = cos * a / a.norm() + math.sqrt(1 - cos ** 2) * b / b.norm()
+    X, _ = collapse.unit_rows(C)
+    Y = collapse.sketch(X, .1, 10)
+    assert (Y is X) == (kind == "one axis") and Y.shape[1] in (9, 17, 33, 64)
+    assert (Y @ Y.T - X @ X.T).min() > -collapse.slack(64) and (Y.norm(dim=1) - 1).abs().max() < 1e-6
+    assert collapse.sketch(X, .1, 200) is X                     # few blocks: not worth its axes
+    owners = collapse.leaders(C, [.025, .1], block=10)
+    assert all(owners[eps].tolist() == slow_owner(C, eps) for eps in owners)
+
+
 def test_known_angles_and_strictness():
     C = angles(0, 10, 12, 90, 91, 180)
     assert collapse.unique_prototypes(C, .025).tolist() == [0, 3, 5]              # 12.8 degrees

@@ -30,7 +30,7 @@ import optim
 import views
 import weights
 from guard import held, listening
-from run import Log, Trail, network, peak_memory, resume, save, saved
+from run import Log, Trail, keep_freed_memory, network, peak_memory, resume, save, saved
 
 EPS = (0.025, 0.5)                                      # Def. 2.1: the threshold of the literature, and the strict one
 
@@ -38,6 +38,7 @@ EPS = (0.025, 0.5)                                      # Def. 2.1: the threshol
 def main(argv=None):
     """One training run. Returns its final metrics; bad input ends it with one sentence and exit code 2."""
     args = config.parse(argv)
+    keep_freed_memory()
     device = ddp.setup(args.device)
     try:
         if args.export:
