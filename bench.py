@@ -30,7 +30,7 @@ from run import keep_freed_memory
 HERE = os.path.dirname(os.path.abspath(__file__))
 #             default                                                          --paper
 SIZES = dict(K=(16384, 65536), D=(256, 256), N=([512], [512, 2048]), V=(8, 8), B=(64, 64), P=(512, 512),
-             unique=(16384, 65536), bank=(20000, 100000), queries=(2000, 10000), batch=(8, 16), steps=(6, 10))
+             unique=(16384, 65536), bank=(20000, 100000), queries=(2000, 10000), batch=(64, 64), steps=(6, 6))
 
 
 # ---- one side, one process -------------------------------------------------------------------------------------------
@@ -66,6 +66,8 @@ def turn(run, device, first):
 def serve(pipe, item, side, a, threads):
     keep_freed_memory()                                         # as train.py does, for all sides
     torch.set_num_threads(threads)
+    small = argparse.Namespace(**{**vars(a), "K": 2 * a.P, "N": 8, "B": 2, "unique": 64, "bank": 64, "queries": 8})
+    getattr(sides, item)(side, small)()                         # loads the code, which is nobody's extra memory
     run = getattr(sides, item)(side, a)
     while (order := pipe.recv()) is not None:
         pipe.send(turn(run, a.device, order == 0))
@@ -125,7 +127,7 @@ def step(a):
              "--bottleneck-dim", a.D, "--batch-size", a.batch, "--steps", a.steps, "--gmm-start", 0, "--log-every", 1,
              "--eval-every", 10 ** 6, "--eval-bank", 64, "--eval-queries", 8, *a.step_flags]
     got = {}
-    for _ in range(2):
+    for _ in range(a.reps):
         for kind in ("joint", "decoupled"):
             rows = train(*flags, "--prototypes", kind)[0]
             seconds = min(a.batch / float(row["images_per_s"]) for row in rows[1:])

@@ -62,9 +62,15 @@ class Frozen(nn.Module):
     def make(self, C):
         pass
 
+    def raw(self):
+        """(C (K, D), unit): directions() as they are kept, and whether they still have to be brought to length one: a
+        loss over blocks of prototypes does that to a block at a time."""
+        return self.start, False
+
     def directions(self):
         """(K, D), the rows that h is multiplied with."""
-        return self.start
+        C, unit = self.raw()
+        return F.normalize(C, dim=1) if unit else C
 
     def centred(self, h):
         """What of h (..., D) is multiplied with the directions: all of it."""
@@ -112,9 +118,8 @@ class Joint(Frozen):
         if self.with_gain:
             self.gain = nn.Parameter(torch.ones(len(C), 1))                                                     # (K, 1)
 
-    def directions(self):
-        C = F.normalize(self.weight, dim=1)
-        return self.gain * C if self.with_gain else C
+    def raw(self):
+        return (self.gain * F.normalize(self.weight, dim=1), False) if self.with_gain else (self.weight, True)
 
     def penalty(self):
         return self.kp * koleo(self.weight) if self.kp else super().penalty()
@@ -178,10 +183,10 @@ class Decoupled(Frozen):
         self.gmm, self.init, self.begin, self.unit, self.a, self.c = gmm or OnlineGMM(K, D), init, begin, unit, a, c
         self.all_gather, self.started, self.queued = all_gather, False, 0
 
-    def directions(self):
+    def raw(self):
         # differs: the paper does not say whether means are normalised in the logits. Weight-normalised last layers and
         # Def. 2.1 are; raw means bring their own norm, which saturates CARP's softmax (--proto-norm raw)
-        return F.normalize(self.vectors(), dim=1) if self.unit else self.vectors()
+        return self.vectors(), self.unit
 
     def step(self, h, step=0, beta=0.5):
         """Eq. 3: one online-EM step on the teacher vectors h (n, D) of this rank; step counts from 0."""

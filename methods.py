@@ -33,10 +33,10 @@ class CARPLoss(nn.Module):
         """h_s (V, B, D), h_t (2, B, D) of a micro-batch -> dict of scalars."""
         gen = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         perm = torch.randperm(self.K, generator=gen).to(h_s.device, non_blocking=True)                            # (K,)
-        C_s = protos_s.directions()                                                                             # (K, D)
-        C_t = C_s if protos_t is protos_s else protos_t.directions()                                            # (K, D)
+        C_s, unit = protos_s.raw()                                                                              # (K, D)
+        C_t = C_s if protos_t is protos_s else protos_t.raw()[0]                                                # (K, D)
         h_s, h_t = protos_s.centred(h_s), protos_t.centred(h_t)                                   # (V, B, D) (2, B, D)
-        return carp_blocks(h_s, h_t, C_s, C_t, self.partition_size, perm, self.mean, protos_s.scale)
+        return carp_blocks(h_s, h_t, C_s, C_t, self.partition_size, perm, self.mean, protos_s.scale, unit)
 
 
 class DINOLoss(nn.Module):
@@ -85,9 +85,9 @@ class DINOLoss(nn.Module):
 
     def forward(self, h_s, p_t, protos_s, protos_t, step):
         """h_s (V, B, D), p_t (2, B, K) of a micro-batch -> dict of scalars."""
-        bias = protos_s.bias(self.tau_s)
-        return {"cross_entropy": dino_blocks(protos_s.centred(h_s), p_t, protos_s.directions(),
-                                             bias if torch.is_tensor(bias) else None, self.tau_s, protos_s.scale)}
+        bias, (C, unit) = protos_s.bias(self.tau_s), protos_s.raw()                                             # (K, D)
+        return {"cross_entropy": dino_blocks(protos_s.centred(h_s), p_t, C, bias if torch.is_tensor(bias) else None,
+                                             self.tau_s, protos_s.scale, unit)}
 
 
 def make(args, per_epoch, mean_over_ranks=None, all_reduce=None):

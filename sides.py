@@ -1,7 +1,7 @@
 """What bench.py compares: the sides of each item, ours, the plain way and the floor.
 
 item(side, a) prepares one side at the sizes in the namespace a, and returns a function that does the work once and
-returns something by which the sides can be checked against each other. The floor is the matrix products alone.
+returns what the sides can be checked by against each other. The floor is the matrix products alone.
 """
 import time
 from types import SimpleNamespace
@@ -54,44 +54,50 @@ def gmm(side, a):
 
 
 def loss(side, a):
-    """CARP's loss, forward and backward, on V views of B images; joint: prototypes with gradient, and a second set."""
+    """CARP's loss, forward and backward, on V views of B images, against prototypes brought to length one; joint: they
+    have a gradient, and the teacher has a set of its own."""
     gen = torch.Generator().manual_seed(0)
     h_s, h_t = (torch.randn(v, a.B, a.D, generator=gen).to(a.device) for v in (a.V, 2))
-    C_s = F.normalize(torch.randn(a.K, a.D, generator=gen), dim=1).to(a.device)                                 # (K, D)
-    C_t = F.normalize(torch.randn(a.K, a.D, generator=gen), dim=1).to(a.device) if a.joint else C_s             # (K, D)
+    W_s = torch.randn(a.K, a.D, generator=gen).to(a.device)                                                     # (K, D)
+    W_t = torch.randn(a.K, a.D, generator=gen).to(a.device) if a.joint else W_s                                 # (K, D)
     perm = torch.randperm(a.K, generator=gen).to(a.device)
 
     def floor():                          # logits of student and teacher, gradients of h and (joint) C
         h, t = h_s.flatten(0, 1), h_t.flatten(0, 1)
         for k in range(0, a.K, 2048):
-            z = h @ C_s[k:k + 2048].T
-            t @ C_t[k:k + 2048].T, z @ C_s[k:k + 2048], z.T @ h if a.joint else None
+            z = h @ W_s[k:k + 2048].T
+            t @ W_t[k:k + 2048].T, z @ W_s[k:k + 2048], z.T @ h if a.joint else None
     if side == "floor":
         return floor
-    h_s.requires_grad_(), C_s.requires_grad_(a.joint)
+    h_s.requires_grad_(), W_s.requires_grad_(a.joint)
 
     def run():
-        h_s.grad = C_s.grad = None
-        terms = blocks.carp_blocks(h_s, h_t, C_s, C_t, a.P, perm) if side == "ours" else \
-            losses.carp(h_s @ C_s.T, h_t @ C_t.T, a.P, perm)
+        h_s.grad = W_s.grad = None
+        if side == "ours":
+            terms = blocks.carp_blocks(h_s, h_t, W_s, W_t, a.P, perm, unit=True)
+        else:
+            C_s = F.normalize(W_s, dim=1)
+            C_t = F.normalize(W_t, dim=1) if a.joint else C_s
+            terms = losses.carp(h_s @ C_s.T, h_t @ C_t.T, a.P, perm)
         sum(terms.values()).backward()
-        return h_s.grad
+        return (h_s.grad, W_s.grad) if a.joint else h_s.grad
     return run
 
 
 def dino(side, a):
-    """DINO's cross-entropy, forward and backward, against given teacher probabilities."""
+    """DINO's cross-entropy, forward and backward, against given teacher probabilities; prototypes as in `loss`."""
     gen = torch.Generator().manual_seed(0)
     h_s = F.normalize(torch.randn(a.V, a.B, a.D, generator=gen), dim=-1).to(a.device).requires_grad_()
-    C = F.normalize(torch.randn(a.K, a.D, generator=gen), dim=1).to(a.device)                                   # (K, D)
+    W = torch.randn(a.K, a.D, generator=gen).to(a.device).requires_grad_(a.joint)                               # (K, D)
     p_t = torch.randn(2, a.B, a.K, generator=gen).to(a.device).softmax(-1)                                   # (2, B, K)
-    C.requires_grad_(a.joint)
 
     def run():
-        h_s.grad = C.grad = None
-        ours = side == "ours"
-        (blocks.dino_blocks(h_s, p_t, C) if ours else losses.dino(h_s @ C.T, p_t)["cross_entropy"]).backward()
-        return h_s.grad
+        h_s.grad = W.grad = None
+        if side == "ours":
+            blocks.dino_blocks(h_s, p_t, W, unit=True).backward()
+        else:
+            losses.dino(h_s @ F.normalize(W, dim=1).T, p_t)["cross_entropy"].backward()
+        return (h_s.grad, W.grad) if a.joint else h_s.grad
     return run
 
 

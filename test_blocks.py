@@ -41,6 +41,20 @@ def test_carp_equals_the_loss_of_all_logits(budget, P, scale):
     close(gradients(sum(terms.values()), h_s, C_s), gradients(sum(want.values()), h_s, C_s))
 
 
+@pytest.mark.parametrize("budget", [1, 150, 10 ** 9])
+def test_prototypes_brought_to_length_one_a_block_at_a_time(budget):
+    """unit: the losses of normalised prototypes, and gradients with respect to those as they are kept."""
+    h_s, h_t, C_s, C_t, perm = case(seed=1)
+    unit_s, unit_t = F.normalize(C_s, dim=1), F.normalize(C_t, dim=1)
+    want = losses.carp(1.5 * h_s @ unit_s.T, 1.5 * h_t @ unit_t.T, 12, perm)
+    ours = carp_blocks(h_s, h_t, C_s, C_t, 12, perm, scale=1.5, unit=True, budget=budget)
+    close(gradients(sum(ours.values()), h_s, C_s), gradients(sum(want.values()), h_s, C_s))
+    p_t = torch.rand(2, 6, 48, generator=torch.Generator().manual_seed(2)).softmax(-1)
+    want = losses.dino(1.5 * h_s @ F.normalize(C_s, dim=1).T, p_t)["cross_entropy"]
+    ours = dino_blocks(h_s, p_t, C_s, scale=1.5, unit=True, budget=budget)
+    close(gradients(ours, h_s, C_s), gradients(want, h_s, C_s))
+
+
 def test_carp_against_central_differences():
     """losses.carp's gradient is autograd's; this one asks the value alone."""
     h_s, h_t, C_s, C_t, perm = case(V=3, B=2, D=4, K=12)
@@ -116,7 +130,7 @@ def test_dino_equals_the_loss_of_all_logits(budget, scale, tau, biased):
     bias = torch.randn(33, generator=torch.Generator().manual_seed(1)).requires_grad_() if biased else None
     want = losses.dino(scale * h_s @ C.T, p_t, tau, bias if biased else 0.0)["cross_entropy"]
     inputs = [h_s, C] + [bias] * biased
-    ours = dino_blocks(h_s, p_t, C, bias, tau, scale, budget)
+    ours = dino_blocks(h_s, p_t, C, bias, tau, scale, budget=budget)
     close(gradients(ours, *inputs), gradients(want, *inputs), rel=2e-5)
 
 
