@@ -156,14 +156,19 @@ def loop(a):
     """images/s of the default run, ours and lightly's DINO, and the share of its time that the data take."""
     rows = train("--device", "cpu", "--steps", a.steps * 10, "--log-every", 10, "--eval-every", 10 ** 6, "--gmm-start",
                  5, "--eval-bank", 64, "--eval-queries", 8)[0]
-    ours, other = max(float(row["images_per_s"]) for row in rows), sides.lightly_loop(a.reps)
+    ours = max(float(row["images_per_s"]) for row in rows)
     print(f"\nloop: default preset {ours:.0f} images/s")
     verdict("share of the data in a step", min(float(row["data_share"]) for row in rows), 0.2)
-    if other is None:
+    threads, other = torch.get_num_threads(), {}
+    for workers in (0, 1):                  # its crops in the same process, or in another one beside it
+        torch.set_num_threads(max(1, threads - workers))
+        other[workers] = sides.lightly_loop(workers)
+    torch.set_num_threads(threads)
+    if other[0] is None:
         print("    lightly is not installed")
-    else:
-        print(f"    lightly's DINO {other:.0f} images/s")
-        verdict("ours / lightly", ours / other, 3, more=True)
+    for workers, speed in other.items() if other[0] else ():
+        print(f"    lightly's DINO, {workers} processes for its crops, {speed:.0f} images/s")
+        verdict("ours / lightly", ours / speed, 3, more=True)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

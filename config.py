@@ -57,7 +57,7 @@ PRESETS["paper-dino-rn50"] = dict(PRESETS["paper-dino"], arch="resnet50", optimi
 
 # flags that may differ between a run and its continuation: where it runs and what is printed, not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank", "eval_queries", "data",
-        "data_root", "amp", "save_every", "keep_every", "export"}
+        "data_root", "amp", "compile", "save_every", "keep_every", "export"}
 
 
 def parser():
@@ -81,8 +81,7 @@ def parser():
     flag("--data", default="shapes", help="shapes (built in), cifar10, cifar100, stl10, or a folder of images")
     flag("--data-root", default="data", help="where downloaded sets are kept")
     flag("--imbalance", type=float, default=1.0, help="long tail: largest class over smallest; test split untouched")
-    flag("--imbalance-law", default="exp", choices=["exp", "power"],
-         help="sizes fall by one factor per class, or as (c + 1)^-a")
+    flag("--imbalance-law", default="exp", choices=["exp", "power"], help="one factor per class, or (c + 1)^-a")
     flag("--img-size", type=int, default=32, help="side of the two global crops, pixels")
     flag("--local-size", type=int, default=16, help="side of the local crops, pixels")
     flag("--local-crops", type=int, default=4, help="local crops per image, seen by the student alone; fewer is faster")
@@ -158,6 +157,7 @@ def parser():
     flag("--clip-grad", type=float, default=3.0, help="largest gradient norm of one parameter tensor; 0: no clipping")
     flag = p.add_argument_group("speed, logging, evaluation (speed)").add_argument
     flag("--amp", action=on_off, default=True, help="bf16 in the network on CUDA; never in mixture or softmax")
+    flag("--compile", action="store_true", help="torch.compile for the backbones: minutes at the start, faster steps after")
     flag("--workers", type=int, default=0, help="processes that decode images of folders too large for memory")
     flag("--log-every", type=int, default=50, help="steps between printed lines")
     flag("--eval-every", type=int, default=260, help="steps between evaluations and checkpoints")

@@ -25,7 +25,7 @@ from features import cached, features, fingerprint, load_backbone, record, usabl
 
 PROTOCOL = "knn-1"                  # printed with every number; raise it when anything that changes the number changes
 BUDGET = 640 * 2**20                # bytes a k-NN search may use, whatever M and N are; a third unless all are alike
-QUERIES, ROWS = 2048, 4096          # of a block of similarities: larger ones are no faster, and leave the cache
+QUERIES, ROWS = 2048, 2048          # of a block of similarities: larger ones are no faster, and leave the cache
 LAST = 2**32 - 1                    # largest bank index
 
 

@@ -62,12 +62,13 @@ class OnlineGMM(nn.Module):
                              (torch.float64, {"S_pi": (K,), "S_mu": (K, D), "S_sig": (K, D)})):
             for name, size in sizes.items():
                 self.register_buffer(name, torch.zeros(size, dtype=dtype))
-        self.set_params(self.directions(K), torch.full((K, D), 1 / D), torch.full((K,), 1 / K), mass=1.0)
+        self.set_params(self.directions(K), torch.tensor(1 / D), 1 / K, mass=1.0)
 
     # ---- where the mixture starts ----------------------------------------------------------------------------------
     @torch.no_grad()
     def set_params(self, mu, var, pi, mass):
-        """Take mu (K, D), var (K, D) > 0 and pi (K,) as the parameters, worth `mass` = JB/K samples each (A.4)."""
+        """Take mu, var > 0 (K, D) and pi (K,), or what expands to them, as the parameters, worth `mass` = JB/K samples
+        each (A.4)."""
         self.mu.copy_(mu)
         self.var.copy_(var)
         pi = torch.as_tensor(pi, dtype=torch.float64, device=self.mu.device).expand(self.K)                      # (K,)
@@ -100,20 +101,23 @@ class OnlineGMM(nn.Module):
         if how == "features":
             gen = torch.Generator().manual_seed(self.seed)
             picks = torch.cat([torch.randperm(len(h), generator=gen) for _ in range(-(-self.K // len(h)))])[:self.K]
-            mu, var = h[picks.to(h.device)], pooled                                                     # (K, D), scalar
-            if len(h) < self.K:
-                mu = mu + 0.5 * pooled.sqrt() * torch.randn(mu.shape, generator=gen).to(h.device)
+            var = pooled                                                                                        # scalar
+            for ks in self.blocks():
+                self.mu[ks] = h[picks[ks].to(h.device)]
+                if len(h) < self.K:
+                    noise = torch.randn(self.mu[ks].shape, generator=gen)                                    # (|ks|, D)
+                    self.mu[ks] += 0.5 * pooled.sqrt() * noise.to(h.device)
         else:
-            mu, var = rms * self.directions(self.K).to(h.device), rms ** 2 / self.D     # one component covers the cloud
-        var = var.clamp_min(1e-8).expand(self.K, self.D)
+            self.mu.copy_(self.directions(self.K)).mul_(rms)
+            var = rms ** 2 / self.D                                                     # one component covers the cloud
         mass = len(h) / self.K if mass is None else mass
         mass = 1.0 if self.forgetting == "sample" else mass                                  # the start is one sample
-        self.set_params(mu, var, h.new_full((self.K,), 1 / self.K), mass)
+        self.set_params(self.mu, var.clamp_min(1e-8), 1 / self.K, mass)
 
     def directions(self, n):
         """n random unit vectors (n, D), a function of (seed, t): equal on all ranks, new at every update."""
         g = torch.randn(n, self.D, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.t))     # (n, D)
-        return nn.functional.normalize(g, dim=1)
+        return g.div_(g.norm(dim=1, keepdim=True))
 
     # ---- A.1 -------------------------------------------------------------------------------------------------------
     def log_joint(self, y, c, ks, beta, w, out=None):
@@ -195,7 +199,7 @@ class OnlineGMM(nn.Module):
             var = torch.div(S_sig, S_pi, out=T_sig).addcmul_(mu, mu, value=-1)                               # (|ks|, D)
             torch.where(sane, var.float().clamp_(min=floor), self.var[ks], out=self.var[ks])
         # A.5  pi = S_pi / sum_k S_pi
-        pi = (self.S_pi / self.S_pi.sum()).clamp_min(torch.finfo(torch.float64).tiny)                             # (K,)
+        pi = self.weights()                                                                                       # (K,)
         self.log_pi.copy_(pi.log())
 
         self.t += 1
@@ -256,8 +260,12 @@ class OnlineGMM(nn.Module):
         self.var[j] = torch.where(heavy[:, None], pooled.clamp_min(1e-8), self.var[j])
         self.to_stats(k, half, heavy)
         self.to_stats(j, half, heavy)
-        self.log_pi.copy_((self.S_pi / self.S_pi.sum()).log())
+        self.log_pi.copy_(self.weights().log())
         return heavy.sum()
+
+    def weights(self):
+        """pi (K,), float64, above 0: a whole block of K whose logarithms were all -inf would have no softmax."""
+        return (self.S_pi / self.S_pi.sum()).clamp_min(torch.finfo(torch.float64).tiny)
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
     def blocks(self):

@@ -55,12 +55,12 @@ class Frozen(nn.Module):
         self.scale, self.tau, self.offset = scale, tau, 0.0
         # uniform and short, as nn.Linear starts: only the direction counts in the logits, but AdamW's steps have a
         # fixed size, so that long vectors would hardly turn and hide the collapse
-        C = torch.empty(K, D).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)) * D ** -0.5        # (K, D)
-        self.register_buffer("start", F.normalize(C, dim=1))                       # (K, D), drift is measured from here
+        C = torch.empty(K, D).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)).mul_(D ** -0.5)    # (K, D)
         self.make(C)
+        self.register_buffer("start", C.div_(C.norm(dim=1, keepdim=True)))         # (K, D), drift is measured from here
 
     def make(self, C):
-        pass
+        """Take a copy of C (K, D), if need be, before it is brought to length one."""
 
     def raw(self):
         """(C (K, D), unit): directions() as they are kept, and whether they still have to be brought to length one: a
@@ -114,7 +114,7 @@ class Joint(Frozen):
         super().__init__(K, D, scale, seed, tau)
 
     def make(self, C):
-        self.weight = nn.Parameter(C)                                                                           # (K, D)
+        self.weight = nn.Parameter(C.clone())                                                                   # (K, D)
         if self.with_gain:
             self.gain = nn.Parameter(torch.ones(len(C), 1))                                                     # (K, 1)
 
@@ -171,7 +171,7 @@ class Decoupled(Frozen):
     gmm         an OnlineGMM of the same K and D
     init        "features": start from teacher vectors; "random": from random directions as long as they are
     begin       the step at which the mixture starts; until then the random directions of Frozen serve, and with
-                "features" gmm.mu is a queue of the last K teacher vectors
+                "features" gmm.mu is a ring of the last K teacher vectors
     unit        means enter the logits at length one (False: raw, their norm then acts as an inverse temperature)
     a, c        of the forgetting factor (A.7), counted from `begin`
     all_gather  joins the vectors of all ranks for the start
@@ -204,10 +204,11 @@ class Decoupled(Frozen):
         K, N = len(self.start), len(h)
         h = h[torch.isfinite(h).all(1)]                         # as the run skips such steps, the queue skips vectors
         if step >= self.begin - -(-K // N):                                   # the steps before cannot be in the queue
-            self.gmm.mu.copy_(torch.cat([self.gmm.mu, h])[-K:])
-            self.queued = min(self.queued + len(h), K)
+            rows = (self.queued + torch.arange(len(h), device=h.device))[-K:] % K                                 # (n,)
+            self.gmm.mu[rows] = h[-K:].float()
+            self.queued += len(h)
         if step >= self.begin and self.queued:
-            self.begin_on(self.gmm.mu[K - self.queued:].clone(), N / K)
+            self.begin_on(self.gmm.mu[:self.queued].clone(), N / K)
             self.start.copy_(self.gmm.mu)
             self.started = True
 

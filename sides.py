@@ -153,8 +153,9 @@ def data(side, a):
     return lambda: views.collate([crops[i, 0, i] for i in range(32)])[0][0]
 
 
-def lightly_loop(reps):
-    """images/s of lightly's DINO on the model, crops and batch of the default preset; None if it is not installed."""
+def lightly_loop(workers):
+    """images/s of lightly's DINO on the model, crops and batch of the default preset, with that many processes for the
+    crops; None if it is not installed."""
     try:
         from lightly.loss import DINOLoss
         from lightly.models.modules import DINOProjectionHead
@@ -172,17 +173,17 @@ def lightly_loop(reps):
     (student, teacher), criterion = nets, DINOLoss(output_dim=1024)
     teacher.load_state_dict(student.state_dict())
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    loader = torch.utils.data.DataLoader(range(384), 32, collate_fn=lambda ids: [
-        torch.stack(view) for view in zip(*(crops(images[i]) for i in ids))])
-    best = 0.0
-    for _ in range(reps):
-        start = time.perf_counter()
-        for batch in loader:
-            update_momentum(student, teacher, 0.99)
-            with torch.no_grad():
-                t = [teacher[1](teacher[0](view)[0]) for view in batch[:2]]
-            criterion(t, [student[1](student[0](view)[0]) for view in batch], epoch=0).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        best = max(best, 384 / (time.perf_counter() - start))
+    loader = torch.utils.data.DataLoader(range(1280), 32, num_workers=workers, collate_fn=lambda ids: [
+        torch.stack(view) for view in zip(*(crops(images[i % 400]) for i in ids))])
+    best, ticks = 0.0, [time.perf_counter()]
+    for batch in loader:
+        update_momentum(student, teacher, 0.99)
+        with torch.no_grad():
+            t = [teacher[1](teacher[0](view)[0]) for view in batch[:2]]
+        criterion(t, [student[1](student[0](view)[0]) for view in batch], epoch=0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ticks.append(time.perf_counter())
+        if len(ticks) > 10:                                   # the best ten steps in a row, as the log of ours has ten
+            best = max(best, 320 / (ticks[-1] - ticks[-11]))
     return best

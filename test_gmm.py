@@ -398,3 +398,16 @@ def test_the_smaller_of_vectors_and_statistics_goes_over_the_wire(N, ways):
                         all_gather=lambda h: (seen.add("gather"), torch.cat([h, h]))[1])
     gmm.update(torch.randn(N // 2, 6, generator=torch.Generator().manual_seed(0)), 0.3, 0.9)
     assert seen == set(ways)
+
+
+def test_a_block_of_dead_components_and_floored_variances():
+    """Weights that starved to nothing leave no NaN behind; a step that is not finite leaves floored variances alone."""
+    gmm, _, h = mixture(chunk=8, var_floor=0.5, forgetting="plain")
+    gmm.S_pi[8:16], gmm.S_mu[8:16], gmm.S_sig[8:16], gmm.mu[8:16] = 0, 0, 0, 1e4     # a block that answers for nothing
+    gmm.update(h, 0.5, 0.9)
+    gmm.update(h, 0.5, 0.9)
+    assert all(torch.isfinite(b).all() for b in gmm.buffers())
+    var = gmm.var.clone()
+    assert (var == var.min()).sum() > 10                        # the floor holds some up
+    gmm.update(torch.full_like(h, float("nan")), 0.5, 0.9)
+    assert torch.equal(var, gmm.var)

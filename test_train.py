@@ -150,6 +150,25 @@ def test_resnet_and_unlabelled_folder(tmp_path):
     assert metrics["knn"] is None and "unique" in metrics
 
 
+def test_compiled_backbones_keep_their_names_and_a_compiler_that_fails_is_named(tmp_path, capsys, monkeypatch):
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: seen.append(net.arch) or original(net, backend="eager"))
+    seen = []
+    plain, compiled = run(tmp_path / "a"), run(tmp_path / "b", "--compile")
+    a, b = ckpt(tmp_path / "a"), ckpt(tmp_path / "b")
+    assert seen == ["vit_nano"] * 2 and a["teacher"].keys() == b["teacher"].keys()
+    assert all(torch.allclose(v, b["student"][k], atol=1e-5) for k, v in a["student"].items())
+    assert compiled["unique"] == plain["unique"]
+
+    def broken(graph, inputs):
+        raise ValueError("no compiler")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: original(net, backend=broken))
+    torch.compiler.reset()
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "c", "--compile")
+    assert stop.value.code == 2 and "--compile does not work here" in capsys.readouterr().err
+
+
 # ---- two processes ---------------------------------------------------------------------------------------------------
 def torchrun(n, *flags):
     """A real launch; returns its output."""

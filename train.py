@@ -50,6 +50,9 @@ def main(argv=None):
         print(f"train.py: error{f' (process {ddp.RANK})' if ddp.RANK else ''}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as e:
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"train.py: error: --compile does not work here: {str(e).splitlines()[0]}", file=sys.stderr)
+            raise SystemExit(2) from None
         if not ddp.lost_contact(e):
             raise
         print(f"train.py: error: process {ddp.RANK} lost its connection to another one and leaves; the last checkpoint "
@@ -80,6 +83,9 @@ def train(args, device, caught):
         raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
 
     student, teacher, protos_s, protos_t = networks(args, device, int(begin))
+    if args.compile:                                    # in place: the names of the parameters stay. Nothing else is
+        student.backbone.compile()                      # compiled, the mixture least of all: its precision is its own
+        teacher.backbone.compile()
     loss_fn = methods.make(args, per_epoch, ddp.mean_over_ranks, ddp.all_reduce).to(device)
 
     trained = [*student.parameters(), *protos_s.parameters()]
@@ -249,7 +255,7 @@ def coming_vectors(teacher, images, recipe, step, args, device):
 def measure(protos, h, beta, seed):
     """What is known of a prototype set beside teacher vectors h (N, D): the columns that a unique count needs."""
     C = protos.vectors()
-    used, perplexity = collapse.usage(protos.assign(part, beta) for part in h.split(512))
+    used, perplexity = collapse.usage(protos.assign(part, beta) for part in h.split(128))
     out = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
            "h_norm": float(h.norm(dim=1).median())}
     for eps, count in collapse.unique_counts(C, EPS).items():
