@@ -94,22 +94,17 @@ def bar(steps, what, show):
 
 
 def check_eps(eps_list):
-    for eps in eps_list:
-        if not 0 <= eps <= 2:
-            raise ValueError(f"eps must lie in [0, 2] (it is 1 - cosine), not {eps}")
+    if bad := [eps for eps in eps_list if not 0 <= eps <= 2]:
+        raise ValueError(f"eps must lie in [0, 2] (it is 1 - cosine), not {bad[0]}")
     return sorted(set(eps_list))
-
-
-def gram(X):
-    """X' X in float64, (D, D)."""
-    return sum(part.double().T @ part.double() for part in X.split(8192))
 
 
 def sketch(X, eps, block):
     """Unit rows X (M, D) -> (M, d + 1): coordinates along the d main axes, and the length of what is left of the row.
     Products of such rows are no smaller than the cosines (Cauchy-Schwarz on what is left), and cost d / D of the time:
     pairs that they clear need no more. d is the cheapest on a sample of pairs; X itself where none would pay."""
-    (M, D), axes = X.shape, torch.linalg.eigh(gram(X))[1].flip(1)       # (D, D), main axis first
+    gram = sum(part.double().T @ part.double() for part in X.split(8192))     # (D, D)
+    (M, D), axes = X.shape, torch.linalg.eigh(gram)[1].flip(1)          # (D, D), main axis first
 
     def along(rows, d):
         y = rows.double() @ axes[:, :d]                                 # (n, d)
@@ -129,8 +124,7 @@ def leaders(C, eps_list, progress=False, block=None):
     """{eps: owner (K,)}: the index of the representative that claims each prototype (itself if it is one, -1: zero).
 
     All eps in one pass: a block of rows meets the representatives so far in matrix products, then itself. No two blocks
-    meet twice, and blocks without a pair within eps (usual for distinct prototypes) cost one product of their sketches
-    and one maximum."""
+    meet twice; those without a pair within eps (usual for distinct prototypes) cost one product of sketches."""
     block = block or BLOCK
     X, kept = unit_rows(C)
     C, (M, D) = torch.as_tensor(C).detach(), X.shape
@@ -167,9 +161,9 @@ def leaders(C, eps_list, progress=False, block=None):
                         first = near.byte().argmax(0)[hit]      # argmax: the first of equal maxima, so the lowest index
                         out[eps][rows[maybe[col[hit]]]] = row_of[r + led[first]]
                         free[e, maybe[col[hit]]] = False
-            S = (Q @ Q.T).masked_fill_(~earlier[:len(B), :len(B)], -4)  # (b, b): row i earlier than column j
-            if Y is not X and S.max() > floor[-1]:
-                S = (B @ B.T).masked_fill_(~earlier[:len(B), :len(B)], -4)
+            late = ~earlier[:len(B), :len(B)]                           # (b, b): row i is not earlier than column j
+            S = (Q @ Q.T).masked_fill_(late, -4)                        # (b, b)
+            S = (B @ B.T).masked_fill_(late, -4) if Y is not X and S.max() > floor[-1] else S
             top = S.amax(0)
             for e, eps in enumerate(todo):
                 row = free[e].nonzero()[:, 0]
@@ -270,7 +264,7 @@ def neighbours(C, eps_list, progress=False, block=None):
 def effective_rank(C):
     """exp of the entropy of the unit rows' singular values over their sum (Roy and Vetterli 2007): 1 to min(K, D)."""
     X, _ = unit_rows(C)
-    p = torch.linalg.eigvalsh(gram(X)).clamp_min(0).sqrt()
+    p = torch.linalg.eigvalsh(sum(part.double().T @ part.double() for part in X.split(8192))).clamp_min(0).sqrt()
     p = p / p.sum()
     return float(torch.special.entr(p).sum().exp())
 

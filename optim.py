@@ -51,7 +51,7 @@ def advance(optimizer, finite):
 def clip(params, limit):
     """Shorten each gradient tensor to `limit`, one by one as DINO's official code; returns the global norm before."""
     grads = [p.grad for p in params if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))                                                             # (params,)
+    norms = torch.stack(torch._foreach_norm(grads))                                                          # (params,)
     if limit:
         torch._foreach_mul_(grads, (limit / (norms + 1e-6)).clamp(max=1).unbind())
     return norms.norm()

@@ -342,7 +342,7 @@ def test_every_equation_stands_in_the_code(tag):
     assert any(tag in text for text in sources().values())
 
 
-ARROWS = {"gmm": set(), "losses": set(), "blocks": set(), "methods": {"blocks", "losses"}, "bench": {"sides"},
+ARROWS = {"gmm": set(), "losses": set(), "blocks": set(), "methods": {"blocks", "losses"}, "bench": {"run", "sides"},
           "sides": {"blocks", "collapse", "data", "eval_knn", "losses", "models", "shapes", "views", "gmm"}, "ddp": set(),
           "models": set(), "config": set(), "shapes": set(),
           "views": set(), "monitor": set(), "optim": set(), "groups": set(), "data": {"groups", "shapes", "views"},
