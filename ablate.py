@@ -146,9 +146,7 @@ def train(args, out, block, row, seed, flags):
         if changed := config.differences(made, new):
             raise ValueError(f"{out} holds a run with other flags ({', '.join(changed)}); move it away")
     here = os.path.dirname(os.path.abspath(__file__))
-    # glibc gives freed memory back to the kernel and fetches it again at every step, which costs a tenth of the time
-    env = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 30), "MALLOC_TRIM_THRESHOLD_": str(2 ** 32), **os.environ}
-    done = subprocess.run([sys.executable, os.path.join(here, "train.py"), *flags, "--out", out, "--resume"], env=env)
+    done = subprocess.run([sys.executable, os.path.join(here, "train.py"), *flags, "--out", out, "--resume"])
     if done.returncode:
         raise ValueError(f"{row}, seed {seed}: train.py ended with exit code {done.returncode}; run the same command "
                          "again to go on from there")
