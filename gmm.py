@@ -128,7 +128,9 @@ class OnlineGMM(nn.Module):
         # log P(h | mu, Sigma) = h . mu/Sigma - h^2/2 . 1/Sigma - (sum mu^2/Sigma + log Sigma + log 2 pi) / 2
         prec = torch.reciprocal(var, out=w[:, self.D:-1])                                                    # (|ks|, D)
         slope = torch.mul(mu, prec, out=w[:, :self.D])                                                       # (|ks|, D)
-        const = mu.mul_(slope).sum(1) + var.log().sum(1) + self.D * math.log(2 * math.pi)                      # (|ks|,)
+        a, b, odd = var.split((self.D // 2, self.D // 2, self.D % 2), 1)        # log a + log b = log ab: half the work
+        log_det = (a * b).log_().sum(1) + odd.log().sum(1)                                                     # (|ks|,)
+        const = mu.mul_(slope).sum(1) + log_det + self.D * math.log(2 * math.pi)                               # (|ks|,)
         w[:, -1] = self.log_pi[ks] - beta / 2 * const
         return torch.mm(y, w.T, out=out)
 
@@ -170,16 +172,15 @@ class OnlineGMM(nn.Module):
     def _update(self, h, beta, eta, keep, reduce):
         N, c, pooled, rms = self.moments(h, reduce)
         sane = torch.isfinite(rms)
-        x = torch.where(sane, torch.cat([h - c, (h - c) ** 2], 1), 0.)                                         # (n, 2D)
+        # h^2 - c^2 as a product loses no more than h itself lost when it was rounded to float32
+        x = torch.where(sane, torch.cat([h - c, (h - c) * (h + c)], 1), 0.)                                    # (n, 2D)
         c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
-        floor, back = (self.var_floor * pooled).clamp_min(1e-8), c.double()
+        floor, back = (self.var_floor * pooled).clamp_min(1e-8), torch.cat([c, c.double() ** 2])             # () (2D,)
         used = x.new_zeros(self.K)                                                                                # (K,)
         for ks, T_pi, T in self.statistics(x, c, beta, keep, used):
-            # A.2  S~ = { sum_i gamma_ik,  sum_i gamma_ik h_i,  sum_i gamma_ik h_i^2 }, of h - c, then shifted back by c
+            # A.2  S~ = { sum_i gamma_ik,  sum_i gamma_ik h_i,  sum_i gamma_ik h_i^2 }; T is of x, and shifted back here
             T_pi = sum_ranks(T_pi, reduce).double()[:, None]                                                 # (|ks|, 1)
-            T_mu, T_sig = sum_ranks(T, reduce).double().split(self.D, 1)                                     # (|ks|, D)
-            T_sig.addcmul_(T_mu, back, value=2).addcmul_(T_pi, back * back)
-            T_mu.addcmul_(T_pi, back)
+            T_mu, T_sig = sum_ranks(T, reduce).double().addcmul_(T_pi, back).split(self.D, 1)                # (|ks|, D)
             # A.3  S <- eta^g S + (1 - eta^g) S~,  g = T_pi / N;  1 - eta^g = -expm1(g log eta) keeps g = 1e-6 alive
             g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)                   # (|ks|, 1)
             if self.forgetting == "sample":
@@ -192,11 +193,11 @@ class OnlineGMM(nn.Module):
             S_pi = self.S_pi[ks].lerp_(T_pi[:, 0], w[:, 0])                                            # views: in place
             S_mu, S_sig = self.S_mu[ks].lerp_(T_mu, w), self.S_sig[ks].lerp_(T_sig, w)
             # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
-            S_pi = S_pi.clamp_min(torch.finfo(torch.float64).tiny)[:, None]                # "plain" drives it to 0 / 0
-            mu = torch.div(S_mu, S_pi, out=T_mu)                                                             # (|ks|, D)
+            inv = S_pi.clamp_min(torch.finfo(torch.float64).tiny).reciprocal_()[:, None]   # "plain" drives it to 0 / 0
+            mu = torch.mul(S_mu, inv, out=T_mu)                                                                # (|ks|, D)
             self.mu[ks] = mu
             # differs: the paper names no floor; round-off can make the difference negative
-            var = torch.div(S_sig, S_pi, out=T_sig).addcmul_(mu, mu, value=-1)                               # (|ks|, D)
+            var = torch.mul(S_sig, inv, out=T_sig).addcmul_(mu, mu, value=-1)                                # (|ks|, D)
             torch.where(sane, var.float().clamp_(min=floor), self.var[ks], out=self.var[ks])
         # A.5  pi = S_pi / sum_k S_pi
         pi = self.weights()                                                                                       # (K,)
@@ -207,30 +208,31 @@ class OnlineGMM(nn.Module):
         return {"used": (sum_ranks(used, reduce) > 0).sum(), "pi_max": self.log_pi.max().exp(), "resurrected": split}
 
     def statistics(self, x, c, beta, keep, used):
-        """A.1 and A.2 on x = [h - c, (h - c)^2] (n, 2D): yields, block after block of K, ks, sum_i gamma_ik (|ks|,) and
+        """A.1 and A.2 on x = [h - c, h^2 - c^2] (n, 2D): yields, block after block of K, ks, sum_i gamma_ik (|ks|,) and
         sum_i gamma_ik x_i (|ks|, 2D). used (K,) gets 1 where a component is some vector's most responsible one."""
         blocks, parts = self.blocks(), x.split(max(1, keep // self.K))
         sums, w = [None] * len(blocks), x.new_empty(blocks[0].stop, 2 * self.D + 1)                     # (|ks|, 2D + 1)
         room = x.new_empty(len(blocks), len(parts[0]), len(w))                                       # (blocks, n, |ks|)
         room[-1] = 0                                                     # the last block may be shorter: 0 wins nothing
         for part, x in enumerate(parts, 1):
-            y = self.terms(x[:, :self.D], beta)                                                            # (n, 2D + 1)
+            y = self.terms(x[:, :self.D], beta).div_(math.log(2))         # (n, 2D + 1): powers of 2 are faster than e's
             gamma = [r[:len(x), :ks.stop - ks.start] for r, ks in zip(room, blocks)]                         # (n, |ks|)
-            top, most = x.new_empty(2, len(blocks), len(x))                                                # (blocks, n)
-            # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta: a softmax p in each block, times
-            # the block's share. As max p = exp(max z) / sum exp z, log sum exp z needs no second exponential
+            top, total = x.new_empty(2, len(blocks), len(x))                                               # (blocks, n)
+            # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, as e of its block times a share
             for i, ks in enumerate(blocks):
                 z = self.log_joint(y, c, ks, beta, w, out=gamma[i])                                          # (n, |ks|)
                 torch.amax(z, 1, out=top[i])
-                torch.amax(torch.softmax(z, 1, out=z), 1, out=most[i])
-            share, best = (top - most.log()).softmax(0), top.argmax(0)                                # (blocks, n) (n,)
+                e = z.sub_(top[i, :, None]).clamp_(min=-126).exp2_()      # in place; below 2^-126 numbers become slow
+                torch.sum(e, 1, out=total[i])
+            share, best = (top - top.amax(0)).exp2_(), top.argmax(0)                                  # (blocks, n) (n,)
+            share /= (share * total).sum(0)
             winner = room[best, torch.arange(len(x), device=x.device)].argmax(1)                                  # (n,)
             used.index_fill_(0, best * len(w) + winner, 1.0)
             # A.2  sum_i gamma_ik,  sum_i gamma_ik x_i
-            for i, (ks, p) in enumerate(zip(blocks, gamma)):
+            for i, (ks, e) in enumerate(zip(blocks, gamma)):
                 row = share[i, :, None] * x                                                                    # (n, 2D)
-                T = (share[i] @ p, p.T @ row) if part == 1 else \
-                    (sums[i][0] + share[i] @ p, sums[i][1].addmm_(p.T, row))                        # (|ks|,) (|ks|, 2D)
+                T = (share[i] @ e, e.T @ row) if part == 1 else \
+                    (sums[i][0] + share[i] @ e, sums[i][1].addmm_(e.T, row))                        # (|ks|,) (|ks|, 2D)
                 sums[i] = T if part < len(parts) else None
                 if part == len(parts):
                     yield ks, *T
