@@ -194,7 +194,7 @@ class OnlineGMM(nn.Module):
             S_mu, S_sig = self.S_mu[ks].lerp_(T_mu, w), self.S_sig[ks].lerp_(T_sig, w)
             # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
             inv = S_pi.clamp_min(torch.finfo(torch.float64).tiny).reciprocal_()[:, None]   # "plain" drives it to 0 / 0
-            mu = torch.mul(S_mu, inv, out=T_mu)                                                                # (|ks|, D)
+            mu = torch.mul(S_mu, inv, out=T_mu)                                                              # (|ks|, D)
             self.mu[ks] = mu
             # differs: the paper names no floor; round-off can make the difference negative
             var = torch.mul(S_sig, inv, out=T_sig).addcmul_(mu, mu, value=-1)                                # (|ks|, D)
