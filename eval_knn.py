@@ -25,7 +25,7 @@ from features import cached, features, fingerprint, load_backbone, record, usabl
 
 PROTOCOL = "knn-1"                  # printed with every number; raise it when anything that changes the number changes
 BUDGET = 640 * 2**20                # bytes a k-NN search may use, whatever M and N are; a third unless all are alike
-QUERIES, ROWS = 2048, 2048          # of a block of similarities: larger ones are no faster, and leave the cache
+QUERIES, ROWS, GROUP = 2048, 2048, 64       # of a block of similarities; GROUP of a query's are looked at together
 LAST = 2**32 - 1                    # largest bank index
 
 
@@ -57,31 +57,38 @@ def neighbours(train_x, test_x, k, width=0, leave_one_out=False):
     """Yield (first query, sim (q, k), index (q, k)) for blocks of queries: their k <= N nearest rows of the bank in
     order; equal similarities by the smaller index. The (M, N) similarities never exist.
 
-    Of a block of similarities only those are looked at that reach the query's k-th best so far: about k log(N / n) a
-    query in all. Works on test_x's device; the bank may lie elsewhere, its blocks are copied over. width: floats a
-    query needs in the caller. leave_one_out: query i is row i of the bank, and not a neighbour of its own.
+    Of a block of similarities only those are looked at whose GROUP reaches the query's k-th best so far: about
+    k log(N / n) groups a query in all. Works on test_x's device; the bank may lie elsewhere, its blocks are copied
+    over. width: floats a query needs in the caller. leave_one_out: query i is row i of the bank, no neighbour of its.
     """
     (M, D), N = test_x.shape, len(train_x)
-    # Every stride-th row makes a block, so that a bank sorted by class is a mixture of classes in each.
-    stride = max(1, N // max(k, min(ROWS, BUDGET // 4 // (64 + 12 * D))))
-    n = -(-N // stride)                                                         # rows of a block, at least k
-    # 64 bytes for a similarity that is looked at, all of them where features have collapsed; a dozen (q, k) tensors.
-    q = max(1, min(QUERIES, (BUDGET - 12 * D * n) // (64 * n + 8 * D + 128 * k + 4 * width)))
+    # Rows of a block, whole GROUPs unless k or the bank are odd: products of other widths are a fifth slower.
+    n = max(k, min(N, ROWS, BUDGET // 4 // (72 + 12 * D) // GROUP * GROUP))
+    # Every stride-th row makes a block, so that a bank sorted by class is a mixture of classes in each; then the rest.
+    stride = N // n
+    blocks = [(j, n * stride, stride) for j in range(stride)] + [(n * stride, N, 1)] * (n * stride < N)
+    # 72 bytes for a similarity that is looked at, all of them where features have collapsed; a dozen (q, k) tensors.
+    q = max(1, min(QUERIES, (BUDGET - 12 * D * n) // (72 * n + 8 * D + 128 * k + 4 * width)))
     with tqdm(total=M, desc="k-NN", unit="img", leave=False, disable=None, delay=2) as bar:
         for i in range(0, M, q):
             queries = unit(test_x[i:i + q])                                     # (q, D)
             keys = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)        # (q, <= k) best so far
-            for j in range(stride):
-                sim = queries @ unit(train_x[j::stride].to(queries.device)).T   # (q, n)
+            for first, stop, step in blocks:
+                sim = queries @ unit(train_x[first:stop:step].to(queries.device)).T     # (q, n)
                 if leave_one_out:
-                    own = torch.arange(len(queries), device=sim.device)[(j - i) % stride::stride]
-                    sim[own, (own + i - j) // stride] = -torch.inf
-                worst = from_keys(keys.amin(1, True))[0] if j else sim.topk(k, sorted=False).values.amin(1, True)
-                row, column = (sim >= worst).nonzero(as_tuple=True)             # (hits,) each, row after row
+                    own = torch.arange(i - first, i - first + len(queries), device=sim.device)
+                    there = (own >= 0) & (own < stop - first) & (own % step == 0)       # (q,) own row is in this block
+                    sim[there, own[there] // step] = -torch.inf
+                worst = from_keys(keys.amin(1, True))[0] if first else sim.topk(k, sorted=False).values.amin(1, True)
+                groups = sim.unflatten(1, (-1, GROUP if sim.shape[1] % GROUP == 0 else sim.shape[1]))  # (q, groups, g)
+                row, group = (groups.amax(2) >= worst).nonzero(as_tuple=True)
+                near = groups[row, group]                                       # (hits, g), row after row
+                hit, place = (near >= worst[row]).nonzero(as_tuple=True)
+                row, column = row[hit], group[hit] * groups.shape[2] + place    # (hits,) each
                 count = row.bincount(minlength=len(queries))                    # (q,)
-                place = torch.arange(len(row), device=row.device).sub_((count.cumsum(0) - count)[row])
                 found = keys.new_full((len(queries), int(count.max())), torch.iinfo(torch.long).min)
-                found[row, place] = to_keys(sim[row, column], column * stride + j)
+                rank = torch.arange(len(row), device=row.device).sub_((count.cumsum(0) - count)[row])
+                found[row, rank] = to_keys(near[hit, place], column * step + first)
                 keys = torch.cat([keys, found], 1).topk(k, sorted=False).values
             yield i, *from_keys(keys.sort(1, descending=True).values)
             bar.update(len(queries))
@@ -137,13 +144,12 @@ def knn_predict(train_x, train_y, test_x, ks=(10, 20, 100, 200), T=0.07, leave_o
     """
     ks = sorted(set(ks))
     check(train_x, train_y, test_x, ks, T)
-    others = len(train_x) - leave_one_out
-    if leave_one_out and (len(test_x) != len(train_x) or not others):
+    if leave_one_out and (len(test_x) != len(train_x) or len(train_x) < 2):
         raise ValueError("leave-one-out needs the bank as queries and at least 2 images, got "
                          f"{len(train_x)} in the bank and {len(test_x)} queries")
     labels, y = train_y.to(test_x.device).unique(return_inverse=True)           # (C,) sorted; (N,) column of each image
     out = {k: labels.new_empty(len(test_x)) for k in ks}
-    for i, sim, index in neighbours(train_x, test_x, min(ks[-1], others), len(labels), leave_one_out):
+    for i, sim, index in neighbours(train_x, test_x, min(ks[-1], len(y) - leave_one_out), len(labels), leave_one_out):
         weight, column = (sim / T).exp(), y[index]                              # (q, k)
         scores, done = sim.new_zeros(len(sim), len(labels)), 0                  # (q, C)
         for k in ks:

@@ -137,7 +137,7 @@ def test_many_and_scattered_labels():
 @pytest.mark.parametrize("rows", [60, 25, 7])
 def test_equal_similarities_go_to_the_smaller_bank_index(monkeypatch, rows):
     monkeypatch.setattr(eval_knn, "QUERIES", 1)
-    monkeypatch.setattr(eval_knn, "ROWS", rows)                         # blocks of every 1st, 2nd and 8th bank row
+    monkeypatch.setattr(eval_knn, "ROWS", rows)                         # one block; 2 and a rest; 8 and a rest
     train_x, test_x = torch.eye(4)[torch.arange(60) % 3], torch.eye(4)[[0, 2]]      # 20 copies each of three directions
     got = torch.cat([index for _, _, index in eval_knn.neighbours(train_x, test_x, 5)])
     assert got.tolist() == [[0, 3, 6, 9, 12], [2, 5, 8, 11, 14]]
@@ -215,7 +215,8 @@ def test_search_is_a_stable_sort_for_any_order_of_the_bank(monkeypatch, order, k
                                 "periodic": torch.arange(611 * 13).view(611, 13).T.flatten() % 611}[order][:611]]]
     exact = F.normalize(test_x, dim=1) @ F.normalize(train_x, dim=1).T
     wanted, place = exact.sort(dim=1, descending=True, stable=True)
-    monkeypatch.setattr(eval_knn, "ROWS", 50)
+    monkeypatch.setattr(eval_knn, "ROWS", 48)                           # 12 blocks and 35 rows, or fewer blocks of k
+    monkeypatch.setattr(eval_knn, "GROUP", 8)                           # of 48: whole groups; of 35: one group
     monkeypatch.setattr(eval_knn, "QUERIES", 16)
     blocks = list(eval_knn.neighbours(train_x, test_x, k))
     assert [i for i, _, _ in blocks] == [0, 16, 32]
