@@ -107,12 +107,13 @@ def table(title, got):
 
 
 # ---- whole runs: train.py as a user starts it ------------------------------------------------------------------------
-def train(*flags, processes=1):
+def train(*flags, processes=1, threads=None):
     """(rows of the log, vectors of the prototypes) of a run of train.py in a folder that is thrown away."""
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     with tempfile.TemporaryDirectory() as out:
         launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] * (processes > 1)
         run = subprocess.run([sys.executable, *launch, os.path.join(HERE, "train.py"), "--out", out, *map(str, flags)],
-                             capture_output=True, text=True)
+                             capture_output=True, text=True, env=env)
         if run.returncode:
             raise ValueError(f"train.py {' '.join(map(str, flags))} ended with {run.returncode}: {run.stderr[-500:]}")
         with open(os.path.join(out, "log.csv"), newline="") as f:
@@ -140,16 +141,20 @@ def step(a):
 
 
 def ranks(a):
-    """The same global batch on 1, 2 and 4 gloo processes: losses, and the mixture's means."""
-    flags = ["--device", "cpu", "--steps", 8, "--log-every", 1, "--eval-every", 10 ** 6, "--gmm-start", 3,
+    """The same global batch on 1, 2 and 4 gloo processes: losses, and the mixture's means; and how much one process
+    differs from itself on one thread, by rounding alone. Batch norm, which takes a mean off, enlarges rounding."""
+    flags = ["--device", "cpu", "--stop-at", 8, "--log-every", 1, "--eval-every", 10 ** 6, "--gmm-start", 3,
              "--eval-bank", 64, "--eval-queries", 8, *a.step_flags]
-    runs = {n: train(*flags, processes=n) for n in (1, 2, 4)}
-    print("\nranks: 8 steps of the default preset, the mixture from step 3")
-    for n in (2, 4):
-        losses_of = [[float(row["loss"]) for row in runs[k][0]] for k in (1, n)]
-        verdict(f"{n} processes, largest difference of a loss  ", max(abs(p - q) for p, q in zip(*losses_of)), 1e-6)
-        verdict(f"{n} processes, largest difference of a mean, relative",
-                float((runs[n][1] - runs[1][1]).abs().max() / runs[1][1].abs().max()), 1e-6)
+    for title, more in (("no batch norm in the head", ["--no-head-bn"]), ("as it is", [])):
+        print(f"\nranks: the first 8 steps of the default run, {title}, the mixture from step 3")
+        ways = {"1 thread": dict(threads=1), "2 processes": dict(processes=2), "4 processes": dict(processes=4)}
+        rows, means = train(*flags, *more)
+        for way, options in ways.items():
+            other, vectors = train(*flags, *more, **options)
+            verdict(f"{way}, largest difference of a loss",
+                    max(abs(float(p["loss"]) - float(q["loss"])) for p, q in zip(rows, other)), 1e-6)
+            verdict(f"{way}, largest difference of a mean, relative",
+                    float((vectors - means).abs().max() / means.abs().max()), 1e-6)
 
 
 def loop(a):

@@ -54,8 +54,9 @@ class Rows:
     def __init__(self, C, ks, unit, scale, trained):
         self.leaf = C[ks].detach().requires_grad_(trained)                                                   # (|ks|, D)
         with torch.set_grad_enabled(trained):
-            self.graph = scale * (F.normalize(self.leaf, dim=1) if unit else self.leaf)                      # (|ks|, D)
-        self.c = self.graph.detach()
+            tiny = torch.finfo(C.dtype).tiny                         # rows may be float64 and of any length above it
+            self.graph = scale * (F.normalize(self.leaf, dim=1, eps=tiny) if unit else self.leaf)            # (|ks|, D)
+        self.c = self.graph.detach().float()
 
     def pull(self, G):
         return torch.autograd.grad(self.graph, self.leaf, G)[0]

@@ -4,8 +4,8 @@
     h           h_i               teacher vectors of one step: J views x B images, all ranks     (N, D), N = J*B
     K, D                          components (= prototypes), dimensions
     log_pi      log pi_k          mixture weights                                                (K,)
-    mu          mu_k = c_k        means, the prototypes                                          (K, D)
-    var         diag Sigma_k      diagonal covariances                                           (K, D)
+    mu          mu_k = c_k        means, the prototypes; worked out from S (A.5) when asked for  (K, D)
+    var         diag Sigma_k      diagonal covariances, likewise                                 (K, D)
     gamma       gamma_ik          responsibility of component k for vector i                     (N, K)
     T_*         S~_k              statistics of this step                                        (K,) (K, D) (K, D)
     S_*         S_k               running statistics, in samples: they sum to about N            (K,) (K, D) (K, D)
@@ -13,8 +13,9 @@
     eta, beta                     forgetting factor (A.7), smoothing of the density (A.1)
     mass        JB / K            samples each component starts with (A.4)
 
-The statistics S live in float64: at g = 1/K a step changes them by less than one float32 ulp. The paper leaves things
-open and misprints others; every choice of ours is a line that starts with `# differs:`.
+The statistics S live in float64: at g = 1/K a step changes them by less than one float32 ulp. Nothing else of size
+(K, D) is kept: 16 bytes a number, as joint training needs for a gradient, two moments of AdamW and a teacher's copy.
+The paper leaves things open and misprints others; every choice of ours is a line that starts with `# differs:`.
 """
 import math
 
@@ -58,7 +59,7 @@ class OnlineGMM(nn.Module):
         self.K, self.D, self.chunk, self.forgetting, self.resurrect = K, D, chunk, forgetting, resurrect
         self.rescale, self.var_floor, self.seed, self.t = rescale, var_floor, seed, 0
         self.reduce, self.gather, self.ranks = all_reduce, all_gather, ranks
-        for dtype, sizes in ((torch.float32, {"log_pi": (K,), "mu": (K, D), "var": (K, D)}),
+        for dtype, sizes in ((torch.float32, {"log_pi": (K,), "floor": ()}),                # floor: smallest variance
                              (torch.float64, {"S_pi": (K,), "S_mu": (K, D), "S_sig": (K, D)})):
             for name, size in sizes.items():
                 self.register_buffer(name, torch.zeros(size, dtype=dtype))
@@ -69,21 +70,40 @@ class OnlineGMM(nn.Module):
     def set_params(self, mu, var, pi, mass):
         """Take mu, var > 0 (K, D) and pi (K,), or what expands to them, as the parameters, worth `mass` = JB/K samples
         each (A.4)."""
-        self.mu.copy_(mu)
-        self.var.copy_(var)
-        pi = torch.as_tensor(pi, dtype=torch.float64, device=self.mu.device).expand(self.K)                      # (K,)
+        self.floor.fill_(1e-18)                                                     # of numbers; log_joint squares them
+        pi = torch.as_tensor(pi, dtype=torch.float64, device=self.S_pi.device).expand(self.K)                    # (K,)
         self.log_pi.copy_(pi.log())
+        mu, var = mu.to(pi.device).expand(self.K, self.D), var.to(pi.device).expand(self.K, self.D)            # (K, D)
         # differs: A.4 prints one mass JB/K for all; K pi_k JB/K is the same for pi = 1/K, and A.5 returns any other pi
         for ks in self.blocks():                                                  # float64 copies of a part at a time
-            self.to_stats(ks, self.K * mass * pi[ks], torch.ones_like(pi[ks], dtype=torch.bool))
+            self.to_stats(ks, self.K * mass * pi[ks], mu[ks], var[ks], torch.ones_like(pi[ks], dtype=torch.bool))
 
-    def to_stats(self, ks, n, where):
-        """Write the parameters of components ks into S with n samples each, where the mask says so; A.5 undoes this."""
-        mu, var = self.mu[ks].double(), self.var[ks].double()                                                # (|ks|, D)
+    def to_stats(self, ks, n, mu, var, where):
+        """Write mu, var (|ks|, D) into S of components ks with n samples each, where the mask says; A.5 undoes it."""
+        mu, var = mu.double(), var.double()                                                                  # (|ks|, D)
         # A.4  S = { n,  n mu,  n Sigma + S_mu S_mu / n }
         self.S_pi[ks] = torch.where(where, n, self.S_pi[ks])
         self.S_mu[ks] = torch.where(where[:, None], n[:, None] * mu, self.S_mu[ks])
         self.S_sig[ks] = torch.where(where[:, None], n[:, None] * (var + mu * mu), self.S_sig[ks])
+
+    def params(self, ks):
+        """mu float64 and Sigma float32 (|ks|, D) of components ks."""
+        # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
+        inv = self.S_pi[ks].clamp_min(torch.finfo(torch.float64).tiny).reciprocal_()[:, None]       # "plain": 0 / 0
+        mu = self.S_mu[ks] * inv                                                                             # (|ks|, D)
+        # differs: the paper names no floor; round-off can make the difference negative
+        var = (self.S_sig[ks] * inv).addcmul_(mu, mu, value=-1).float().clamp_(min=self.floor)               # (|ks|, D)
+        return mu, var
+
+    def table(self, which):
+        """mu (0) or Sigma (1) of all components."""
+        out = torch.empty_like(self.S_mu, dtype=torch.float32)                                                  # (K, D)
+        for ks in self.blocks():
+            out[ks] = self.params(ks)[which]
+        return out
+
+    mu = property(lambda self: self.table(0), doc="means (K, D), float32, a new tensor at each call")
+    var = property(lambda self: self.table(1), doc="variances (K, D), float32, a new tensor at each call")
 
     @torch.no_grad()
     def init_from(self, h, how="features", mass=None):
@@ -101,18 +121,16 @@ class OnlineGMM(nn.Module):
         if how == "features":
             gen = torch.Generator().manual_seed(self.seed)
             picks = torch.cat([torch.randperm(len(h), generator=gen) for _ in range(-(-self.K // len(h)))])[:self.K]
-            var = pooled                                                                                        # scalar
-            for ks in self.blocks():
-                self.mu[ks] = h[picks[ks].to(h.device)]
-                if len(h) < self.K:
-                    noise = torch.randn(self.mu[ks].shape, generator=gen)                                    # (|ks|, D)
-                    self.mu[ks] += 0.5 * pooled.sqrt() * noise.to(h.device)
+            mu, var = h[picks.to(h.device)], pooled                                                             # (K, D)
+            for ks in self.blocks() if len(h) < self.K else ():
+                noise = torch.randn(mu[ks].shape, generator=gen)                                             # (|ks|, D)
+                mu[ks] += 0.5 * pooled.sqrt() * noise.to(h.device)
         else:
-            self.mu.copy_(self.directions(self.K)).mul_(rms)
+            mu = self.directions(self.K).to(h.device).mul_(rms)                                                 # (K, D)
             var = rms ** 2 / self.D                                                     # one component covers the cloud
         mass = len(h) / self.K if mass is None else mass
         mass = 1.0 if self.forgetting == "sample" else mass                                  # the start is one sample
-        self.set_params(self.mu, var.clamp_min(1e-8), 1 / self.K, mass)
+        self.set_params(mu, var.clamp_min(1e-8), 1 / self.K, mass)
 
     def directions(self, n):
         """n random unit vectors (n, D), a function of (seed, t): equal on all ranks, new at every update."""
@@ -124,7 +142,8 @@ class OnlineGMM(nn.Module):
         """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ], (N, |ks|), one product with y = terms(h - c, beta) (N, 2D + 1).
         w (>= |ks|, 2D + 1): memory to work in."""
         # a shift of h and mu by c leaves P as it is, but not float32 rounding: far from the origin it eats the signal
-        mu, var, w = self.mu[ks] - c, self.var[ks], w[:ks.stop - ks.start]                                   # (|ks|, D)
+        (mu, var), w = self.params(ks), w[:ks.stop - ks.start]                                               # (|ks|, D)
+        mu = mu.sub_(c).float()                                                                              # (|ks|, D)
         # log P(h | mu, Sigma) = h . mu/Sigma - h^2/2 . 1/Sigma - (sum mu^2/Sigma + log Sigma + log 2 pi) / 2
         prec = torch.reciprocal(var, out=w[:, self.D:-1])                                                    # (|ks|, D)
         slope = torch.mul(mu, prec, out=w[:, :self.D])                                                       # (|ks|, D)
@@ -175,8 +194,7 @@ class OnlineGMM(nn.Module):
         # h^2 - c^2 as a product loses no more than h itself lost when it was rounded to float32
         x = torch.where(sane, torch.cat([h - c, (h - c) * (h + c)], 1), 0.)                                    # (n, 2D)
         c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
-        floor, back = (self.var_floor * pooled).clamp_min(1e-8), torch.cat([c, c.double() ** 2])             # () (2D,)
-        used = x.new_zeros(self.K)                                                                                # (K,)
+        back, used = torch.cat([c, c.double() ** 2]), x.new_zeros(self.K)                                   # (2D,) (K,)
         for ks, T_pi, T in self.statistics(x, c, beta, keep, used):
             # A.2  S~ = { sum_i gamma_ik,  sum_i gamma_ik h_i,  sum_i gamma_ik h_i^2 }; T is of x, and shifted back here
             T_pi = sum_ranks(T_pi, reduce).double()[:, None]                                                 # (|ks|, 1)
@@ -190,15 +208,10 @@ class OnlineGMM(nn.Module):
                 g, n = T_pi, ((1 - eta) * T_pi).clamp_min(torch.finfo(torch.float64).tiny)                   # (|ks|, 1)
                 T_pi, T_mu, T_sig = T_pi / n, T_mu / n, T_sig / n
             w = torch.where(sane, -torch.expm1(g * math.log(eta)), 0.)                                       # (|ks|, 1)
-            S_pi = self.S_pi[ks].lerp_(T_pi[:, 0], w[:, 0])                                            # views: in place
-            S_mu, S_sig = self.S_mu[ks].lerp_(T_mu, w), self.S_sig[ks].lerp_(T_sig, w)
-            # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
-            inv = S_pi.clamp_min(torch.finfo(torch.float64).tiny).reciprocal_()[:, None]   # "plain" drives it to 0 / 0
-            mu = torch.mul(S_mu, inv, out=T_mu)                                                              # (|ks|, D)
-            self.mu[ks] = mu
-            # differs: the paper names no floor; round-off can make the difference negative
-            var = torch.mul(S_sig, inv, out=T_sig).addcmul_(mu, mu, value=-1)                                # (|ks|, D)
-            torch.where(sane, var.float().clamp_(min=floor), self.var[ks], out=self.var[ks])
+            self.S_pi[ks].lerp_(T_pi[:, 0], w[:, 0])                                                   # views: in place
+            self.S_mu[ks].lerp_(T_mu, w), self.S_sig[ks].lerp_(T_sig, w)
+        # mu and Sigma (A.5) are worked out where they are needed: params
+        self.floor.copy_(torch.where(sane, (self.var_floor * pooled).clamp_min(1e-8), self.floor))
         # A.5  pi = S_pi / sum_k S_pi
         pi = self.weights()                                                                                       # (K,)
         self.log_pi.copy_(pi.log())
@@ -247,21 +260,20 @@ class OnlineGMM(nn.Module):
         order = pi.argsort(descending=True, stable=True)
         k, j = order[:n], order[-n:].flip(0)                                                                 # (n,) (n,)
         heavy = (pi[k] > self.resurrect) & (pi[j] < self.resurrect) & (rms > 0)                                   # (n,)
+        mu, var = self.params(k)                                                                                # (n, D)
         if self.rescale:
             # A.6  mu_k <- mu_k / sqrt(||mu_k||)
             # differs: only where ||mu_k|| > 1, as shorter means would grow; and written back into S, or A.5 undoes it
-            norm = self.mu[k].norm(dim=1, keepdim=True)                                                         # (n, 1)
-            self.mu[k] = torch.where(heavy[:, None] & (norm > 1), self.mu[k] / norm.sqrt(), self.mu[k])
+            norm = mu.norm(dim=1, keepdim=True)                                                                 # (n, 1)
+            mu = torch.where(norm > 1, mu / norm.sqrt(), mu)                                                    # (n, D)
         # pi_k <- pi_j <- pi_k / 2
         # differs: halves of S_k + S_j, so that no mass is lost; and in S, since pi, mu and Sigma are made from it
         half = (self.S_pi[k] + self.S_pi[j]) / 2                                                                  # (n,)
         # differs: "scale-aware random initialization" is read as a random direction as long as the typical vector, and
         # "reset its variance" as the pooled variance of the step
-        fresh = rms * self.directions(n).to(self.mu.device, non_blocking=True)                                  # (n, D)
-        self.mu[j] = torch.where(heavy[:, None], fresh, self.mu[j])
-        self.var[j] = torch.where(heavy[:, None], pooled.clamp_min(1e-8), self.var[j])
-        self.to_stats(k, half, heavy)
-        self.to_stats(j, half, heavy)
+        fresh = rms * self.directions(n).to(rms.device, non_blocking=True)                                      # (n, D)
+        self.to_stats(k, half, mu, var, heavy)
+        self.to_stats(j, half, fresh, pooled.clamp_min(1e-8), heavy)
         self.log_pi.copy_(self.weights().log())
         return heavy.sum()
 

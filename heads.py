@@ -171,7 +171,7 @@ class Decoupled(Frozen):
     gmm         an OnlineGMM of the same K and D
     init        "features": start from teacher vectors; "random": from random directions as long as they are
     begin       the step at which the mixture starts; until then the random directions of Frozen serve, and with
-                "features" gmm.mu is a ring of the last K teacher vectors
+                "features" the mixture's memory is a ring of the last K teacher vectors
     unit        means enter the logits at length one (False: raw, their norm then acts as an inverse temperature)
     a, c        of the forgetting factor (A.7), counted from `begin`
     all_gather  joins the vectors of all ranks for the start
@@ -183,10 +183,17 @@ class Decoupled(Frozen):
         self.gmm, self.init, self.begin, self.unit, self.a, self.c = gmm or OnlineGMM(K, D), init, begin, unit, a, c
         self.all_gather, self.started, self.queued = all_gather, False, 0
 
+    def rows(self):
+        """(K, D), the means at a length that costs nothing: S_mu is S_pi mu. Until the start it is free, for wait."""
+        return self.gmm.S_mu
+
     def raw(self):
         # differs: the paper does not say whether means are normalised in the logits. Weight-normalised last layers and
         # Def. 2.1 are; raw means bring their own norm, which saturates CARP's softmax (--proto-norm raw)
-        return self.vectors(), self.unit
+        return (self.rows() if self.started and self.unit else self.vectors()), self.unit
+
+    def directions(self):
+        return F.normalize(self.vectors(), dim=1) if self.unit else self.vectors()
 
     def step(self, h, step=0, beta=0.5):
         """Eq. 3: one online-EM step on the teacher vectors h (n, D) of this rank; step counts from 0."""
@@ -205,10 +212,10 @@ class Decoupled(Frozen):
         h = h[torch.isfinite(h).all(1)]                         # as the run skips such steps, the queue skips vectors
         if step >= self.begin - -(-K // N):                                   # the steps before cannot be in the queue
             rows = (self.queued + torch.arange(len(h), device=h.device))[-K:] % K                                 # (n,)
-            self.gmm.mu[rows] = h[-K:].float()
+            self.rows()[rows] = h[-K:].to(self.rows().dtype)
             self.queued += len(h)
         if step >= self.begin and self.queued:
-            self.begin_on(self.gmm.mu[:self.queued].clone(), N / K)
+            self.begin_on(self.rows()[:self.queued].float(), N / K)
             self.start.copy_(self.gmm.mu)
             self.started = True
 
@@ -231,6 +238,9 @@ class Decoupled(Frozen):
 class Live(Decoupled):
     """Means of a LiveMixture, our own rule (live.py). Student and teacher logits are (h - m) . mu_k / |mu_k|, m the
     running mean of the teacher's vectors, before the start as after it. init, a and c mean nothing here."""
+
+    def rows(self):
+        return self.gmm.mu
 
     def centred(self, h):
         return self.gmm.centred(h)

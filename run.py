@@ -32,7 +32,7 @@ import methods
 import models
 from guard import write
 
-VERSION = 2                                             # 1: without trail
+VERSION = 3                                             # 1: without trail; 2: a mixture without its floor
 COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "consistency", "entropy", "cross_entropy", "penalty", "raw_knn",
            "knn", "unique_0.025", "unique_0.5", "ceiling_0.025", "ceiling_0.5", "used", "perplexity", "drift", "h_norm",
            "pi_max", "mixture_used", "resurrected", "skipped", "lr", "beta", "eta", "grad_norm", "images_per_s",
@@ -157,6 +157,8 @@ def save(args, step, trail, nets, protos_s, protos_t):
                     raise ValueError(f"step {step} is not saved: {net}.{name} is not finite; lower --lr. The last "
                                      "checkpoint is untouched")
         gmm = {k[4:]: v for k, v in protos_t.state_dict().items() if k.startswith("gmm.")}
+        if "S_mu" in gmm:                               # what follows from S is written too, for who reads the file
+            gmm |= {"mu": protos_t.gmm.mu, "var": protos_t.gmm.var}
         rest = [{k: v for k, v in p.state_dict().items() if not k.startswith("gmm.")} for p in (protos_s, protos_t)]
         state = {"version": VERSION, "step": step, "args": vars(args), "rng": {"seed": args.seed, "step": step},
                  **{k: v.state_dict() for k, v in nets.items()}, "gmm": gmm, "trail": trail.state(),
@@ -199,13 +201,14 @@ def resume(args, found, nets, protos_s, protos_t):
     path = ddp.from_rank0(path)                         # the choice of one, whatever the others see
     ckpt = ckpt or load(path)
     if ckpt["version"] != VERSION:
-        if ckpt["version"] != 1:
-            raise ValueError(f"--resume: {path} is of version {ckpt['version']}, and this code reads 1 and {VERSION}: "
+        if ckpt["version"] not in (1, 2):
+            raise ValueError(f"--resume: {path} is of version {ckpt['version']}, and this code reads 1 to {VERSION}: "
                              "use the code that wrote it")
-        ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages the steps from here on")
+        if ckpt["version"] == 1:
+            ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages steps from it on")
     if changed := config.differences(ckpt["args"], vars(args)):
         raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}")
-    gmm = {f"gmm.{k}": v for k, v in ckpt["gmm"].items()}
+    gmm = mixture(ckpt)
     for name, part in nets.items():
         fit(path, name, part, ckpt.get(name, {}))
     for name, protos in (("student", protos_s), ("teacher", protos_t)):
@@ -216,6 +219,18 @@ def resume(args, found, nets, protos_s, protos_t):
         os.replace(damaged, os.path.join(args.out, "ckpt.damaged.pt"))          # or it would push ckpt.prev.pt out
     ddp.print0(f"resumed {path} at step {ckpt['step']}")
     return ckpt["step"], Trail(ckpt.get("trail"))
+
+
+def mixture(ckpt):
+    """The state of a checkpoint's mixture, {gmm.NAME: value}."""
+    gmm = dict(ckpt["gmm"])
+    if "S_mu" in gmm:
+        mu, var = gmm.pop("mu", None), gmm.pop("var", None)
+        if ckpt["version"] < 3:
+            gmm["floor"] = var.min()
+            if not ckpt["prototypes"]["teacher"]["_extra_state"]["started"]:
+                gmm["S_mu"] = mu.double()                                   # not means yet, but the vectors that wait
+    return {f"gmm.{k}": v for k, v in gmm.items()}
 
 
 def fit(path, name, part, state):
@@ -253,7 +268,7 @@ def load_run(path):
         args = config.known(ckpt["args"])
         net, protos = network(args), heads.prototypes(args)
         net.load_state_dict(ckpt["teacher"])
-        protos.load_state_dict(ckpt["prototypes"]["teacher"] | {f"gmm.{k}": v for k, v in ckpt["gmm"].items()})
+        protos.load_state_dict(ckpt["prototypes"]["teacher"] | mixture(ckpt))
         loss = methods.make(args, 1)
         loss.load_state_dict(ckpt["loss"])
         protos.offset = loss.offset(protos.tau)

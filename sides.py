@@ -36,20 +36,21 @@ def gmm(side, a):
     mix = OnlineGMM(a.K, a.D, resurrect=None).to(a.device)
     mix.init_from(h)
     if side != "plain":
-        return lambda: mix.update(h, beta, eta, keep=2 ** 25 if side == "streaming" else 2 ** 40) and mix.mu
+        return lambda: mix.update(h, beta, eta, keep=2 ** 25 if side == "streaming" else 2 ** 40) and mix.S_mu
+    params = [mix.mu, mix.var]
 
     def plain():                                                        # the equations as printed, one after the other
-        mu, var = mix.mu, mix.var
+        mu, var = params
         log_p = -0.5 * ((h * h) @ (1 / var).T - 2 * h @ (mu / var).T + (mu * mu / var).sum(1) + var.log().sum(1))
         gamma = (mix.log_pi + beta * log_p).softmax(1)                                                          # (N, K)
         w = eta ** gamma.double().mean(0)                                                                         # (K,)
         mix.S_pi = w * mix.S_pi + (1 - w) * gamma.sum(0)
         mix.S_mu = w[:, None] * mix.S_mu + (1 - w)[:, None] * (gamma.T @ h)
         mix.S_sig = w[:, None] * mix.S_sig + (1 - w)[:, None] * (gamma.T @ (h * h))
-        mix.mu = (mix.S_mu / mix.S_pi[:, None]).float()
-        mix.var = (mix.S_sig / mix.S_pi[:, None] - mix.mu.double() ** 2).float()
+        params[0] = (mix.S_mu / mix.S_pi[:, None]).float()
+        params[1] = (mix.S_sig / mix.S_pi[:, None] - params[0].double() ** 2).float()
         mix.log_pi = (mix.S_pi / mix.S_pi.sum()).log().float()
-        return mix.mu
+        return mix.S_mu
     return plain
 
 

@@ -173,7 +173,7 @@ def test_other_versions_and_other_keys(tmp_path, capsys):
     def resumed(**changes):
         torch.save({**good, **changes}, tmp_path / "ckpt.pt")
         return refused(capsys, tmp_path, "--resume")
-    assert re.search(r"ckpt.pt is of version 9, and this code reads 1 and \d", resumed(version=9))
+    assert re.search(r"ckpt.pt is of version 9, and this code reads 1 to \d", resumed(version=9))
     keys = list(good["student"])
     renamed = {("new." + k if i < 7 else k): v for i, (k, v) in enumerate(good["student"].items())}
     text = resumed(student=renamed)
@@ -184,6 +184,21 @@ def test_other_versions_and_other_keys(tmp_path, capsys):
     torch.save({**{k: v for k, v in good.items() if k != "trail"}, "version": 1, "optimizer": ckpt_optimizer(tmp_path)}, tmp_path / "ckpt.pt")
     run(tmp_path, "--resume")
     assert "version 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("begin", ["0", "0.75"])
+def test_version_2_goes_on(tmp_path, begin):
+    """A mixture without its floor, whose mu was the ring of waiting vectors before its start."""
+    run(tmp_path / "whole", "--gmm-start", begin)
+    run(tmp_path / "a", "--gmm-start", begin, "--stop-at", "2")
+    old = ckpt(tmp_path / "a")
+    assert old["prototypes"]["teacher"]["_extra_state"]["started"] == (begin == "0")
+    del old["gmm"]["floor"]
+    if begin != "0":
+        old["gmm"]["S_mu"].fill_(7.)
+    torch.save(old | {"version": 2}, tmp_path / "a" / "ckpt.pt")
+    run(tmp_path / "a", "--gmm-start", begin, "--resume")
+    assert not different(ckpt(tmp_path / "whole"), ckpt(tmp_path / "a"))
 
 
 def ckpt_optimizer(tmp_path):
