@@ -70,10 +70,10 @@ class OnlineGMM(nn.Module):
     def set_params(self, mu, var, pi, mass):
         """Take mu, var > 0 (K, D) and pi (K,), or what expands to them, as the parameters, worth `mass` = JB/K samples
         each (A.4)."""
-        self.floor.fill_(1e-18)                                                     # of numbers; log_joint squares them
+        self.floor.fill_(1e-18)                                                     # its square is a float32 number yet
         pi = torch.as_tensor(pi, dtype=torch.float64, device=self.S_pi.device).expand(self.K)                    # (K,)
         self.log_pi.copy_(pi.log())
-        mu, var = mu.to(pi.device).expand(self.K, self.D), var.to(pi.device).expand(self.K, self.D)            # (K, D)
+        mu, var = (torch.as_tensor(v, device=pi.device).expand(self.K, self.D) for v in (mu, var))             # (K, D)
         # differs: A.4 prints one mass JB/K for all; K pi_k JB/K is the same for pi = 1/K, and A.5 returns any other pi
         for ks in self.blocks():                                                  # float64 copies of a part at a time
             self.to_stats(ks, self.K * mass * pi[ks], mu[ks], var[ks], torch.ones_like(pi[ks], dtype=torch.bool))

@@ -180,8 +180,10 @@ def torchrun(n, *flags):
     return done.stdout
 
 
-@pytest.mark.parametrize("flags", ["--prototypes decoupled", "--prototypes joint", "--prototypes live --method dino --targets sinkhorn"])
-def test_two_processes_equal_one(tmp_path, flags):
+@pytest.mark.parametrize("flags, within", [
+    ("--prototypes decoupled", 1e-4), ("--prototypes joint", 1e-4), ("--prototypes live --method dino --targets sinkhorn", 1e-4),
+    ("--prototypes decoupled --no-head-bn --gmm-start 0.5 --lr 1e-5", 1e-6)])      # batch norm and AdamW enlarge rounding
+def test_two_processes_equal_one(tmp_path, flags, within):
     """Global batch, batch norm, entropy, gradients and mixture over two gloo processes: the losses of one process."""
     for c in "ab":
         os.makedirs(tmp_path / "set" / c)
@@ -191,9 +193,10 @@ def test_two_processes_equal_one(tmp_path, flags):
         torchrun(n, *TINY, "--steps", "4", "--data", str(tmp_path / "set"), "--out", str(tmp_path / str(n)), *flags.split())
     one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
     for name in ("consistency", "entropy", "cross_entropy", "loss"):
-        assert [float(r[name] or 0) for r in two[1:]] == pytest.approx([float(r[name] or 0) for r in one[1:]], rel=1e-4, abs=1e-6)
+        assert [float(r[name] or 0) for r in two[1:]] == pytest.approx([float(r[name] or 0) for r in one[1:]], rel=max(within, 1e-5), abs=1e-6)       # six digits
     a, b = ckpt(tmp_path / "1"), ckpt(tmp_path / "2")
-    assert torch.allclose(a["prototypes"]["vectors"], b["prototypes"]["vectors"], atol=1e-4)
+    C = a["prototypes"]["vectors"]
+    assert torch.allclose(C, b["prototypes"]["vectors"], rtol=0, atol=within * float(C.abs().max()))
     for k, v in a["teacher"].items():
         assert torch.allclose(v.float(), b["teacher"][k].float(), atol=2e-3), k
 
