@@ -70,7 +70,7 @@ class OnlineGMM(nn.Module):
     def set_params(self, mu, var, pi, mass):
         """Take mu, var > 0 (K, D) and pi (K,), or what expands to them, as the parameters, worth `mass` = JB/K samples
         each (A.4)."""
-        self.floor.fill_(1e-18)                                                     # its square is a float32 number yet
+        self.floor.fill_(1e-18)                                                          # see the products in log_joint
         pi = torch.as_tensor(pi, dtype=torch.float64, device=self.S_pi.device).expand(self.K)                    # (K,)
         self.log_pi.copy_(pi.log())
         mu, var = (torch.as_tensor(v, device=pi.device).expand(self.K, self.D) for v in (mu, var))             # (K, D)
@@ -87,12 +87,12 @@ class OnlineGMM(nn.Module):
         self.S_sig[ks] = torch.where(where[:, None], n[:, None] * (var + mu * mu), self.S_sig[ks])
 
     def params(self, ks):
-        """mu float64 and Sigma float32 (|ks|, D) of components ks."""
+        """mu and Sigma (|ks|, D) of components ks, float64."""
         # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
         inv = self.S_pi[ks].clamp_min(torch.finfo(torch.float64).tiny).reciprocal_()[:, None]       # "plain": 0 / 0
         mu = self.S_mu[ks] * inv                                                                             # (|ks|, D)
         # differs: the paper names no floor; round-off can make the difference negative
-        var = (self.S_sig[ks] * inv).addcmul_(mu, mu, value=-1).float().clamp_(min=self.floor)               # (|ks|, D)
+        var = (self.S_sig[ks] * inv).addcmul_(mu, mu, value=-1).clamp_(min=self.floor)                       # (|ks|, D)
         return mu, var
 
     def table(self, which):
@@ -145,10 +145,10 @@ class OnlineGMM(nn.Module):
         (mu, var), w = self.params(ks), w[:ks.stop - ks.start]                                               # (|ks|, D)
         mu = mu.sub_(c).float()                                                                              # (|ks|, D)
         # log P(h | mu, Sigma) = h . mu/Sigma - h^2/2 . 1/Sigma - (sum mu^2/Sigma + log Sigma + log 2 pi) / 2
-        prec = torch.reciprocal(var, out=w[:, self.D:-1])                                                    # (|ks|, D)
+        prec = torch.reciprocal(var.float(), out=w[:, self.D:-1])                                            # (|ks|, D)
         slope = torch.mul(mu, prec, out=w[:, :self.D])                                                       # (|ks|, D)
-        a, b, odd = var.split((self.D // 2, self.D // 2, self.D % 2), 1)        # log a + log b = log ab: half the work
-        log_det = (a * b).log_().sum(1) + odd.log().sum(1)                                                     # (|ks|,)
+        n = self.D // 16                          # log a + log b = log ab: float64 holds the product of 16 variances
+        log_det = var[:, :16 * n].unflatten(1, (n, 16)).prod(2).log_().sum(1) + var[:, 16 * n:].log().sum(1)   # (|ks|,)
         const = mu.mul_(slope).sum(1) + log_det + self.D * math.log(2 * math.pi)                               # (|ks|,)
         w[:, -1] = self.log_pi[ks] - beta / 2 * const
         return torch.mm(y, w.T, out=out)
