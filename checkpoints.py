@@ -26,10 +26,11 @@ SAFE += [type(np.dtype(kind)) for kind in "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".s
 SIDES = [("teacher", "target_encoder"), ("student_ema", "model_ema", "ema"), ("student", "encoder"), ("",)]
 WRAPPERS = ("module", "_orig_mod", "state_dict", "model")  # DDP, torch.compile and plain nesting: no meaning here
 # last_layer: DINO, CARP, iBOT, CAPI (last_layer2: iBOT patches). last_layers.i: Franca's levels. head.layer: CAPI's
-# teacher. prototypes: SwAV, MSN (a bare tensor). prototypes.prototypes{i}: DeepCluster-v2. gmm.mu: means of a mixture.
+# teacher. prototypes: SwAV, MSN (a bare tensor). prototypes.prototypes{i}: DeepCluster-v2. gmm.mu: means of a mixture;
+# gmm.S_mu: the same times a mass, where gmm.py runs in another project.
 # A weight-normalised layer is g v / |v|: v (weight_v, original1) has the directions, g (weight_g, original0) none.
 SETS = re.compile(r"(?P<name>(?:\w+\.)*?(?:last_layer\d*|last_layers\.\d+|prototypes(?:\.prototypes\d+)?"
-                  r"|head\.layer|gmm\.mu))"
+                  r"|head\.layer|gmm\.mu|gmm\.S_mu))"
                   r"(?:|\.weight_v|\.parametrizations\.weight\.original1|\.weight)")
 
 
@@ -146,6 +147,7 @@ def load_prototypes(path, key=None):
             if match and is_set(t):
                 sides.setdefault(side, {}).setdefault(match["name"], t)
         sets = sides[min(sides)] if sides else {}
+        sets = {k: t for k, t in sets.items() if not (k.endswith("S_mu") and f"{k[:-4]}mu" in sets)}
     queues = [k for k, t in tensors.items() if k.split(".")[-1] == "queue" and t.ndim == 2]
     if not sets and queues:
         refuse_queue(path, queues[0], tensors[queues[0]])

@@ -292,6 +292,8 @@ LAYOUTS = {
     "compiled": ({"teacher": {"_orig_mod.module.head.last_layer.weight_v": T}}, {"head.last_layer": T}),
     "mixture": ({"student": pre("backbone.", BACKBONE), "gmm": {"mu": T, "var": T.exp(), "pi": torch.ones(K) / K}},
                 {"gmm.mu": T}),
+    "mixture as a module": ({"net.gmm.log_pi": torch.ones(K), "net.gmm.S_mu": T.double(), "net.gmm.S_sig": T.exp()}, {"net.gmm.S_mu": T}),
+    "mixture with both": ({"gmm": {"mu": T, "S_mu": 3 * T}}, {"gmm.mu": T}),
     "ours": ({"version": 1, "step": 9, "args": {"method": "carp"}, "student": net(S), "teacher": BACKBONE,
               "prototypes": {"vectors": T, "start": S, "student": {"prototypes": S}, "teacher": {}}, "gmm": {"mu": S},
               "optimizer": {"state": {}}}, {"prototypes": T}),
