@@ -224,8 +224,8 @@ def resume(args, found, nets, protos_s, protos_t):
 def mixture(ckpt):
     """The state of a checkpoint's mixture, {gmm.NAME: value}."""
     gmm = dict(ckpt["gmm"])
-    if "S_mu" in gmm:
-        mu, var = gmm.pop("mu", None), gmm.pop("var", None)
+    if {"S_mu", "mu", "var"} <= gmm.keys():
+        mu, var = gmm.pop("mu"), gmm.pop("var")                             # they follow from S
         if ckpt["version"] < 3:
             gmm["floor"] = var.min()
             if not ckpt["prototypes"]["teacher"]["_extra_state"]["started"]:
