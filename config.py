@@ -157,7 +157,7 @@ def parser():
     flag("--clip-grad", type=float, default=3.0, help="largest gradient norm of one parameter tensor; 0: no clipping")
     flag = p.add_argument_group("speed, logging, evaluation (speed)").add_argument
     flag("--amp", action=on_off, default=True, help="bf16 in the network on CUDA; never in mixture or softmax")
-    flag("--compile", action="store_true", help="torch.compile for the backbones: minutes at the start, then faster")
+    flag("--compile", action="store_true", help="torch.compile for the backbones; takes minutes at the start")
     flag("--workers", type=int, default=0, help="processes that decode images of folders too large for memory")
     flag("--log-every", type=int, default=50, help="steps between printed lines")
     flag("--eval-every", type=int, default=260, help="steps between evaluations and checkpoints")

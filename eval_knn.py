@@ -59,7 +59,7 @@ def neighbours(train_x, test_x, k, width=0, leave_one_out=False):
 
     Of a block of similarities only those are looked at whose GROUP reaches the query's k-th best so far: about
     k log(N / n) groups a query in all. Works on test_x's device; the bank may lie elsewhere, its blocks are copied
-    over. width: floats a query needs in the caller. leave_one_out: query i is row i of the bank, no neighbour of its.
+    over. width: floats a query needs in the caller. leave_one_out: query i is row i of the bank, not its own neighbour.
     """
     (M, D), N = test_x.shape, len(train_x)
     # Rows of a block, whole GROUPs unless k or the bank are odd: products of other widths are a fifth slower.

@@ -172,7 +172,7 @@ class OnlineGMM(nn.Module):
 
         Returns 0-dim tensors: used (components that are some vector's most responsible one in this step), pi_max,
         resurrected. keep: responsibilities in memory at a time (2^26: 256 MiB); where n K is more, the vectors are
-        taken in parts, and nothing is computed twice. A step with vectors that are not finite leaves the mixture as
+        taken in parts, and no product is computed twice. A step with vectors that are not finite leaves the mixture as
         it was.
         """
         if not 0 < eta < 1:

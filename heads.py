@@ -215,7 +215,7 @@ class Decoupled(Frozen):
             self.rows()[rows] = h[-K:].to(self.rows().dtype)
             self.queued += len(h)
         if step >= self.begin and self.queued:
-            self.begin_on(self.rows()[:self.queued].float(), N / K)
+            self.begin_on(self.rows()[:self.queued].to(torch.float32, copy=True), N / K)
             self.start.copy_(self.gmm.mu)
             self.started = True
 
