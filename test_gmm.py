@@ -36,9 +36,10 @@ def oracle_step(S, gamma, h, eta):
     return S, (mu, S[2] / S[0][:, None] - mu ** 2, S[0] / S[0].sum())
 
 
+@pytest.mark.parametrize("D", [6, 16, 35])                                  # variances are multiplied sixteen at a time
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
-def test_A1_matches_torch_distributions(beta):
-    gmm, params, h = mixture()
+def test_A1_matches_torch_distributions(beta, D):
+    gmm, params, h = mixture(D=D)
     assert torch.allclose(gmm.responsibilities(h, beta).double(), oracle_gamma(*params, h, beta), atol=2e-6)
 
 
@@ -403,8 +404,7 @@ def test_the_smaller_of_vectors_and_statistics_goes_over_the_wire(N, ways):
 def test_a_block_of_dead_components_and_floored_variances():
     """Weights that starved to nothing leave no NaN behind; a step that is not finite leaves floored variances alone."""
     gmm, _, h = mixture(chunk=8, var_floor=0.5, forgetting="plain")
-    gmm.S_pi[8:16], gmm.S_mu[8:16], gmm.S_sig[8:16] = 1e-300, 1e-296, 1e-292 + 1e-300    # means 1e4: it answers for nothing
-    assert torch.equal(gmm.mu[8:16], torch.full((8, 6), 1e4))
+    gmm.S_pi[8:16], gmm.S_mu[8:16], gmm.S_sig[8:16] = 0, 0, 0           # a block so narrow that it answers for nothing
     gmm.update(h, 0.5, 0.9)
     gmm.update(h, 0.5, 0.9)
     assert all(torch.isfinite(b).all() for b in gmm.buffers())

@@ -9,6 +9,7 @@ import losses
 import methods
 from gmm import OnlineGMM
 import heads
+from blocks import Rows
 from heads import VMF, Decoupled, Frozen, Head, Joint
 
 
@@ -149,6 +150,20 @@ def test_logits_are_scaled_cosines_times_the_norm_of_h(kind):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(protos.logits(h).double(), expected, atol=1e-5)
     assert torch.allclose(protos.assign(h).sum(1), torch.ones(4), atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_raw_rows_are_the_directions_up_to_length(unit):
+    """What the losses over blocks are given, of means that are not of length one, at masses down to almost nothing."""
+    protos = Decoupled(12, 4, unit=unit)
+    protos.step(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)) * 3)
+    protos.gmm.S_pi[3:] *= 1e-30
+    protos.gmm.S_mu[3:] *= 1e-30
+    protos.gmm.S_sig[3:] *= 1e-30
+    (C, brought), want = protos.raw(), protos.directions()
+    assert brought == unit and torch.allclose(Rows(C, slice(0, 12), brought, 1.0, False).c, want, atol=1e-6)
+    assert torch.allclose(want.norm(dim=1), torch.ones(12)) == unit
+    assert torch.allclose(protos.gmm.mu / protos.gmm.mu.norm(dim=1, keepdim=True), F.normalize(want, dim=1), atol=1e-6)
 
 
 def test_all_sets_start_from_the_same_directions():
