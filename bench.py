@@ -5,7 +5,8 @@
     python bench.py --paper                          all at the paper's size; plan an hour on 2 cores
 
 Every side of a comparison lives in a process of its own, and the sides take turns, so that a busy machine slows all of
-them alike. Time: the fastest of --reps turns. Peak: the most memory a turn took beyond what the process held before
+them alike. A ratio is the middle of the ratios within the --reps turns, and a time is the middle of the turns: the
+fastest ones would compare two lucky moments. Peak: the most memory a turn took beyond what the process held before
 it (resident memory on a CPU, where Linux can reset its high-water mark; allocated memory on a GPU). `step`, `loop` and
 `ranks` start train.py itself and read its log.
 """
@@ -17,6 +18,7 @@ import multiprocessing as mp
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,7 +76,7 @@ def serve(pipe, item, side, a, threads):
 
 
 def race(item, names, a, reps=None):
-    """{side: (seconds, MB)}: the sides take turns. The first shows the memory, the fastest of the others the time."""
+    """{side: (seconds of every turn, MB)}: the sides take turns. One more, the first, shows the memory."""
     context, lanes = mp.get_context("spawn"), {}
     for side in names:
         ours, theirs = context.Pipe()
@@ -89,7 +91,12 @@ def race(item, names, a, reps=None):
     for pipe, child, _ in lanes.values():
         pipe.send(None)
         child.join()
-    return {side: (min(t for t, _ in turns[1:]), turns[0][1]) for side, (_, _, turns) in lanes.items()}
+    return {side: ([t for t, _ in turns[1:]], turns[0][1]) for side, (_, _, turns) in lanes.items()}
+
+
+def ratio(t, a, b):
+    """How much longer side a takes than b: the middle over the turns."""
+    return statistics.median(x / y for x, y in zip(t[a], t[b]))
 
 
 def verdict(text, value, limit, more=False):
@@ -99,10 +106,10 @@ def verdict(text, value, limit, more=False):
     return met
 
 
-def table(title, got):
+def table(title, got, unit="MB extra"):
     print(f"\n{title}")
     for side, (seconds, peak) in got.items():
-        print(f"    {side:12} {seconds:9.3f} s {peak:9.0f} MB extra", flush=True)
+        print(f"    {side:12} {statistics.median(seconds):9.3f} s {peak:9.0f} {unit}", flush=True)
     return {s: t for s, (t, _) in got.items()}, {s: m for s, (_, m) in got.items()}
 
 
@@ -127,17 +134,15 @@ def step(a):
     flags = ["--device", a.device, "--local-crops", 10, "--num-prototypes", a.K, "--partition-size", a.P,
              "--bottleneck-dim", a.D, "--batch-size", a.batch, "--steps", a.steps, "--gmm-start", 0, "--log-every", 1,
              "--eval-every", 10 ** 6, "--eval-bank", 64, "--eval-queries", 8, *a.step_flags]
-    got = {}
+    got = {"joint": ([], 0), "decoupled": ([], 0)}
     for _ in range(a.reps):
-        for kind in ("joint", "decoupled"):
+        for kind, (seconds, peak) in got.items():
             rows = train(*flags, "--prototypes", kind)[0]
-            seconds = min(a.batch / float(row["images_per_s"]) for row in rows[1:])
-            got[kind] = min(seconds, got.get(kind, (1e9,))[0]), max(float(row["memory_mb"]) for row in rows)
-    print(f"\nstep: K {a.K}, D {a.D}, 12 crops, batch {a.batch} (peak memory of the whole process)")
-    for kind, (seconds, peak) in got.items():
-        print(f"    {kind:12} {seconds:9.3f} s {peak:9.0f} MB")
-    verdict("decoupled / joint, time", got["decoupled"][0] / got["joint"][0], 1.0)
-    verdict("decoupled / joint, memory", got["decoupled"][1] / got["joint"][1], 1.0)
+            seconds.append(statistics.median(a.batch / float(row["images_per_s"]) for row in rows[1:]))
+            got[kind] = seconds, max(peak, *(float(row["memory_mb"]) for row in rows))
+    t, m = table(f"step: K {a.K}, D {a.D}, 12 crops, batch {a.batch}", got, "MB in all")
+    verdict("decoupled / joint, time", ratio(t, "decoupled", "joint"), 1.0)
+    verdict("decoupled / joint, memory", m["decoupled"] / m["joint"], 1.0)
 
 
 def ranks(a):
@@ -180,10 +185,10 @@ def loop(a):
 def race_gmm(a):
     for a.N in a.N:
         t, m = table(f"gmm: K {a.K}, D {a.D}, N {a.N}", race("gmm", ("ours", "streaming", "plain", "floor"), a))
-        verdict("ours / floor", t["ours"] / t["floor"], 1.3)
-        verdict("streaming / floor", t["streaming"] / t["floor"], 1.9)
+        verdict("ours / floor", ratio(t, "ours", "floor"), 1.3)
+        verdict("streaming / floor", ratio(t, "streaming", "floor"), 1.9)
         verdict("streaming, MB", m["streaming"], 1024)
-        verdict("plain / ours", t["plain"] / t["ours"], 1.5, more=True)
+        verdict("plain / ours", ratio(t, "plain", "ours"), 1.5, more=True)
 
 
 def race_loss(a):
@@ -191,7 +196,7 @@ def race_loss(a):
         names = ("ours", "plain") + ("floor",) * (item == "loss")
         t, m = table(f"{'CARP' if item == 'loss' else 'DINO'} loss, {'joint' if a.joint else 'decoupled'}: K {a.K}, "
                      f"{a.V} views x {a.B}", race(item, names, a))
-        verdict("time, ours / plain", t["ours"] / t["plain"], 1)
+        verdict("time, ours / plain", ratio(t, "ours", "plain"), 1)
         verdict("memory, ours / plain", m["ours"] / m["plain"], 0.1)
         if a.joint:                                             # K x D floats that both have to return
             grad = a.K * a.D * 4 / 2 ** 20
@@ -202,19 +207,19 @@ def race_loss(a):
 def race_unique(a):
     got = race("unique", ("ours", "plain", "floor"), a, reps=1 if a.unique > 20000 else None)
     t, m = table(f"unique: {a.unique} x {a.D}, all distinct", got)
-    verdict("ours / floor", t["ours"] / t["floor"], 2)
-    verdict("plain / ours", t["plain"] / t["ours"], 20, more=True)
+    verdict("ours / floor", ratio(t, "ours", "floor"), 2)
+    verdict("plain / ours", ratio(t, "plain", "ours"), 20, more=True)
 
 
 def race_knn(a):
     t, m = table(f"knn: bank {a.bank} x 384, {a.queries} queries", race("knn", ("ours", "plain", "floor"), a))
-    verdict("ours / floor", t["ours"] / t["floor"], 1.5)
+    verdict("ours / floor", ratio(t, "ours", "floor"), 1.5)
     verdict("ours, MB", m["ours"], 1024)
 
 
 def race_data(a):
     t, _ = table("data: 32 images, 2 + 4 crops", race("data", ("ours", "plain"), a))
-    verdict("plain / ours", t["plain"] / t["ours"], 5, more=True)
+    verdict("plain / ours", ratio(t, "plain", "ours"), 5, more=True)
 
 
 ITEMS = {"gmm": race_gmm, "loss": race_loss, "step": step, "unique": race_unique, "knn": race_knn, "data": race_data,
@@ -225,7 +230,7 @@ def main(argv=None):
     p = argparse.ArgumentParser("bench.py", description=__doc__.split("\n")[0])
     p.add_argument("items", nargs="*", help=f"of {', '.join(ITEMS)}; none: all")
     p.add_argument("--paper", action="store_true", help="the paper's sizes")
-    p.add_argument("--reps", type=int, default=3, help="turns of each side; the fastest counts")
+    p.add_argument("--reps", type=int, default=3, help="turns of each side; the middle counts")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--step-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to train.py (step, ranks)")
     for name, (small, _) in SIZES.items():

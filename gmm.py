@@ -140,7 +140,7 @@ class OnlineGMM(nn.Module):
     # ---- A.1 -------------------------------------------------------------------------------------------------------
     def log_joint(self, y, c, ks, beta, w, out=None):
         """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ] (|ks|, N) up to what all k share, beta D log(2 pi) / 2: one product
-        with y = terms(h - c, beta) (N, 2D + 1). w (>= |ks|, 2D + 1): memory to work in."""
+        with y = terms(h - c, beta) (2D + 1, N). w (>= |ks|, 2D + 1): memory to work in."""
         # a shift of h and mu by c leaves P as it is, but not float32 rounding: far from the origin it eats the signal
         (mu, var), w = self.params(ks), w[:ks.stop - ks.start]                                               # (|ks|, D)
         mu = mu.sub_(c).float()                                                                              # (|ks|, D)
@@ -150,11 +150,11 @@ class OnlineGMM(nn.Module):
         # sum log Sigma: log a + log b = log ab, and float64 holds the product of 16 variances
         log_det = var.unflatten(1, (-1, math.gcd(self.D, 16))).prod(2).log_().sum(1)                           # (|ks|,)
         torch.sub(self.log_pi[ks], log_det.add_(mu.mul_(slope).sum(1)), alpha=beta / 2, out=w[:, -1])
-        return torch.mm(w, y.T, out=out)                         # components in rows: MKL is a tenth faster than y w'
+        return torch.mm(w, y, out=out)                          # components in rows: MKL is a tenth faster than for y' w'
 
     def terms(self, d, beta):
-        """What of d = h - c (n, D) meets mu/Sigma, 1/Sigma and the constant in log_joint, (n, 2D + 1)."""
-        return torch.cat([beta * d, -beta / 2 * d * d, torch.ones_like(d[:, :1])], 1)
+        """What of d = h - c (n, D) meets mu/Sigma, 1/Sigma and the constant in log_joint, (2D + 1, n)."""
+        return torch.cat([beta * d, -beta / 2 * d * d, torch.ones_like(d[:, :1])], 1).T
 
     @torch.no_grad()
     def responsibilities(self, h, beta):
@@ -193,11 +193,14 @@ class OnlineGMM(nn.Module):
         # h^2 - c^2 as a product loses no more than h itself lost when it was rounded to float32
         x = torch.where(sane, torch.cat([h - c, (h - c) * (h + c)], 1), 0.)                                    # (n, 2D)
         c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
+        log_eta = sane.double() * math.log(eta)                      # nothing is forgotten where nothing can be taken in
         back, used = torch.cat([c, c.double() ** 2]), x.new_zeros(self.K)                                   # (2D,) (K,)
+        wide = back.new_empty(min(self.chunk, self.K), 2 * self.D)                                          # (|ks|, 2D)
         for ks, T_pi, T in self.statistics(x, c, beta, keep, used):
             # A.2  S~ = { sum_i gamma_ik,  sum_i gamma_ik h_i,  sum_i gamma_ik h_i^2 }; T is of x, and shifted back here
             T_pi = sum_ranks(T_pi, reduce).double()[:, None]                                                 # (|ks|, 1)
-            T_mu, T_sig = sum_ranks(T, reduce).double().addcmul_(T_pi, back).split(self.D, 1)                # (|ks|, D)
+            T = wide[:len(T)].copy_(sum_ranks(T, reduce)).addcmul_(T_pi, back)                              # (|ks|, 2D)
+            T_mu, T_sig = T.split(self.D, 1)                                                                 # (|ks|, D)
             # A.3  S <- eta^g S + (1 - eta^g) S~,  g = T_pi / N;  1 - eta^g = -expm1(g log eta) keeps g = 1e-6 alive
             g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)                   # (|ks|, 1)
             if self.forgetting == "sample":
@@ -206,7 +209,7 @@ class OnlineGMM(nn.Module):
                 # gamma_ik and S~ becomes its mean sample times 1 / (1 - eta), the number of samples S remembers
                 g, n = T_pi, ((1 - eta) * T_pi).clamp_min(torch.finfo(torch.float64).tiny)                   # (|ks|, 1)
                 T_pi, T_mu, T_sig = T_pi / n, T_mu / n, T_sig / n
-            w = torch.where(sane, -torch.expm1(g * math.log(eta)), 0.)                                       # (|ks|, 1)
+            w = -torch.expm1(g * log_eta)                                                                    # (|ks|, 1)
             self.S_pi[ks].lerp_(T_pi[:, 0], w[:, 0])                                                   # views: in place
             self.S_mu[ks].lerp_(T_mu, w), self.S_sig[ks].lerp_(T_sig, w)
         # mu and Sigma (A.5) are worked out where they are needed: params
@@ -228,17 +231,17 @@ class OnlineGMM(nn.Module):
         room = x.new_empty(len(blocks), size, len(parts[0]))                                         # (blocks, |ks|, n)
         room[-1] = -math.inf                                # the last block may be shorter: what it lacks wins nothing
         for part, x in enumerate(parts, 1):
-            y = self.terms(x[:, :self.D], beta).div_(math.log(2))         # (n, 2D + 1): powers of 2 are faster than e's
+            y = self.terms(x[:, :self.D], beta).div_(math.log(2))         # (2D + 1, n): powers of 2 are faster than e's
             groups = room[..., :len(x)].unflatten(1, (-1, few))                               # (blocks, groups, few, n)
             gamma = [r[:ks.stop - ks.start, :len(x)] for r, ks in zip(room, blocks)]                         # (|ks|, n)
             tops = x.new_empty(len(blocks), groups.shape[1], len(x))                               # (blocks, groups, n)
             top, total = x.new_empty(2, len(blocks), len(x))                                               # (blocks, n)
             # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, as e of its block times a share
-            for i, ks in enumerate(blocks):
-                z = self.log_joint(y, c, ks, beta, w, out=gamma[i])                                          # (|ks|, n)
-                torch.amax(torch.amax(groups[i], 1, out=tops[i]), 0, out=top[i])
-                e = z.sub_(top[i]).clamp_(min=-126).exp2_()                 # in place; below 2^-126 numbers become slow
-                torch.sum(e, 0, out=total[i])
+            for ks, z, group, high, higher, sum_e in zip(blocks, gamma, groups, tops, top, total):
+                self.log_joint(y, c, ks, beta, w, out=z)                                                     # (|ks|, n)
+                torch.amax(torch.amax(group, 1, out=high), 0, out=higher)
+                e = z.sub_(higher).clamp_(min=-126).exp2_()                 # in place; below 2^-126 numbers become slow
+                torch.sum(e, 0, out=sum_e)
             share, best = (top - top.amax(0)).exp2_(), tops.flatten(0, 1).argmax(0)                  # (blocks, n) (n,)
             share /= (share * total).sum(0)
             # the most responsible component: the best group of few, then the best in it
