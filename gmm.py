@@ -150,7 +150,7 @@ class OnlineGMM(nn.Module):
         # sum log Sigma: log a + log b = log ab, and float64 holds the product of 16 variances
         log_det = var.unflatten(1, (-1, math.gcd(self.D, 16))).prod(2).log_().sum(1)                           # (|ks|,)
         torch.sub(self.log_pi[ks], log_det.add_(mu.mul_(slope).sum(1)), alpha=beta / 2, out=w[:, -1])
-        return torch.mm(w, y, out=out)                          # components in rows: MKL is a tenth faster than for y' w'
+        return torch.mm(w, y, out=out)                         # components in rows: MKL is a tenth faster than y' w'
 
     def terms(self, d, beta):
         """What of d = h - c (n, D) meets mu/Sigma, 1/Sigma and the constant in log_joint, (2D + 1, n)."""
@@ -193,7 +193,7 @@ class OnlineGMM(nn.Module):
         # h^2 - c^2 as a product loses no more than h itself lost when it was rounded to float32
         x = torch.where(sane, torch.cat([h - c, (h - c) * (h + c)], 1), 0.)                                    # (n, 2D)
         c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
-        log_eta = sane.double() * math.log(eta)                      # nothing is forgotten where nothing can be taken in
+        log_eta = sane.double() * math.log(eta)                                     # 0 forgets nothing, takes nothing in
         back, used = torch.cat([c, c.double() ** 2]), x.new_zeros(self.K)                                   # (2D,) (K,)
         wide = back.new_empty(min(self.chunk, self.K), 2 * self.D)                                          # (|ks|, 2D)
         for ks, T_pi, T in self.statistics(x, c, beta, keep, used):

@@ -28,6 +28,7 @@ import shapes
 import train
 import views
 import weights
+from gmm import OnlineGMM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "6", "--num-prototypes", "16", "--partition-size", "8",
@@ -200,6 +201,20 @@ def test_version_2_goes_on(tmp_path, begin):
     torch.save(old | {"version": 2}, tmp_path / "a" / "ckpt.pt")
     run(tmp_path / "a", *flags, "--resume")
     assert not different(ckpt(tmp_path / "whole"), ckpt(tmp_path / "a"))
+
+
+def test_version_2_keeps_the_variances_that_lie_at_the_floor():
+    gmm = OnlineGMM(4, 3, var_floor=0.5)
+    h = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1, 0.1])
+    gmm.init_from(h)
+    for _ in range(20):
+        gmm.update(h, 1.0, 0.01)
+    assert 0 < (gmm.var == gmm.floor).sum() < 12
+    old = {k: v for k, v in gmm.state_dict().items() if k != "floor"} | {"mu": gmm.mu, "var": gmm.var}
+    state = folder.mixture({"version": 2, "gmm": old, "prototypes": {"teacher": {"_extra_state": {"started": True}}}})
+    new = OnlineGMM(4, 3)
+    new.load_state_dict({k.removeprefix("gmm."): v for k, v in state.items()})
+    assert torch.equal(new.var, gmm.var) and torch.equal(new.mu, gmm.mu)
 
 
 def ckpt_optimizer(tmp_path):

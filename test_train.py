@@ -2,13 +2,13 @@
 import ast
 import csv
 import functools
+import importlib
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -171,30 +171,41 @@ def test_compiled_backbones_keep_their_names_and_a_compiler_that_fails_is_named(
 
 
 # ---- two processes ---------------------------------------------------------------------------------------------------
-def torchrun(n, *flags):
-    """A real launch; returns its output."""
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}", "--master_port", str(29_900 + os.getpid() % 90)]
-    done = subprocess.run([*(launch if n > 1 else [sys.executable]), os.path.join(HERE, "train.py"), *flags], text=True, timeout=240,
-                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+SPREAD = [("--prototypes decoupled", 1e-4), ("--prototypes joint", 1e-4), ("--prototypes live --method dino --targets sinkhorn", 1e-4),
+          ("--prototypes decoupled --no-head-bn --gmm-start 0.5 --lr 1e-5", 1e-6)]          # batch norm and AdamW enlarge rounding
 
 
-@pytest.mark.parametrize("flags, within", [
-    ("--prototypes decoupled", 1e-4), ("--prototypes joint", 1e-4), ("--prototypes live --method dino --targets sinkhorn", 1e-4),
-    ("--prototypes decoupled --no-head-bn --gmm-start 0.5 --lr 1e-5", 1e-6)])      # batch norm and AdamW enlarge rounding
-def test_two_processes_equal_one(tmp_path, flags, within):
-    """Global batch, batch norm, entropy, gradients and mixture over two gloo processes: the losses of one process."""
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    """All of SPREAD on one process, here, and on two, in one real launch. A folder with CASE-PROCESSES for each."""
+    base = tmp_path_factory.mktemp("spread")
     for c in "ab":
-        os.makedirs(tmp_path / "set" / c)
+        os.makedirs(base / "set" / c)
         for i in range(16):
-            save_image(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(ord(c) * 100 + i)), tmp_path / "set" / c / f"{i}.png")
-    for n in (1, 2):
-        torchrun(n, *TINY, "--steps", "4", "--data", str(tmp_path / "set"), "--out", str(tmp_path / str(n)), *flags.split())
-    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+            save_image(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(ord(c) * 100 + i)), base / "set" / c / f"{i}.png")
+    one, two = ([[*TINY, "--steps", "4", "--data", str(base / "set"), "--out", str(base / f"{case}-{n}"), *flags.split()]
+                 for case, (flags, _) in enumerate(SPREAD)] for n in (1, 2))
+    (base / "two.py").write_text(f"import sys\nsys.path.insert(0, {HERE!r})\nimport ddp, train\nddp.cleanup = lambda: None\n"
+                                 f"for flags in {two!r}:\n    train.main(flags)\n")                # one process group for all
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(29_900 + os.getpid() % 90)]
+    done = subprocess.run([*launch, base / "two.py"], text=True, timeout=240, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for flags in one:
+        train.main(flags)
+    torch.set_num_threads(threads)
+    return base
+
+
+@pytest.mark.parametrize("case", range(len(SPREAD)))
+def test_two_processes_equal_one(spread, case):
+    """Global batch, batch norm, entropy, gradients and mixture over two gloo processes: the losses of one process."""
+    within = SPREAD[case][1]
+    one, two = rows(spread / f"{case}-1"), rows(spread / f"{case}-2")
     for name in ("consistency", "entropy", "cross_entropy", "loss"):
         assert [float(r[name] or 0) for r in two[1:]] == pytest.approx([float(r[name] or 0) for r in one[1:]], rel=max(within, 1e-5), abs=1e-6)       # six digits
-    a, b = ckpt(tmp_path / "1"), ckpt(tmp_path / "2")
+    a, b = ckpt(spread / f"{case}-1"), ckpt(spread / f"{case}-2")
     C = a["prototypes"]["vectors"]
     assert torch.allclose(C, b["prototypes"]["vectors"], rtol=0, atol=within * float(C.abs().max()))
     for k, v in a["teacher"].items():
@@ -379,14 +390,15 @@ def readme_commands():
     return [m.groups() for line in lines for m in re.finditer(r"\b(\w+\.py)\b([^&#]*)", re.sub(r" -- .*", "", line))]
 
 
-def test_commands_of_the_readme_parse():
+def test_commands_of_the_readme_parse(capsys):
     """train.py's are parsed; of the other tools every flag must stand in their --help."""
     commands = readme_commands()
     assert {"train.py", "collapse.py", "eval_knn.py"} <= {script for script, _ in commands}
-    scripts = sorted({script for script, _ in commands} - {"train.py"})
-    with ThreadPoolExecutor(4) as pool:                         # each start takes two seconds, most of them import torch
-        texts = pool.map(lambda s: subprocess.check_output([sys.executable, os.path.join(HERE, s), "--help"], text=True), scripts)
-    for script, text in zip(scripts, texts):
+    for script in sorted({script for script, _ in commands} - {"train.py"}):
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(script[:-3]).main(["--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0
         for flag in {f for s, rest in commands if s == script for f in re.findall(r"--[\w-]+", rest)}:
             assert flag in text, (script, flag)
     for script, rest in commands:
