@@ -193,7 +193,7 @@ class OnlineGMM(nn.Module):
         # h^2 - c^2 as a product loses no more than h itself lost when it was rounded to float32
         x = torch.where(sane, torch.cat([h - c, (h - c) * (h + c)], 1), 0.)                                    # (n, 2D)
         c, rms, pooled = (torch.where(sane, v, 0.) for v in (c, rms, pooled))
-        log_eta = sane.double() * math.log(eta)                                     # 0 forgets nothing, takes nothing in
+        log_eta = sane.double() * math.log(eta)                                   # 0 forgets nothing, takes nothing in
         back, used = torch.cat([c, c.double() ** 2]), x.new_zeros(self.K)                                   # (2D,) (K,)
         wide = back.new_empty(min(self.chunk, self.K), 2 * self.D)                                          # (|ks|, 2D)
         for ks, T_pi, T in self.statistics(x, c, beta, keep, used):
