@@ -85,7 +85,8 @@ def race(item, names, a, reps=None):
         lanes[side] = ours, child, []
         theirs.close()
     for order in range((reps or a.reps) + 1):
-        for pipe, _, turns in lanes.values():
+        for side in names[order % len(names):] + names[:order % len(names)]:         # the one before leaves its mark
+            pipe, _, turns = lanes[side]
             pipe.send(order)
             turns.append(pipe.recv())
     for pipe, child, _ in lanes.values():
