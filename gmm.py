@@ -90,9 +90,9 @@ class OnlineGMM(nn.Module):
         """mu and Sigma (|ks|, D) of components ks, float64."""
         # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
         n = self.S_pi[ks, None].clamp_min(torch.finfo(torch.float64).tiny)                          # "plain": 0 / 0
-        mu = self.S_mu[ks] / n                                                                             # (|ks|, D)
+        mu = self.S_mu[ks] / n                                                                               # (|ks|, D)
         # differs: the paper names no floor; round-off can make the difference negative
-        var = (self.S_sig[ks] / n).addcmul_(mu, mu, value=-1).clamp_(min=self.floor)                       # (|ks|, D)
+        var = (self.S_sig[ks] / n).addcmul_(mu, mu, value=-1).clamp_(min=self.floor)                         # (|ks|, D)
         return mu, var
 
     def table(self, which):
@@ -244,7 +244,7 @@ class OnlineGMM(nn.Module):
                 torch.sum(e, 0, out=sum_e)
             share, best = (top - top.amax(0)).exp2_(), tops.flatten(0, 1).argmax(0)                  # (blocks, n) (n,)
             share /= (share * total).sum(0)
-            # the most responsible component: the best group of few, then the best in it
+            # in two steps, as what belongs to one vector lies far apart in memory: the best group, then the best in it
             winner = groups.flatten(0, 1)[best, :, torch.arange(len(x), device=x.device)].argmax(1)               # (n,)
             used.index_fill_(0, best * few + winner, 1.0)
             # A.2  sum_i gamma_ik,  sum_i gamma_ik x_i

@@ -2,10 +2,10 @@
 import ast
 import csv
 import functools
-import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -185,16 +185,19 @@ def spread(tmp_path_factory):
             save_image(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(ord(c) * 100 + i)), base / "set" / c / f"{i}.png")
     one, two = ([[*TINY, "--steps", "4", "--data", str(base / "set"), "--out", str(base / f"{case}-{n}"), *flags.split()]
                  for case, (flags, _) in enumerate(SPREAD)] for n in (1, 2))
-    (base / "two.py").write_text(f"import sys\nsys.path.insert(0, {HERE!r})\nimport ddp, train\nddp.cleanup = lambda: None\n"
-                                 f"for flags in {two!r}:\n    train.main(flags)\n")                # one process group for all
+    (base / "two.py").write_text(f"import sys\nsys.path.insert(0, {HERE!r})\nimport ddp, train\n"
+                                 "cleanup, ddp.cleanup = ddp.cleanup, lambda: None\n"               # one process group for all
+                                 f"for flags in {two[:-1]!r}:\n    train.main(flags)\nddp.cleanup = cleanup\ntrain.main({two[-1]!r})\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(29_900 + os.getpid() % 90)]
     done = subprocess.run([*launch, base / "two.py"], text=True, timeout=240, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for flags in one:
-        train.main(flags)
-    torch.set_num_threads(threads)
+    try:
+        for flags in one:
+            train.main(flags)
+    finally:
+        torch.set_num_threads(threads)
     return base
 
 
@@ -207,7 +210,7 @@ def test_two_processes_equal_one(spread, case):
         assert [float(r[name] or 0) for r in two[1:]] == pytest.approx([float(r[name] or 0) for r in one[1:]], rel=max(within, 1e-5), abs=1e-6)       # six digits
     a, b = ckpt(spread / f"{case}-1"), ckpt(spread / f"{case}-2")
     C = a["prototypes"]["vectors"]
-    assert torch.allclose(C, b["prototypes"]["vectors"], rtol=0, atol=within * float(C.abs().max()))
+    assert torch.allclose(C, b["prototypes"]["vectors"], rtol=0, atol=within * min(1.0, float(C.abs().max())))
     for k, v in a["teacher"].items():
         assert torch.allclose(v.float(), b["teacher"][k].float(), atol=2e-3), k
 
@@ -390,13 +393,14 @@ def readme_commands():
     return [m.groups() for line in lines for m in re.finditer(r"\b(\w+\.py)\b([^&#]*)", re.sub(r" -- .*", "", line))]
 
 
-def test_commands_of_the_readme_parse(capsys):
+def test_commands_of_the_readme_parse(capsys, monkeypatch):
     """train.py's are parsed; of the other tools every flag must stand in their --help."""
     commands = readme_commands()
     assert {"train.py", "collapse.py", "eval_knn.py"} <= {script for script, _ in commands}
     for script in sorted({script for script, _ in commands} - {"train.py"}):
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
         with pytest.raises(SystemExit) as stop:
-            importlib.import_module(script[:-3]).main(["--help"])
+            runpy.run_path(os.path.join(HERE, script), run_name="__main__")
         text = capsys.readouterr().out
         assert stop.value.code == 0
         for flag in {f for s, rest in commands if s == script for f in re.findall(r"--[\w-]+", rest)}:
