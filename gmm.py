@@ -21,6 +21,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 def eta_at(t, a=0.001, c=0.89):
@@ -34,6 +35,12 @@ def sum_ranks(x, reduce):
     """reduce(x), which may work in place and return nothing; x on one process (None)."""
     out = reduce(x) if reduce else x
     return x if out is None else out
+
+
+def power(z):
+    """2^z in place, faster than e^z; 0 below 2^-54, which the float64 sums S would not see: the product of two powers
+    is then never subnormal, and subnormal numbers are slow."""
+    return F.threshold_(z, -54, -math.inf).exp2_()
 
 
 class OnlineGMM(nn.Module):
@@ -86,13 +93,13 @@ class OnlineGMM(nn.Module):
         self.S_mu[ks] = torch.where(where[:, None], n[:, None] * mu, self.S_mu[ks])
         self.S_sig[ks] = torch.where(where[:, None], n[:, None] * (var + mu * mu), self.S_sig[ks])
 
-    def params(self, ks):
+    def params(self, ks, out=(None, None)):
         """mu and Sigma (|ks|, D) of components ks, float64."""
         # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
         n = self.S_pi[ks, None].clamp_min(torch.finfo(torch.float64).tiny)                          # "plain": 0 / 0
-        mu = self.S_mu[ks] / n                                                                               # (|ks|, D)
+        mu = torch.div(self.S_mu[ks], n, out=out[0])                                                         # (|ks|, D)
         # differs: the paper names no floor; round-off can make the difference negative
-        var = (self.S_sig[ks] / n).addcmul_(mu, mu, value=-1).clamp_(min=self.floor)                         # (|ks|, D)
+        var = torch.div(self.S_sig[ks], n, out=out[1]).addcmul_(mu, mu, value=-1).clamp_(min=self.floor)     # (|ks|, D)
         return mu, var
 
     def table(self, which):
@@ -138,31 +145,40 @@ class OnlineGMM(nn.Module):
         return g.div_(g.norm(dim=1, keepdim=True))
 
     # ---- A.1 -------------------------------------------------------------------------------------------------------
-    def log_joint(self, y, c, ks, beta, w, out=None):
-        """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ] (|ks|, N) up to what all k share, beta D log(2 pi) / 2: one product
-        with y = terms(h - c, beta) (2D + 1, N). w (>= |ks|, 2D + 1): memory to work in."""
+    def log_joint(self, d, c, ks, beta, work, unit=1.0, out=None):
+        """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ] / unit (|ks|, N), up to what all k share, beta D log(2 pi) / 2, from
+        d = powers(h - c) (2, D, N). work: scratch()."""
+        wide, w = (v[:, :ks.stop - ks.start] for v in work)                                 # (2, |ks|, D) (3, |ks|, D)
         # a shift of h and mu by c leaves P as it is, but not float32 rounding: far from the origin it eats the signal
-        (mu, var), w = self.params(ks), w[:ks.stop - ks.start]                                               # (|ks|, D)
-        mu = mu.sub_(c).float()                                                                              # (|ks|, D)
+        mu, var = self.params(ks, out=wide)                                                                  # (|ks|, D)
         # log P(h | mu, Sigma) = h . mu/Sigma - h^2/2 . 1/Sigma - sum(mu^2/Sigma + log Sigma) / 2 - D log(2 pi) / 2
-        prec = torch.reciprocal(var.float(), out=w[:, self.D:-1])                                            # (|ks|, D)
-        slope = torch.mul(mu, prec, out=w[:, :self.D])                                                       # (|ks|, D)
         # sum log Sigma: log a + log b = log ab, and float64 holds the product of 16 variances
         log_det = var.unflatten(1, (-1, math.gcd(self.D, 16))).prod(2).log_().sum(1)                           # (|ks|,)
-        torch.sub(self.log_pi[ks], log_det.add_(mu.mul_(slope).sum(1)), alpha=beta / 2, out=w[:, -1])
-        return torch.mm(w, y, out=out)                         # components in rows: MKL is a tenth faster than y' w'
+        mu, prec = w[0].copy_(mu.sub_(c)), w[1].copy_(var).reciprocal_()                                     # (|ks|, D)
+        slope = torch.mul(mu, prec, out=w[2])                                                                # (|ks|, D)
+        const = self.log_pi[ks] - beta / 2 * log_det.add_(mu.mul_(slope).sum(1))                               # (|ks|,)
+        # two products over D, not one over [slope, prec]: whole rows in one stretch of memory are faster to write, and
+        # components in rows faster to multiply
+        z = torch.addmm(const.div_(unit).float()[:, None], slope, d[0], alpha=beta / unit, out=out)          # (|ks|, N)
+        return z.addmm_(prec, d[1], alpha=-beta / unit / 2)
 
-    def terms(self, d, beta):
-        """What of d = h - c (n, D) meets mu/Sigma, 1/Sigma and the constant in log_joint, (2D + 1, n)."""
-        return torch.cat([beta * d, -beta / 2 * d * d, torch.ones_like(d[:, :1])], 1).T
+    def powers(self, d):
+        """d and d^2 (2, D, N) of d (N, D)."""
+        return torch.stack([d.T, d.T * d.T])
+
+    def scratch(self, like):
+        """Memory for log_joint, the same for all blocks: fresh from the allocator it may be what the other core wrote
+        last, and then the first pass over it takes up to ten times as long."""
+        size = min(self.chunk, self.K)
+        return like.new_empty(2, size, self.D, dtype=torch.float64), like.new_empty(3, size, self.D)
 
     @torch.no_grad()
     def responsibilities(self, h, beta):
         """gamma (N, K) of h (N, D) at smoothing beta (A.1); rows sum to 1."""
         with torch.autocast(h.device.type, enabled=False):                       # bf16 products would ruin the exponent
             c = h.float().mean(0)                                                                                 # (D,)
-            y, w = self.terms(h - c, beta), c.new_empty(min(self.chunk, self.K), 2 * self.D + 1)
-            return torch.cat([self.log_joint(y, c, ks, beta, w) for ks in self.blocks()]).softmax(0).T
+            d, work = self.powers(h - c), self.scratch(c)                                                    # (2, D, N)
+            return torch.cat([self.log_joint(d, c, ks, beta, work) for ks in self.blocks()]).softmax(0).T
 
     # ---- one step of online EM: Eq. 3, A.1 to A.6 --------------------------------------------------------------------
     @torch.no_grad()
@@ -227,31 +243,30 @@ class OnlineGMM(nn.Module):
         sum_i gamma_ik x_i (|ks|, 2D). used (K,) gets 1 where a component is some vector's most responsible one."""
         blocks, parts = self.blocks(), x.split(max(1, keep // self.K))
         sums, size = [None] * len(blocks), blocks[0].stop
-        few, w = math.gcd(size, 64), x.new_empty(size, 2 * self.D + 1)                                  # (|ks|, 2D + 1)
+        few, work = math.gcd(size, 64), self.scratch(x)
         room = x.new_empty(len(blocks), size, len(parts[0]))                                         # (blocks, |ks|, n)
         room[-1] = -math.inf                                # the last block may be shorter: what it lacks wins nothing
         for part, x in enumerate(parts, 1):
-            y = self.terms(x[:, :self.D], beta).div_(math.log(2))         # (2D + 1, n): powers of 2 are faster than e's
+            d = self.powers(x[:, :self.D])                                                                   # (2, D, n)
             groups = room[..., :len(x)].unflatten(1, (-1, few))                               # (blocks, groups, few, n)
             gamma = [r[:ks.stop - ks.start, :len(x)] for r, ks in zip(room, blocks)]                         # (|ks|, n)
             tops = x.new_empty(len(blocks), groups.shape[1], len(x))                               # (blocks, groups, n)
             top, total = x.new_empty(2, len(blocks), len(x))                                               # (blocks, n)
             # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, as e of its block times a share
             for ks, z, group, high, higher, sum_e in zip(blocks, gamma, groups, tops, top, total):
-                self.log_joint(y, c, ks, beta, w, out=z)                                                     # (|ks|, n)
+                self.log_joint(d, c, ks, beta, work, unit=math.log(2), out=z)                                # (|ks|, n)
                 torch.amax(torch.amax(group, 1, out=high), 0, out=higher)
-                e = z.sub_(higher).clamp_(min=-126).exp2_()                 # in place; below 2^-126 numbers become slow
-                torch.sum(e, 0, out=sum_e)
-            share, best = (top - top.amax(0)).exp2_(), tops.flatten(0, 1).argmax(0)                  # (blocks, n) (n,)
+                torch.sum(power(z.sub_(higher)), 0, out=sum_e)
+            share, best = power(top - top.amax(0)), tops.flatten(0, 1).argmax(0)                  # (blocks, n) (n,)
             share /= (share * total).sum(0)
             # in two steps, as what belongs to one vector lies far apart in memory: the best group, then the best in it
             winner = groups.flatten(0, 1)[best, :, torch.arange(len(x), device=x.device)].argmax(1)               # (n,)
             used.index_fill_(0, best * few + winner, 1.0)
             # A.2  sum_i gamma_ik,  sum_i gamma_ik x_i
             for i, (ks, e) in enumerate(zip(blocks, gamma)):
-                row = share[i, :, None] * x                                                                    # (n, 2D)
-                T = (e @ share[i], e @ row) if part == 1 else \
-                    (sums[i][0] + e @ share[i], sums[i][1].addmm_(e, row))                          # (|ks|,) (|ks|, 2D)
+                gamma = e.mul_(share[i])                                                                     # (|ks|, n)
+                T = (gamma.sum(1), gamma @ x) if part == 1 else \
+                    (sums[i][0] + gamma.sum(1), sums[i][1].addmm_(gamma, x))                        # (|ks|,) (|ks|, 2D)
                 sums[i] = T if part < len(parts) else None
                 if part == len(parts):
                     yield ks, *T
