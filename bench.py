@@ -96,7 +96,7 @@ def race(item, names, a, reps=None):
 
 
 def ratio(t, a, b):
-    """How much longer side a takes than b: the middle over the turns."""
+    """How much more side a has than b (seconds, images/s): the middle over the turns."""
     return statistics.median(x / y for x, y in zip(t[a], t[b]))
 
 
@@ -164,22 +164,25 @@ def ranks(a):
 
 
 def loop(a):
-    """images/s of the default run, ours and lightly's DINO, and the share of its time that the data take."""
-    rows = train("--device", "cpu", "--steps", a.steps * 10, "--log-every", 10, "--eval-every", 10 ** 6, "--gmm-start",
-                 5, "--eval-bank", 64, "--eval-queries", 8)[0]
-    ours = max(float(row["images_per_s"]) for row in rows)
-    print(f"\nloop: default preset {ours:.0f} images/s")
-    verdict("share of the data in a step", min(float(row["data_share"]) for row in rows), 0.2)
-    threads, other = torch.get_num_threads(), {}
-    for workers in (0, 1):                  # its crops in the same process, or in another one beside it
-        torch.set_num_threads(max(1, threads - workers))
-        other[workers] = sides.lightly_loop(workers)
-    torch.set_num_threads(threads)
-    if other[0] is None:
+    """images/s of the default run, ours and lightly's DINO in turns, and the share of its time that the data take."""
+    threads, ours, shares, other = torch.get_num_threads(), [], [], {0: [], 1: []}
+    for _ in range(a.reps):
+        rows = train("--device", "cpu", "--steps", a.steps * 10, "--log-every", 10, "--eval-every", 10 ** 6,
+                     "--gmm-start", 5, "--eval-bank", 64, "--eval-queries", 8)[0]
+        ours.append(max(float(row["images_per_s"]) for row in rows))
+        shares.append(min(float(row["data_share"]) for row in rows))
+        for workers, speeds in other.items():           # its crops in the same process, or in another one beside it
+            torch.set_num_threads(max(1, threads - workers))
+            speeds.append(sides.lightly_loop(workers))
+        torch.set_num_threads(threads)
+    print(f"\nloop: default preset {statistics.median(ours):.0f} images/s")
+    verdict("share of the data in a step", statistics.median(shares), 0.2)
+    if other[0][0] is None:
         print("    lightly is not installed")
-    for workers, speed in other.items() if other[0] else ():
-        print(f"    lightly's DINO, {workers} processes for its crops, {speed:.0f} images/s")
-        verdict("ours / lightly", ours / speed, 3, more=True)
+        return
+    for workers, speeds in other.items():
+        print(f"    lightly's DINO, {workers} processes for its crops, {statistics.median(speeds):.0f} images/s")
+        verdict("ours / lightly", ratio({"ours": ours, "lightly": speeds}, "ours", "lightly"), 3, more=True)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
