@@ -249,11 +249,11 @@ class OnlineGMM(nn.Module):
         for part, x in enumerate(parts, 1):
             d = self.powers(x[:, :self.D])                                                                   # (2, D, n)
             groups = room[..., :len(x)].unflatten(1, (-1, few))                               # (blocks, groups, few, n)
-            gamma = [r[:ks.stop - ks.start, :len(x)] for r, ks in zip(room, blocks)]                         # (|ks|, n)
+            tiles = [r[:ks.stop - ks.start, :len(x)] for r, ks in zip(room, blocks)]                         # (|ks|, n)
             tops = x.new_empty(len(blocks), groups.shape[1], len(x))                               # (blocks, groups, n)
             top, total = x.new_empty(2, len(blocks), len(x))                                               # (blocks, n)
             # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta, as e of its block times a share
-            for ks, z, group, high, higher, sum_e in zip(blocks, gamma, groups, tops, top, total):
+            for ks, z, group, high, higher, sum_e in zip(blocks, tiles, groups, tops, top, total):
                 self.log_joint(d, c, ks, beta, work, unit=math.log(2), out=z)                                # (|ks|, n)
                 torch.amax(torch.amax(group, 1, out=high), 0, out=higher)
                 torch.sum(power(z.sub_(higher)), 0, out=sum_e)
@@ -263,7 +263,7 @@ class OnlineGMM(nn.Module):
             winner = groups.flatten(0, 1)[best, :, torch.arange(len(x), device=x.device)].argmax(1)               # (n,)
             used.index_fill_(0, best * few + winner, 1.0)
             # A.2  sum_i gamma_ik,  sum_i gamma_ik x_i
-            for i, (ks, e) in enumerate(zip(blocks, gamma)):
+            for i, (ks, e) in enumerate(zip(blocks, tiles)):
                 gamma = e.mul_(share[i])                                                                     # (|ks|, n)
                 T = (gamma.sum(1), gamma @ x) if part == 1 else \
                     (sums[i][0] + gamma.sum(1), sums[i][1].addmm_(gamma, x))                        # (|ks|,) (|ks|, 2D)
