@@ -37,7 +37,7 @@ def sum_ranks(x, reduce):
     return x if out is None else out
 
 
-def power(z):
+def exp2_or_0(z):
     """2^z in place, faster than e^z; 0 below 2^-54, which the float64 sums S would not see: the product of two powers
     is then never subnormal, and subnormal numbers are slow."""
     return F.threshold_(z, -54, -math.inf).exp2_()
@@ -147,7 +147,7 @@ class OnlineGMM(nn.Module):
     # ---- A.1 -------------------------------------------------------------------------------------------------------
     def log_joint(self, d, c, ks, beta, work, unit=1.0, out=None):
         """log[ pi_k P(h_i | mu_k, Sigma_k)^beta ] / unit (|ks|, N), up to what all k share, beta D log(2 pi) / 2, from
-        d = powers(h - c) (2, D, N). work: scratch()."""
+        d = h - c and its square (2, D, N). work: scratch()."""
         wide, w = (v[:, :ks.stop - ks.start] for v in work)                                 # (2, |ks|, D) (3, |ks|, D)
         # a shift of h and mu by c leaves P as it is, but not float32 rounding: far from the origin it eats the signal
         mu, var = self.params(ks, out=wide)                                                                  # (|ks|, D)
@@ -162,10 +162,6 @@ class OnlineGMM(nn.Module):
         z = torch.addmm(const.div_(unit).float()[:, None], slope, d[0], alpha=beta / unit, out=out)          # (|ks|, N)
         return z.addmm_(prec, d[1], alpha=-beta / unit / 2)
 
-    def powers(self, d):
-        """d and d^2 (2, D, N) of d (N, D)."""
-        return torch.stack([d.T, d.T * d.T])
-
     def scratch(self, like):
         """Memory for log_joint, the same for all blocks: fresh from the allocator it may be what the other core wrote
         last, and then the first pass over it takes up to ten times as long."""
@@ -177,7 +173,8 @@ class OnlineGMM(nn.Module):
         """gamma (N, K) of h (N, D) at smoothing beta (A.1); rows sum to 1."""
         with torch.autocast(h.device.type, enabled=False):                       # bf16 products would ruin the exponent
             c = h.float().mean(0)                                                                                 # (D,)
-            d, work = self.powers(h - c), self.scratch(c)                                                    # (2, D, N)
+            d, work = (h - c).T, self.scratch(c)                                                                # (D, N)
+            d = torch.stack([d, d * d])                                                                      # (2, D, N)
             return torch.cat([self.log_joint(d, c, ks, beta, work) for ks in self.blocks()]).softmax(0).T
 
     # ---- one step of online EM: Eq. 3, A.1 to A.6 --------------------------------------------------------------------
@@ -247,7 +244,8 @@ class OnlineGMM(nn.Module):
         room = x.new_empty(len(blocks), size, len(parts[0]))                                         # (blocks, |ks|, n)
         room[-1] = -math.inf                                # the last block may be shorter: what it lacks wins nothing
         for part, x in enumerate(parts, 1):
-            d = self.powers(x[:, :self.D])                                                                   # (2, D, n)
+            d = x[:, :self.D].T                                                                                 # (D, n)
+            d = torch.stack([d, d * d])                                                                      # (2, D, n)
             groups = room[..., :len(x)].unflatten(1, (-1, few))                               # (blocks, groups, few, n)
             tiles = [r[:ks.stop - ks.start, :len(x)] for r, ks in zip(room, blocks)]                         # (|ks|, n)
             tops = x.new_empty(len(blocks), groups.shape[1], len(x))                               # (blocks, groups, n)
@@ -256,8 +254,8 @@ class OnlineGMM(nn.Module):
             for ks, z, group, high, higher, sum_e in zip(blocks, tiles, groups, tops, top, total):
                 self.log_joint(d, c, ks, beta, work, unit=math.log(2), out=z)                                # (|ks|, n)
                 torch.amax(torch.amax(group, 1, out=high), 0, out=higher)
-                torch.sum(power(z.sub_(higher)), 0, out=sum_e)
-            share, best = power(top - top.amax(0)), tops.flatten(0, 1).argmax(0)                  # (blocks, n) (n,)
+                torch.sum(exp2_or_0(z.sub_(higher)), 0, out=sum_e)
+            share, best = exp2_or_0(top - top.amax(0)), tops.flatten(0, 1).argmax(0)              # (blocks, n) (n,)
             share /= (share * total).sum(0)
             # in two steps, as what belongs to one vector lies far apart in memory: the best group, then the best in it
             winner = groups.flatten(0, 1)[best, :, torch.arange(len(x), device=x.device)].argmax(1)               # (n,)
