@@ -1,8 +1,8 @@
 """
 Partial prototype collapse (Def. 2.1): how many prototypes of a checkpoint differ, and what such a count does not show.
 
-    python collapse.py RUN [RUN ...] --plot fig.png       # our run directories: table, measures, curves over training
-    python collapse.py dino_full_checkpoint.pth           # anybody's checkpoint: checkpoints.py has the layouts known
+    python collapse.py RUN [RUN ...] --plot fig.png  # our run directories: table, measures, curves over training
+    python collapse.py dino_full_checkpoint.pth  # anybody's checkpoint: checkpoints.py has the layouts known
 
 Two prototypes are duplicates at eps when 1 - cos < eps (strict). Def. 2.1 asks for parts that a representative covers;
 which cover is left open, and the smallest is NP-hard. Here: greedy leader. Rows are read in index order; a row that no
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-BLOCK = 2048                                                    # rows per product: 16 MiB of cosines at a time
+BLOCK = 2048  # rows per product: 16 MiB of cosines at a time
 
 
 # ----------------------------------------------------------------------------------- cosines, without rounding errors
@@ -38,8 +38,8 @@ def unit_rows(C):
     bad = (~torch.isfinite(C).all(1)).nonzero()[:, 0]
     if len(bad):
         raise ValueError(f"{len(bad)} of {len(C)} prototypes hold NaN or infinity (the first is row {int(bad[0])})")
-    kept = (C != 0).any(1).nonzero()[:, 0]                              # (M,)
-    X = torch.empty(len(kept), C.shape[1], device=C.device)             # (M, D)
+    kept = (C != 0).any(1).nonzero()[:, 0]  # (M,)
+    X = torch.empty(len(kept), C.shape[1], device=C.device)  # (M, D)
     for part in range(0, len(kept), 8192):  # float64 in parts: a whole copy would double the memory
         rows = scaled(C[kept[part:part + 8192]])
         X[part:part + 8192] = rows / rows.norm(dim=1, keepdim=True)
@@ -69,7 +69,7 @@ def within(S, C, i, j, eps):
         near |= doubt & (1 - cos < max(eps, 1e-14))
     elif len(a):
         A, B = scaled(C[i[a]]), scaled(C[j[b]])
-        cos = (A * B).sum(1) / (A.square().sum(1) * B.square().sum(1)).sqrt()      # exactly 1 for equal rows
+        cos = (A * B).sum(1) / (A.square().sum(1) * B.square().sum(1)).sqrt()  # exactly 1 for equal rows
         near[a, b] = 1 - cos < eps
     return near
 
@@ -90,7 +90,7 @@ def bar(steps, what, show):
     if not show or len(steps) < 8:
         return steps
     from tqdm import tqdm
-    return tqdm(steps, what, leave=False, disable=None)                 # None: on a terminal only
+    return tqdm(steps, what, leave=False, disable=None)  # None: on a terminal only
 
 
 def check_eps(eps_list):
@@ -103,12 +103,12 @@ def sketch(X, eps, block):
     """Unit rows X (M, D) -> (M, d + 1): coordinates along the d main axes, and the length of what is left of the row.
     Products of such rows are no smaller than the cosines (Cauchy-Schwarz on what is left), and cost d / D of the time:
     pairs that they clear need no more. d is the cheapest on a sample of pairs; X itself where none would pay."""
-    gram = sum(part.double().T @ part.double() for part in X.split(8192))     # (D, D)
-    (M, D), axes = X.shape, torch.linalg.eigh(gram)[1].flip(1)          # (D, D), main axis first
+    gram = sum(part.double().T @ part.double() for part in X.split(8192))  # (D, D)
+    (M, D), axes = X.shape, torch.linalg.eigh(gram)[1].flip(1)  # (D, D), main axis first
 
     def along(rows, d):
-        y = rows.double() @ axes[:, :d]                                 # (n, d)
-        left = rows.double().square().sum(1) - y.square().sum(1)        # (n,)
+        y = rows.double() @ axes[:, :d]  # (n, d)
+        left = rows.double().square().sum(1) - y.square().sum(1)  # (n,)
         return torch.cat([y, left.clamp_min(0).sqrt()[:, None]], 1).float()
 
     def cost(d):  # of a pair, where its cosine costs 1; one doubtful pair is enough to ask for a column of `block`
@@ -130,39 +130,39 @@ def leaders(C, eps_list, progress=False, block=None):
     C, (M, D) = torch.as_tensor(C).detach(), X.shape
     out = {eps: torch.full((len(C),), -1, device=X.device) for eps in check_eps(eps_list)}
     for eps, owner in out.items():
-        owner[kept] = kept                                              # at eps = 0 nothing is a duplicate: M(0) = K
+        owner[kept] = kept  # at eps = 0 nothing is a duplicate: M(0) = K
     todo = [eps for eps in out if eps > 0]
     if not todo:
         return out
-    lead = torch.zeros(len(todo), M, dtype=torch.bool, device=X.device)     # does union leader m lead at this eps?
-    row_of = torch.empty_like(kept)                                     # its index in C
+    lead = torch.zeros(len(todo), M, dtype=torch.bool, device=X.device)  # does union leader m lead at this eps?
+    row_of = torch.empty_like(kept)  # its index in C
     n = 0  # X[:n] holds the leaders of any eps, packed in place
     earlier = torch.ones(min(block, M), min(block, M), dtype=torch.bool, device=X.device).triu(1)
-    floor = [1 - eps - slack(D) for eps in todo]                        # cosines up to here cannot be within eps
+    floor = [1 - eps - slack(D) for eps in todo]  # cosines up to here cannot be within eps
     with plain_float32(X.device):
-        Y = sketch(X, todo[-1], block)                                  # (M, d + 1), packed as X is; or X
+        Y = sketch(X, todo[-1], block)  # (M, d + 1), packed as X is; or X
         for start in bar(range(0, M, block), "unique prototypes", progress):
-            B, Q, rows = (t[start:start + block].clone() for t in (X, Y, kept))     # (b, D), (b, d + 1), (b,)
-            free = torch.ones(len(todo), len(B), dtype=torch.bool, device=X.device)     # not claimed yet, per eps
+            B, Q, rows = (t[start:start + block].clone() for t in (X, Y, kept))  # (b, D), (b, d + 1), (b,)
+            free = torch.ones(len(todo), len(B), dtype=torch.bool, device=X.device)  # not claimed yet, per eps
             for r in range(0, n, block):
                 old = slice(r, min(r + block, n))
-                S = Y[old] @ Q.T                                        # (leaders, b)
-                maybe = (S.amax(0) > floor[-1]).nonzero()[:, 0]         # columns that may have a cosine within eps
+                S = Y[old] @ Q.T  # (leaders, b)
+                maybe = (S.amax(0) > floor[-1]).nonzero()[:, 0]  # columns that may have a cosine within eps
                 if not len(maybe):
                     continue
-                S = pick(S, torch.arange(len(S)), maybe) if Y is X else X[old] @ B[maybe].T     # (leaders, maybe)
-                top = S.amax(0)                                         # (maybe,)
+                S = pick(S, torch.arange(len(S)), maybe) if Y is X else X[old] @ B[maybe].T  # (leaders, maybe)
+                top = S.amax(0)  # (maybe,)
                 for e, eps in enumerate(todo):
                     col = (free[e, maybe] & (top > floor[e])).nonzero()[:, 0]
                     led = lead[e, old].nonzero()[:, 0]
                     if len(col) and len(led):
                         near = within(pick(S, led, col), C, row_of[r + led], rows[maybe[col]], eps)
                         hit = near.any(0)
-                        first = near.byte().argmax(0)[hit]      # argmax: the first of equal maxima, so the lowest index
+                        first = near.byte().argmax(0)[hit]  # argmax: the first of equal maxima, so the lowest index
                         out[eps][rows[maybe[col[hit]]]] = row_of[r + led[first]]
                         free[e, maybe[col[hit]]] = False
-            late = ~earlier[:len(B), :len(B)]                           # (b, b): row i is not earlier than column j
-            S = (Q @ Q.T).masked_fill_(late, -4)                        # (b, b)
+            late = ~earlier[:len(B), :len(B)]  # (b, b): row i is not earlier than column j
+            S = (Q @ Q.T).masked_fill_(late, -4)  # (b, b)
             S = (B @ B.T).masked_fill_(late, -4) if Y is not X and S.max() > floor[-1] else S
             top = S.amax(0)
             for e, eps in enumerate(todo):
@@ -170,7 +170,7 @@ def leaders(C, eps_list, progress=False, block=None):
                 if len(row) and top[row].max() > floor[e]:
                     near = within(pick(S, row, row), C, rows[row], rows[row], eps).cpu().numpy()
                     by = np.arange(len(row))
-                    for i in np.flatnonzero(near.any(1)):       # index order is the rule; only rows with duplicates
+                    for i in np.flatnonzero(near.any(1)):  # index order is the rule; only rows with duplicates
                         if by[i] == i:
                             by[near[i] & (by == np.arange(len(row)))] = i
                     by = torch.from_numpy(by).to(X.device)
@@ -178,7 +178,7 @@ def leaders(C, eps_list, progress=False, block=None):
                     free[e, row[by != torch.arange(len(row), device=X.device)]] = False
             new = free.any(0).nonzero()[:, 0]
             m = n + len(new)
-            X[n:m], Y[n:m], row_of[n:m], lead[:, n:m] = B[new], Q[new], rows[new], free[:, new]     # m <= rows read
+            X[n:m], Y[n:m], row_of[n:m], lead[:, n:m] = B[new], Q[new], rows[new], free[:, new]  # m <= rows read
             n = m
     return out
 
@@ -238,7 +238,7 @@ def neighbours(C, eps_list, progress=False, block=None):
         for i in bar(range(0, M, block), "neighbours", progress):
             for j in range(i, M, block):
                 I, J = slice(i, min(i + block, M)), slice(j, min(j + block, M))
-                S = X[I] @ X[J].T                                       # (b, b')
+                S = X[I] @ X[J].T  # (b, b')
                 if i == j:
                     S.fill_diagonal_(-4)
                 rows, cols = S.amax(1), S.amax(0)
@@ -285,8 +285,8 @@ def usage(P):
     for p in ([P] if torch.is_tensor(P) else P):
         if p.ndim != 2 or not len(p) or not (p.min() >= 0 and (p.sum(1) - 1).abs().max() < 1e-2):
             raise ValueError(f"usage needs probabilities (N, K), rows that sum to 1, not this {tuple(p.shape)} tensor")
-        won = won + torch.bincount(p.argmax(1), minlength=p.shape[1])   # (K,)
-        total = total + p.double().sum(0)                               # (K,)
+        won = won + torch.bincount(p.argmax(1), minlength=p.shape[1])  # (K,)
+        total = total + p.double().sum(0)  # (K,)
     if not torch.is_tensor(won):
         raise ValueError("usage was given no batch")
     entropy = torch.special.entr(total / total.sum()).sum()
@@ -306,13 +306,13 @@ def random_directions(K, D, seed=0):
 
 def load_prototypes(path, key=None):
     """{name: (K, D) float32 tensor} of every prototype set in a checkpoint, ours or foreign; see checkpoints.py."""
-    import checkpoints                                          # here, so that this file can be pasted without it
+    from support import checkpoints  # here, so that this file can be pasted without it
     return checkpoints.load_prototypes(path, key)
 
 
 def main(argv=None):
     """The command line: `python collapse.py --help`. Returns the exit code 0, 1 (--fail-below) or 2 (bad input)."""
-    import report
+    from support import report
     return report.main(argv)
 
 

@@ -47,7 +47,7 @@ PRESETS["paper-dino-dec"] = dict(PRESETS["paper-dino"], prototypes="decoupled", 
 PRESETS["paper-rn50"] = dict(PRESETS["paper-vits"], arch="resnet50", optimizer="lars", lr=0.45, min_lr=0.0048,
                              warmup_epochs=0, weight_decay=1e-6, weight_decay_end=1e-6, momentum=0.99, clip_grad=0.0,
                              global_scale=[0.2, 1.0], local_scale=[0.05, 0.2], local_crops=6, epochs=400,
-                             drop_path=0.0, head_bn=True, gmm_start=0.025)                   # published: 1,024 is ours)
+                             drop_path=0.0, head_bn=True, gmm_start=0.025)  # published: 1,024 is ours)
 # torchrun ... train.py --preset paper-carl --data IMAGENET      (Fig. 4a: CARL with CARP's recipe, 100 epochs; not run)
 PRESETS["paper-carl"] = dict(PRESETS["paper-rn50"], method="carl", prototypes="joint", epochs=100)
 # torchrun ... train.py --preset paper-dino-rn50 --data IMAGENET (DINO's official ResNet-50, 100 epochs; not run)
@@ -197,7 +197,7 @@ def written(out):
     try:
         with open(path) as f:
             old = json.load(f)
-    except (OSError, ValueError):                       # the checkpoint says the same, and run.resume compares with it
+    except (OSError, ValueError):  # the checkpoint says the same, and run.resume compares with it
         return {}
     if not isinstance(old, dict):
         raise ValueError(f"--resume: {path} does not hold the flags of a run; remove it, and type them again")

@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import groups
-import shapes
+from support import groups
+from support import shapes
 from views import LONG_TAIL, MEAN, STD, THREADS, Recipe, batches, eval_batches, generator, indices, seed_of
 
 __all__ = ["MEAN", "STD", "Files", "Images", "Recipe", "batches", "eval_batches", "indices", "load", "seed_of",
-           "subset"]                                            # those of views.py are used as data.Recipe, ...
+           "subset"]  # those of views.py are used as data.Recipe, ...
 
 NAMED = ("shapes", "cifar10", "cifar100", "stl10", "inat18")
 LAYOUTS = "train/<class>/* with val/<class>/* or test/<class>/*, or <class>/*, or images without class folders"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
-IN_MEMORY = 2 << 30                                             # bytes; a larger folder stays on disk
-LAWS = {"exp": lambda c, C: c / max(C - 1, 1),                  # sizes fall by one factor from class to class
-        "power": lambda c, C: math.log(c + 1) / math.log(max(C, 2))}    # n_c ~ (c+1)^-a: few large classes, a flat tail
+IN_MEMORY = 2 << 30  # bytes; a larger folder stays on disk
+LAWS = {"exp": lambda c, C: c / max(C - 1, 1),  # sizes fall by one factor from class to class
+        "power": lambda c, C: math.log(c + 1) / math.log(max(C, 2))}  # n_c ~ (c+1)^-a: few large classes, a flat tail
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Images:
     classes: list
     name: str
     paths: list = None
-    broken: list = field(default_factory=list)                  # paths of damaged files, replaced by a neighbour
+    broken: list = field(default_factory=list)  # paths of damaged files, replaced by a neighbour
 
     def __len__(self):
         return len(self.x)
@@ -112,12 +112,12 @@ def named(name, root, train):
     split = {"split": "train" if train else "test"} if name == "stl10" else {"train": train}
     try:
         raw = kind(root, **split)
-    except RuntimeError:                                        # not there, or its checksum is wrong
+    except RuntimeError:  # not there, or its checksum is wrong
         try:
             raw = kind(root, **split, download=True)
         except (OSError, RuntimeError) as e:
             raise ValueError(f"--data {name} is not under --data-root {root} and cannot be downloaded: {e}") from None
-    x = torch.from_numpy(raw.data)                              # CIFAR: (N, H, W, 3); STL-10: (N, 3, H, W)
+    x = torch.from_numpy(raw.data)  # CIFAR: (N, H, W, 3); STL-10: (N, 3, H, W)
     y = torch.as_tensor(raw.labels if name == "stl10" else raw.targets, dtype=torch.int64)
     return Images(x if name == "stl10" else x.permute(0, 3, 1, 2).contiguous(), y, list(raw.classes), name)
 
@@ -131,7 +131,7 @@ def inat18(root):
     listed = os.path.join(root, "val2018.json")
     try:
         raw = datasets.INaturalist(root, version="2018")
-        with open(listed) as f:                                 # file_name: train_val2018/Aves/2820/0123.jpg
+        with open(listed) as f:  # file_name: train_val2018/Aves/2820/0123.jpg
             held = {image["file_name"].split("/", 1)[1] for image in json.load(f)["images"]}
     except (OSError, RuntimeError, KeyError, IndexError, ValueError) as e:
         raise ValueError(f"--data inat18 is expected as {root}/2018/<group>/<class>/*.jpg, where torchvision.datasets."
@@ -166,7 +166,7 @@ def tree(path):
 
 def folder(path, img_size):
     name, held, top = os.path.basename(os.path.abspath(path)), None, tree(path)
-    if "train" in top:                                          # a split, or a class that happens to be called train
+    if "train" in top:  # a split, or a class that happens to be called train
         below = tree(os.path.join(path, "train"))
         held = next((s for s in ("val", "test") if s in top), None)
         top = below if held or set(below) != {""} else top
@@ -203,13 +203,13 @@ def decode(path, limit=None):
     """(3, H, W) uint8 RGB, or None for a damaged file; sides shrunk until the shorter is at most `limit`."""
     try:
         with Image.open(path) as im:
-            if im.mode.startswith("I"):                         # 16-bit grey: PIL's own conversion clips at 255
+            if im.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
                 im = Image.fromarray((np.asarray(im).clip(0, 65535) / 257).round().astype(np.uint8))
             im = im.convert("RGB") if im.mode != "P" else im.convert("RGBA").convert("RGB")
             if limit and min(im.size) > limit:
                 im = im.resize([round(s * limit / min(im.size)) for s in im.size], Image.Resampling.BICUBIC)
-            return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()                         # (3, H, W)
-    except Exception:                                           # Pillow has a dozen error types for damaged files
+            return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()  # (3, H, W)
+    except Exception:  # Pillow has a dozen error types for damaged files
         return None
 
 
@@ -222,7 +222,7 @@ def read(paths, y, classes, name, img_size):
         raise ValueError(f"the first image, {paths[0]}, cannot be read")
     if len(paths) * first.numel() >= IN_MEMORY:
         return files
-    x, bad = torch.empty(len(paths), *first.shape, dtype=torch.uint8), []                             # (N, 3, H, W)
+    x, bad = torch.empty(len(paths), *first.shape, dtype=torch.uint8), []  # (N, 3, H, W)
     with ThreadPoolExecutor(THREADS) as pool, tqdm(total=len(paths), desc=f"reading {name}", disable=None) as bar:
         for a in range(0, len(paths), 256):
             for i, image in enumerate(pool.map(lambda p: decode(p, limit), paths[a:a + 256]), a):
@@ -245,7 +245,7 @@ def read(paths, y, classes, name, img_size):
 def neighbours(i, n, y):
     """Indices around i, nearest first, of the same class: a stand-in must keep its label true."""
     for j in (j for d in range(1, min(n, 1000)) for j in (i - d, i + d)):
-        if 0 <= j < n and (y is None or bool((y[j] == y[i]).all())):         # y (N,), or (N, 20) of VOC2007
+        if 0 <= j < n and (y is None or bool((y[j] == y[i]).all())):  # y (N,), or (N, 20) of VOC2007
             yield j
 
 
@@ -259,7 +259,7 @@ def long_tail(images, imbalance, seed, law="exp"):
         raise ValueError(f"--imbalance {imbalance} needs labels, and {images.name} has no class folders")
     C, n_max, keep = len(images.classes), int(images.y.bincount().max()), []
     for c in range(C):
-        own = (images.y == c).nonzero()[:, 0]                                                             # (n_c,)
+        own = (images.y == c).nonzero()[:, 0]  # (n_c,)
         n = max(1, round(n_max * imbalance ** -LAWS[law](c, C)))
         keep.append(own[torch.randperm(len(own), generator=generator(LONG_TAIL, seed, c))[:n]])
     return subset(images, torch.cat(keep).sort().values)
@@ -269,7 +269,7 @@ def subset(images, keep):
     """The images at the indices `keep`, or, for a number, that many spread evenly over the set (at most all)."""
     if isinstance(keep, int):
         n = min(keep, len(images))
-        keep = torch.arange(n) * len(images) // max(n, 1)                                                   # (n,)
+        keep = torch.arange(n) * len(images) // max(n, 1)  # (n,)
     new = {"y": None if images.y is None else images.y[keep]}
     if isinstance(images, Images):
         new["x"] = images.x[keep]

@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbour classification on frozen features: the protocol of DINO, the k-NN column of Table 3.
 
-    python eval_knn.py RUN_DIR                       # the run's own data, teacher, k = 10 20 100 200
+    python eval_knn.py RUN_DIR  # the run's own data, teacher, k = 10 20 100 200
     python eval_knn.py RUN_DIR --data FOLDER --which student --dump features.pt
-    python eval_knn.py dino_vits16.pth --arch vit_small --data FOLDER               # weights of others
+    python eval_knn.py dino_vits16.pth --arch vit_small --data FOLDER  # weights of others
 
 A test image is labelled by its k nearest training images in cosine similarity; neighbour i votes for its class with
 weight exp(sim_i / T). Nothing is fitted: the number moves with the features alone. Headline: k 20, T .07, teacher.
@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import groups
-import run
+from support import groups
+from support import run
 from data import eval_batches, load
-from features import cached, features, fingerprint, load_backbone, record, usable      # noqa: F401  of eval_knn's names
+from support.features import cached, features, fingerprint, load_backbone, record, usable  # noqa: F401  of eval_knn's names
 
-PROTOCOL = "knn-1"                  # printed with every number; raise it when anything that changes the number changes
-BUDGET = 640 * 2**20                # bytes a k-NN search may use, whatever M and N are; a third unless all are alike
-QUERIES, ROWS, GROUP = 2048, 2048, 64       # of a block of similarities; GROUP of a query's are looked at together
-LAST = 2**32 - 1                    # largest bank index
+PROTOCOL = "knn-1"  # printed with every number; raise it when anything that changes the number changes
+BUDGET = 640 * 2**20  # bytes a k-NN search may use, whatever M and N are; a third unless all are alike
+QUERIES, ROWS, GROUP = 2048, 2048, 64  # of a block of similarities; GROUP of a query's are looked at together
+LAST = 2**32 - 1  # largest bank index
 
 
 # ----------------------------------------------------------------------------------------------------- the classifier
@@ -34,7 +34,7 @@ LAST = 2**32 - 1                    # largest bank index
 def unit(x):
     """Rows of x (n, D) scaled to length 1, float32. Raises ValueError where a feature is nan or infinite."""
     x = F.normalize(x.float(), dim=1)
-    if not x.sum().isfinite():                          # an inf has become inf / inf = nan, and one nan is enough
+    if not x.sum().isfinite():  # an inf has become inf / inf = nan, and one nan is enough
         raise ValueError("k-NN got features that are not finite (nan or inf)")
     return x
 
@@ -42,8 +42,8 @@ def unit(x):
 def to_keys(sim, index):
     """int64 keys that sort as (larger similarity, then smaller bank index), no two alike: their largest k are the same
     on every device and for every block size, where torch.topk on similarities picks among equal ones as it likes."""
-    bits = (sim + 0.0).view(torch.int32)                        # + 0 turns -0 into 0, its equal
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)                   # negative floats are ordered backwards, as integers
+    bits = (sim + 0.0).view(torch.int32)  # + 0 turns -0 into 0, its equal
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats are ordered backwards, as integers
     return (bits.long() << 32).bitwise_or_(LAST - index)
 
 
@@ -71,21 +71,21 @@ def neighbours(train_x, test_x, k, width=0, leave_one_out=False):
     q = max(1, min(QUERIES, (BUDGET - 12 * D * n) // (72 * n + 8 * D + 128 * k + 4 * width)))
     with tqdm(total=M, desc="k-NN", unit="img", leave=False, disable=None, delay=2) as bar:
         for i in range(0, M, q):
-            queries = unit(test_x[i:i + q])                                     # (q, D)
-            keys = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)        # (q, <= k) best so far
+            queries = unit(test_x[i:i + q])  # (q, D)
+            keys = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)  # (q, <= k) best so far
             for first, stop, step in blocks:
-                sim = queries @ unit(train_x[first:stop:step].to(queries.device)).T     # (q, n)
+                sim = queries @ unit(train_x[first:stop:step].to(queries.device)).T  # (q, n)
                 if leave_one_out:
                     own = torch.arange(i - first, i - first + len(queries), device=sim.device)
-                    there = (own >= 0) & (own < stop - first) & (own % step == 0)       # (q,) own row is in this block
+                    there = (own >= 0) & (own < stop - first) & (own % step == 0)  # (q,) own row is in this block
                     sim[there, own[there] // step] = -torch.inf
                 worst = from_keys(keys.amin(1, True))[0] if first else sim.topk(k, sorted=False).values.amin(1, True)
                 groups = sim.unflatten(1, (-1, GROUP if sim.shape[1] % GROUP == 0 else sim.shape[1]))  # (q, groups, g)
                 row, group = (groups.amax(2) >= worst).nonzero(as_tuple=True)
-                near = groups[row, group]                                       # (hits, g), row after row
+                near = groups[row, group]  # (hits, g), row after row
                 hit, place = (near >= worst[row]).nonzero(as_tuple=True)
-                row, column = row[hit], group[hit] * groups.shape[2] + place    # (hits,) each
-                count = row.bincount(minlength=len(queries))                    # (q,)
+                row, column = row[hit], group[hit] * groups.shape[2] + place  # (hits,) each
+                count = row.bincount(minlength=len(queries))  # (q,)
                 found = keys.new_full((len(queries), int(count.max())), torch.iinfo(torch.long).min)
                 rank = torch.arange(len(row), device=row.device).sub_((count.cumsum(0) - count)[row])
                 found[row, rank] = to_keys(near[hit, place], column * step + first)
@@ -98,7 +98,7 @@ def check_votes(ks, T):
     """Raise ValueError for a number of neighbours or a temperature that cannot be."""
     if min(ks) < 1:
         raise ValueError(f"k must be at least 1, got {min(ks)}")
-    if not T > 0 or 1 / T + math.log(max(ks)) > 88:     # k votes of at most exp(1/T); float32 ends at exp(88.7)
+    if not T > 0 or 1 / T + math.log(max(ks)) > 88:  # k votes of at most exp(1/T); float32 ends at exp(88.7)
         raise ValueError(f"T must be above 0 and large enough that {max(ks)} votes of exp(1 / T) do not overflow "
                          f"float32, got {T}")
 
@@ -128,7 +128,7 @@ def knn_scores(train_x, train_y, test_x, k=20, T=0.07, num_classes=None):
         raise ValueError(f"labels run from {int(train_y.min())} to {classes - 1} and must lie in 0..num_classes - 1"
                          + (f", num_classes = {num_classes}" if num_classes else ""))
     y = train_y.to(test_x.device)
-    scores = torch.zeros(len(test_x), num_classes or classes, device=test_x.device)     # (M, C)
+    scores = torch.zeros(len(test_x), num_classes or classes, device=test_x.device)  # (M, C)
     for i, sim, index in neighbours(train_x, test_x, min(k, len(train_x))):
         scores[i:i + len(sim)].scatter_add_(1, y[index], (sim / T).exp())
     return scores
@@ -147,11 +147,11 @@ def knn_predict(train_x, train_y, test_x, ks=(10, 20, 100, 200), T=0.07, leave_o
     if leave_one_out and (len(test_x) != len(train_x) or len(train_x) < 2):
         raise ValueError("leave-one-out needs the bank as queries and at least 2 images, got "
                          f"{len(train_x)} in the bank and {len(test_x)} queries")
-    labels, y = train_y.to(test_x.device).unique(return_inverse=True)           # (C,) sorted; (N,) column of each image
+    labels, y = train_y.to(test_x.device).unique(return_inverse=True)  # (C,) sorted; (N,) column of each image
     out = {k: labels.new_empty(len(test_x)) for k in ks}
     for i, sim, index in neighbours(train_x, test_x, min(ks[-1], len(y) - leave_one_out), len(labels), leave_one_out):
-        weight, column = (sim / T).exp(), y[index]                              # (q, k)
-        scores, done = sim.new_zeros(len(sim), len(labels)), 0                  # (q, C)
+        weight, column = (sim / T).exp(), y[index]  # (q, k)
+        scores, done = sim.new_zeros(len(sim), len(labels)), 0  # (q, C)
         for k in ks:
             scores.scatter_add_(1, column[:, done:k], weight[:, done:k])
             out[k][i:i + len(sim)] = labels[scores.argmax(1)]
@@ -181,7 +181,7 @@ def winners(path, images, device="cpu"):
     won = []
     with bar:
         for x in eval_batches(images, args["img_size"], device=device):
-            won.append(prototypes.assign(net([x])).argmax(1).cpu())             # (n,)
+            won.append(prototypes.assign(net([x])).argmax(1).cpu())  # (n,)
             bar.update(len(x))
     return torch.cat(won), len(prototypes.vectors())
 
@@ -190,7 +190,7 @@ def winners(path, images, device="cpu"):
 
 def evaluate(flags):
     if flags.dump and (Path(flags.dump).is_dir() or not Path(flags.dump).absolute().parent.is_dir()):
-        raise ValueError(f"--dump {flags.dump} must be a file in a folder that exists")     # said before the long work
+        raise ValueError(f"--dump {flags.dump} must be a file in a folder that exists")  # said before the long work
     check_votes(flags.k, flags.T)
     groups.members([], flags.head, flags.tail)
     if flags.batch_size < 1:
@@ -218,14 +218,14 @@ def evaluate(flags):
     def get(images):
         return unit(cached(backbone, images, img_size, None if flags.no_cache else folder / "features", device=device,
                            batch_size=flags.batch_size, progress=True))
-    x = get(train)                                                              # (N, D)
-    q = x if test is train else get(test)                                       # (M, D)
+    x = get(train)  # (N, D)
+    q = x if test is train else get(test)  # (M, D)
     if flags.dump:
         torch.save({"train_x": x, "train_y": train.y, "test_x": q, "test_y": test.y}, flags.dump)
-    where = device if str(device).startswith("cuda") else "cpu"                 # the search needs int64 top-k
+    where = device if str(device).startswith("cuda") else "cpu"  # the search needs int64 top-k
     predicted = knn_predict(x.to(where), train.y, q.to(where), flags.k, flags.T, flags.leave_one_out)
-    predicted["guess"] = train.y.mode().values.expand(len(test))                # always the bank's commonest class
-    counts = train.y.bincount(minlength=len(train.classes))                     # (C,)
+    predicted["guess"] = train.y.mode().values.expand(len(test))  # always the bank's commonest class
+    counts = train.y.bincount(minlength=len(train.classes))  # (C,)
     tables = {k: groups.report(y, test.y, counts, flags.head, flags.tail) for k, y in predicted.items()}
     share = None
     if own and flags.arch is None and flags.which == "teacher" and len(shown_groups(tables)) > 1:

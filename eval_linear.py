@@ -1,9 +1,9 @@
 """Linear probes of frozen features, by the four protocols of the papers' tables.
 
-    python eval_linear.py RUN_DIR                                       # lbfgs: Fig. 4b and Table A.1
-    python eval_linear.py RUN_DIR --protocol grid                       # Tables 3 and C.1
-    python eval_linear.py RUN_DIR --protocol sgd                        # DINO's own, augmented; Table 2
-    python eval_linear.py RUN_DIR --protocol transfer --data flowers    # Table 4
+    python eval_linear.py RUN_DIR  # lbfgs: Fig. 4b and Table A.1
+    python eval_linear.py RUN_DIR --protocol grid  # Tables 3 and C.1
+    python eval_linear.py RUN_DIR --protocol sgd  # DINO's own, augmented; Table 2
+    python eval_linear.py RUN_DIR --protocol transfer --data flowers  # Table 4
     python eval_linear.py dino_deitsmall16_pretrain.pth --arch vit_small --data FOLDER
 
 The mathematics is in probes.py; the features, computed once and kept next to the checkpoint, come from features.py.
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import groups
-import probes
-import transfer
+from support import groups
+from support import probes
+from support import transfer
 from data import NAMED, Recipe, batches, indices, load
-from features import POOLS, cached, embed, fingerprint, load_backbone, record, usable, width
+from support.features import POOLS, cached, embed, fingerprint, load_backbone, record, usable, width
 from models import RESNETS
 
-VERSION = "linear-1"                # printed with every number; raise it when anything that changes a number changes
-BATCH = 1024                        # of sgd: 128 on each of 8 GPUs
+VERSION = "linear-1"  # printed with every number; raise it when anything that changes a number changes
+BATCH = 1024  # of sgd: 128 on each of 8 GPUs
 # flags that one protocol alone reads: (protocol, default)
 OWN = {"weight_decay": ("lbfgs", 0.0), "raw": ("lbfgs", False), "steps": ("grid", 12_500), "epochs": ("sgd", 100),
        "lr": ("sgd", (0.001, 0.01, 0.1, 0.3)), "workers": ("sgd", 0)}
@@ -45,7 +45,7 @@ def tokens(protocol, backbone):
 
 def lbfgs(backbone, train, test, labels, y, get, flags):
     """Fig. 4b, Table A.1 (Appendix B.1.2): softmax regression on the whole set, features standardised unless --raw."""
-    x, q = probes.finite(get(train)), probes.finite(get(test))                  # (N, D), (M, D)
+    x, q = probes.finite(get(train)), probes.finite(get(test))  # (N, D), (M, D)
     if not flags.raw:
         x, q = probes.standardise(x, q)
     W, b, loss = probes.lbfgs(x, y.to(x.device), len(labels), weight_decay=flags.weight_decay)
@@ -62,8 +62,8 @@ def grid(backbone, train, test, labels, y, get, flags):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
     kept, held = (part.to(x.device) for part in probes.hold_out(len(x), 0.1, order))
     W, b = probes.grid(x[kept], y[kept], len(labels), steps=flags.steps, seed=flags.seed, progress=True)
-    score = probes.grid_accuracy(x[held], y[held], W, b)                        # (H,)
-    best = int(score.argmax())                                                  # the first of equals
+    score = probes.grid_accuracy(x[held], y[held], W, b)  # (H,)
+    best = int(score.argmax())  # the first of equals
     lr, wd = probes.GRID[best]
     return {"test": labels[probes.predict(q, W[best], b[best]).cpu()]}, (
         f"of {len(W)} heads, lr {lr:g} with wd {wd:g} is best on {len(held)} held-out images: "
@@ -83,7 +83,7 @@ def sgd(backbone, train, test, labels, y, get, flags):
         views = batches(train, recipe, batch_size=batch, seed=flags.seed, start=0, stop=flags.epochs * steps,
                         device=flags.device, workers=flags.workers)
         with tqdm(total=flags.epochs * steps, desc="sgd", unit="step", leave=False, disable=None) as bar:
-            for step, (x, _) in enumerate(views):                               # the recipe's second view goes unused
+            for step, (x, _) in enumerate(views):  # the recipe's second view goes unused
                 rows = indices(len(train), batch, flags.seed, step)
                 yield embed(backbone, x, flags.layers, flags.pool), y[rows].to(x.device)
                 bar.update()
@@ -98,7 +98,7 @@ def sgd(backbone, train, test, labels, y, get, flags):
             if lr not in best or hits[lr] > best[lr][0]:
                 best[lr], when[lr] = (hits[lr], last[lr]), epoch
     results = {}
-    for lr in sorted(last, key=lambda lr: -best[lr][0]):                        # the headline first
+    for lr in sorted(last, key=lambda lr: -best[lr][0]):  # the headline first
         results |= {f"lr {lr:g}, best": best[lr][1], f"lr {lr:g}, last": last[lr]}
     return results, (f"{flags.epochs} epochs of {steps} steps of {batch}; the best epoch, "
                      f"{', '.join(map(str, when.values()))}, is picked on the test images, as DINO's code does, and so "
@@ -117,9 +117,9 @@ def path_of_C(train, val, test, metric, get):
     probes.finite(x), probes.finite(q)
     models, path = None, []
     for c in tqdm(probes.CS, desc="45 values of C", leave=False, disable=None):
-        models = probes.fit_logistic(x[kept], y[kept], c, models)               # goes on from the last value's solution
+        models = probes.fit_logistic(x[kept], y[kept], c, models)  # goes on from the last value's solution
         path.append((value(metric, probes.apply_logistic(models, x[held], columns), y[held]), models))
-    best = max(range(len(path)), key=lambda i: path[i][0])                      # the first, weakest, of equals
+    best = max(range(len(path)), key=lambda i: path[i][0])  # the first, weakest, of equals
     # differs: the refit goes on from the chosen C's solution. The official code's goes on from the last C's, all but
     # zero, and where 100 iterations are not enough from there it tests a worse classifier than the one it chose.
     models = probes.fit_logistic(x, y, probes.CS[best], path[best][1])
@@ -200,13 +200,13 @@ def evaluate(flags):
         out, note = path_of_C(train, val, test, metric, get)
         results = {"test": out}
     else:
-        labels, y = train.y.unique(return_inverse=True)                         # (C,), (N,)
+        labels, y = train.y.unique(return_inverse=True)  # (C,), (N,)
         results, note = {"lbfgs": lbfgs, "grid": grid, "sgd": sgd}[flags.protocol](
             backbone, train, test, labels, y, get, flags)
     if metric == "map11":
         tables = {key: {"map11": probes.map11(scores, test.y)} for key, scores in results.items()}
     else:
-        counts = known.bincount(minlength=max(len(train.classes), int(test.y.max()) + 1))               # (classes,)
+        counts = known.bincount(minlength=max(len(train.classes), int(test.y.max()) + 1))  # (classes,)
         tables = {key: groups.report(pred, test.y, counts, flags.head, flags.tail) for key, pred in results.items()}
 
     print(f"{name}: {len(known)} training images, {len(test)} test images, {len(train.classes)} classes")

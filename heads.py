@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gmm import OnlineGMM, eta_at
-from live import LiveMixture
+from zoo.live import LiveMixture
 from losses import koleo
 
 
@@ -42,7 +42,7 @@ class Head(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, x):
-        h = self.mlp(x).float()                                   # no bf16 in products with prototypes or their softmax
+        h = self.mlp(x).float()  # no bf16 in products with prototypes or their softmax
         return F.normalize(h, dim=-1) if self.norm else h
 
 
@@ -55,9 +55,9 @@ class Frozen(nn.Module):
         self.scale, self.tau, self.offset = scale, tau, 0.0
         # uniform and short, as nn.Linear starts: only the direction counts in the logits, but AdamW's steps have a
         # fixed size, so that long vectors would hardly turn and hide the collapse
-        C = torch.empty(K, D).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)).mul_(D ** -0.5)    # (K, D)
+        C = torch.empty(K, D).uniform_(-1, 1, generator=torch.Generator().manual_seed(seed)).mul_(D ** -0.5)  # (K, D)
         self.make(C)
-        self.register_buffer("start", C.div_(C.norm(dim=1, keepdim=True)))         # (K, D), drift is measured from here
+        self.register_buffer("start", C.div_(C.norm(dim=1, keepdim=True)))  # (K, D), drift is measured from here
 
     def make(self, C):
         """Take a copy of C (K, D), if need be, before it is brought to length one."""
@@ -114,9 +114,9 @@ class Joint(Frozen):
         super().__init__(K, D, scale, seed, tau)
 
     def make(self, C):
-        self.weight = nn.Parameter(C.clone())                                                                   # (K, D)
+        self.weight = nn.Parameter(C.clone())  # (K, D)
         if self.with_gain:
-            self.gain = nn.Parameter(torch.ones(len(C), 1))                                                     # (K, 1)
+            self.gain = nn.Parameter(torch.ones(len(C), 1))  # (K, 1)
 
     def raw(self):
         return (self.gain * F.normalize(self.weight, dim=1), False) if self.with_gain else (self.weight, True)
@@ -142,7 +142,7 @@ class VMF(Joint):
 
     def bias(self, tau):
         # differs: scale is ours; <h, scale w> / tau makes scale |w| / tau the concentration
-        kappa = self.scale * self.gain.abs().squeeze(1) / tau                                                     # (K,)
+        kappa = self.scale * self.gain.abs().squeeze(1) / tau  # (K,)
         return vmf_log_normalizer(kappa, self.weight.shape[1])
 
 
@@ -209,9 +209,9 @@ class Decoupled(Frozen):
         """Before the mixture starts: collect the last K teacher vectors, h (N, D) those of this step and of all ranks,
         and start from them when the step has come."""
         K, N = len(self.start), len(h)
-        h = h[torch.isfinite(h).all(1)]                         # as the run skips such steps, the queue skips vectors
-        if step >= self.begin - -(-K // N):                                   # the steps before cannot be in the queue
-            rows = (self.queued + torch.arange(len(h), device=h.device))[-K:] % K                                 # (n,)
+        h = h[torch.isfinite(h).all(1)]  # as the run skips such steps, the queue skips vectors
+        if step >= self.begin - -(-K // N):  # the steps before cannot be in the queue
+            rows = (self.queued + torch.arange(len(h), device=h.device))[-K:] % K  # (n,)
             self.rows()[rows] = h[-K:].to(self.rows().dtype)
             self.queued += len(h)
         if step >= self.begin and self.queued:
@@ -246,7 +246,7 @@ class Live(Decoupled):
         return self.gmm.centred(h)
 
     def step(self, h, step=0, beta=None):
-        h = self.all_gather(h)                                  # every rank updates on the vectors of all, see live.py
+        h = self.all_gather(h)  # every rank updates on the vectors of all, see live.py
         self.gmm.centre(h)
         if not self.started:
             self.wait(h, step)

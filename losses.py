@@ -12,7 +12,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-EPS = torch.finfo(torch.float32).eps                     # CARP's official clamp: 1.19e-7 on both ends
+EPS = torch.finfo(torch.float32).eps  # CARP's official clamp: 1.19e-7 on both ends
 
 
 def pairs(V):
@@ -33,13 +33,13 @@ def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
         raise ValueError(f"the number of prototypes ({K}) must be a multiple of the partition size ({P})")
     if perm is not None:
         z_s, z_t = z_s[..., perm], z_t[..., perm]
-    p = z_s.float().reshape(V, B, K // P, P).softmax(-1)                                      # (V, B, K/P, P) per block
-    q = z_t.detach().float().reshape(2, B, K // P, P).softmax(-1)                                       # (2, B, K/P, P)
+    p = z_s.float().reshape(V, B, K // P, P).softmax(-1)  # (V, B, K/P, P) per block
+    q = z_t.detach().float().reshape(2, B, K // P, P).softmax(-1)  # (2, B, K/P, P)
     # consistency = mean over pairs i != j, images and blocks of -log sum_c p_ic q_jc                           Eq. 1
-    agree = torch.stack([(p[i] * q[j]).sum(-1) for i, j in pairs(V)])                               # (2V-2, B, K/P)
+    agree = torch.stack([(p[i] * q[j]).sum(-1) for i, j in pairs(V)])  # (2V-2, B, K/P)
     consistency = -agree.clamp(EPS, 1 - EPS).log().mean()
     # entropy = mean over blocks of log P - H(p_bar), p_bar the mean over student and teacher views, images and ranks
-    p_bar = (p.sum((0, 1)) + q.sum((0, 1))) / ((V + 2) * B)                                                  # (K/P, P)
+    p_bar = (p.sum((0, 1)) + q.sum((0, 1))) / ((V + 2) * B)  # (K/P, P)
     p_bar = mean_over_ranks(p_bar) if mean_over_ranks else p_bar
     entropy = (math.log(P) + (p_bar * p_bar.clamp(EPS, 1 - EPS).log()).sum(-1)).mean()
     return {"consistency": consistency, "entropy": entropy}
@@ -51,7 +51,7 @@ def dino(z_s, p_t, tau=0.1, bias=0.0):
     Returns {"cross_entropy"}: the mean over the 2V - 2 pairs i != j and the images of
     -sum_k p_t log softmax(z_s / tau + bias); tau is the student's temperature, bias (K,) is vMF's log-normaliser or 0.
     """
-    log_p = (z_s.float() / tau + bias).log_softmax(-1)                                                       # (V, B, K)
+    log_p = (z_s.float() / tau + bias).log_softmax(-1)  # (V, B, K)
     terms = [-(p_t[j].detach() * log_p[i]).sum(-1).mean() for i, j in pairs(len(z_s))]
     return {"cross_entropy": torch.stack(terms).mean()}
 
@@ -65,10 +65,10 @@ def sinkhorn(z, tau, iters=3, all_reduce=None):
     """
     reduce = all_reduce or (lambda x, op="sum": x)
     z = z.float() / tau
-    q = (z - reduce(z.max(), "max")).exp()                           # one shift for all: cancels, and nothing overflows
+    q = (z - reduce(z.max(), "max")).exp()  # one shift for all: cancels, and nothing overflows
     for _ in range(iters):
-        q = q / reduce(q.sum(0)).clamp_min(torch.finfo(q.dtype).tiny)                           # prototypes: equal mass
-        q = q / q.sum(1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)                          # samples: one each
+        q = q / reduce(q.sum(0)).clamp_min(torch.finfo(q.dtype).tiny)  # prototypes: equal mass
+        q = q / q.sum(1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)  # samples: one each
     return q
 
 
@@ -79,14 +79,14 @@ def koleo(C, block=2 ** 26):
     distance is differentiated through both ends. Exact duplicates feel no force, having no direction. K = 1 gives 0.
     """
     with torch.autocast(C.device.type, enabled=False):
-        c = F.normalize(C.float(), dim=1)                                                                       # (K, D)
+        c = F.normalize(C.float(), dim=1)  # (K, D)
         if len(c) < 2:
             return c.sum() * 0
         with torch.no_grad():
             near = []
             for ks in torch.arange(len(c), device=c.device).split(max(1, block // len(c))):
-                cos = c[ks] @ c.T                                                                            # (|ks|, K)
-                cos[torch.arange(len(ks), device=c.device), ks] = -2                             # not its own neighbour
+                cos = c[ks] @ c.T  # (|ks|, K)
+                cos[torch.arange(len(ks), device=c.device), ks] = -2  # not its own neighbour
                 near.append(cos.argmax(1))
-        d = (c - c[torch.cat(near)]).norm(dim=1)                                                                  # (K,)
-        return -(d + 1e-8).log().mean()                                  # 1e-8: a duplicate costs 18 nats, not infinity
+        d = (c - c[torch.cat(near)]).norm(dim=1)  # (K,)
+        return -(d + 1e-8).log().mean()  # 1e-8: a duplicate costs 18 nats, not infinity

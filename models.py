@@ -11,7 +11,7 @@
 A ViT here carries timm's parameter names and computes in timm's order, so a trained one goes elsewhere in two lines:
 
     net = timm.create_model("vit_small_patch16_224", num_classes=0)
-    net.load_state_dict(build("vit_small").state_dict())        # strict, and the same features
+    net.load_state_dict(build("vit_small").state_dict())  # strict, and the same features
 
 Letters: N images (or N tokens where said), T = 1 + n tokens of an image, dim = width, p = patch size.
 """
@@ -20,13 +20,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models import resnet
 
-VITS = {                                # arch: (dim, depth, heads)
+VITS = {  # arch: (dim, depth, heads)
     "vit_nano": (96, 3, 3),
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12),
 }
-RESNETS = {                             # arch: (residual block, blocks per stage)
+RESNETS = {  # arch: (residual block, blocks per stage)
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
     "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
 }
@@ -63,14 +63,14 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim, patch_size, conv_stem):
         super().__init__()
-        if conv_stem:       # patch 8 in three small steps: overlapping filters and two nonlinearities before the blocks
+        if conv_stem:  # patch 8 in three small steps: overlapping filters and two nonlinearities before the blocks
             self.proj = nn.Sequential(
                 nn.Conv2d(3, 16, 3, 2, 1), nn.GELU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, dim, 2, 2))
         else:
             self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                          # (N, n, dim)
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, n, dim)
 
 
 class Attention(nn.Module):
@@ -82,10 +82,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         N, T, dim = x.shape
-        qkv = self.qkv(x).view(N, T, 3, self.heads, dim // self.heads)         # (N, T, 3, heads, dim/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (N, heads, T, dim/heads) each
+        qkv = self.qkv(x).view(N, T, 3, self.heads, dim // self.heads)  # (N, T, 3, heads, dim/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, dim/heads) each
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(N, T, dim))                  # (N, T, dim)
+        return self.proj(x.transpose(1, 2).reshape(N, T, dim))  # (N, T, dim)
 
 
 class Mlp(nn.Module):
@@ -95,7 +95,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))                                    # GELU by erf, as timm
+        return self.fc2(F.gelu(self.fc1(x)))  # GELU by erf, as timm
 
 
 class Block(nn.Module):
@@ -136,7 +136,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, self.dim))
         self.patch_embed = PatchEmbed(self.dim, patch_size, conv_stem=arch == "vit_nano")
-        rates = torch.linspace(0, drop_path, depth).tolist()                    # 0 at the first block, as DINO
+        rates = torch.linspace(0, drop_path, depth).tolist()  # 0 at the first block, as DINO
         self.blocks = nn.ModuleList(Block(self.dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
         # As DINO: .02 for tokens and linear layers; the convolutions keep torch's default, which at .02 would
@@ -155,7 +155,7 @@ class ViT(nn.Module):
         if (h, w) == (self.grid, self.grid):
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        patches = patches.reshape(1, self.grid, self.grid, self.dim).permute(0, 3, 1, 2)    # (1, dim, grid, grid)
+        patches = patches.reshape(1, self.grid, self.grid, self.dim).permute(0, 3, 1, 2)  # (1, dim, grid, grid)
         patches = F.interpolate(patches, size=(h, w), mode="bicubic", align_corners=False)  # (1, dim, h, w)
         return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
@@ -168,8 +168,8 @@ class ViT(nn.Module):
         p = self.patch_size
         if H % p or W % p:
             raise ValueError(f"an image of {H} x {W} pixels is not divisible by patch_size {p}")
-        x = self.patch_embed(x)                                                 # (N, h*w, dim)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)        # (N, T, dim)
+        x = self.patch_embed(x)  # (N, h*w, dim)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (N, T, dim)
         x = x + self.positions(H // p, W // p)
         outputs = []
         for i, block in enumerate(self.blocks):
@@ -190,7 +190,7 @@ class ResNet(resnet.ResNet):
 
     def __init__(self, arch, in_small):
         block, layers = RESNETS[arch]
-        super().__init__(block, layers, zero_init_residual=True)                # as CARP's ResNet-50 recipe
+        super().__init__(block, layers, zero_init_residual=True)  # as CARP's ResNet-50 recipe
         self.arch, self.dim = arch, self.fc.in_features
         del self.fc
         if in_small:
@@ -200,8 +200,8 @@ class ResNet(resnet.ResNet):
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))               # (N, dim, h, w)
-        patches = x.flatten(2).transpose(1, 2)                                  # (N, h*w, dim)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, dim, h, w)
+        patches = x.flatten(2).transpose(1, 2)  # (N, h*w, dim)
         return patches.mean(1), patches
 
 
@@ -222,11 +222,11 @@ class MultiCrop(nn.Module):
     def forward(self, views):
         if not len(views):
             raise ValueError("MultiCrop got an empty list of views")
-        groups = []                                                             # lists of consecutive equal-sized views
+        groups = []  # lists of consecutive equal-sized views
         for view in views:
             if groups and groups[-1][0].shape[-2:] == view.shape[-2:]:
                 groups[-1].append(view)
             else:
                 groups.append([view])
-        cls = [self.backbone(torch.cat(group))[0] for group in groups]          # each (views in group * B, dim)
-        return self.head(torch.cat(cls))                                        # (V*B, D)
+        cls = [self.backbone(torch.cat(group))[0] for group in groups]  # each (views in group * B, dim)
+        return self.head(torch.cat(cls))  # (V*B, D)

@@ -22,7 +22,7 @@ def mixture(K=40, D=6, N=150, seed=0, **options):
 
 def oracle_gamma(mu, var, pi, h, beta):
     """A.1 from torch.distributions, float64."""
-    log_p = torch.distributions.Normal(mu, var.sqrt()).log_prob(h.double()[:, None]).sum(-1)             # (N, K)
+    log_p = torch.distributions.Normal(mu, var.sqrt()).log_prob(h.double()[:, None]).sum(-1)  # (N, K)
     return (pi.log() + beta * log_p).softmax(1)
 
 
@@ -36,7 +36,7 @@ def oracle_step(S, gamma, h, eta):
     return S, (mu, S[2] / S[0][:, None] - mu ** 2, S[0] / S[0].sum())
 
 
-@pytest.mark.parametrize("D", [6, 16, 35])                                  # variances are multiplied sixteen at a time
+@pytest.mark.parametrize("D", [6, 16, 35])  # variances are multiplied sixteen at a time
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 def test_A1_matches_torch_distributions(beta, D):
     gmm, params, h = mixture(D=D)
@@ -110,10 +110,10 @@ def test_A2_by_hand():
     gmm = OnlineGMM(2, 2, resurrect=None)
     gmm.set_params(torch.tensor([[0., 0.], [100., 100.]]), torch.ones(2, 2), torch.tensor([0.5, 0.5]), mass=1.5)
     gmm.update(torch.tensor([[1., 0.], [0., 2.], [100., 103.]]), beta=1.0, eta=0.5)
-    w = 1 - 0.5 ** (2 / 3), 1 - 0.5 ** (1 / 3)                                 # 1 - eta^g, g = 2/3 and 1/3
+    w = 1 - 0.5 ** (2 / 3), 1 - 0.5 ** (1 / 3)  # 1 - eta^g, g = 2/3 and 1/3
     S_pi = 1.5 + w[0] * (2 - 1.5), 1.5 + w[1] * (1 - 1.5)
     assert gmm.S_pi.tolist() == pytest.approx(S_pi)
-    assert gmm.S_mu[0].tolist() == pytest.approx([w[0] * 1, w[0] * 2])         # sums (1, 2), from S_mu = 0
+    assert gmm.S_mu[0].tolist() == pytest.approx([w[0] * 1, w[0] * 2])  # sums (1, 2), from S_mu = 0
     assert gmm.S_sig[0].tolist() == pytest.approx([1.5 + w[0] * (1 - 1.5), 1.5 + w[0] * (4 - 1.5)], rel=1e-4)
     assert gmm.mu[0].tolist() == pytest.approx([w[0] * 1 / S_pi[0], w[0] * 2 / S_pi[0]], rel=1e-5)
     assert gmm.log_pi.exp().tolist() == pytest.approx([s / sum(S_pi) for s in S_pi])
@@ -134,7 +134,7 @@ def test_A2_A3_A5_eight_steps_against_the_plain_reading():
 def test_A3_small_gamma_moves_S():
     """g of 1e-6 must move S by g |log eta| of the way: float32 (1 - eta^g is 0 there) and naive 1 - eta**g do not."""
     gmm = OnlineGMM(2, 1, resurrect=None)
-    p = 1e-6                                                        # responsibility of component 1 for every vector
+    p = 1e-6  # responsibility of component 1 for every vector
     gmm.set_params(torch.zeros(2, 1), torch.ones(2, 1), torch.tensor([1 - p, p], dtype=torch.float64), mass=500.0)
     before = gmm.S_mu.clone()
     gmm.update(torch.full((1000, 1), 3.0), beta=0.0, eta=0.983)
@@ -181,7 +181,7 @@ def test_A3_sample_forgetting_is_celaya_and_agostinis_rule():
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
     gmm, params, h = mixture(K=7, var_floor=1e-9, resurrect=None, forgetting="sample")
     S, gamma, x = gmm.S_mu.clone(), oracle_gamma(*params, h, 0.4), h.double()
-    total = sample_loop(gmm, gamma, h, 0.8)[0]                                           # masses do not depend on the order
+    total = sample_loop(gmm, gamma, h, 0.8)[0]  # masses do not depend on the order
     gmm.update(h, 0.4, 0.8)
     for k in range(7):
         r = sum(float(g) for g in gamma[:, k])
@@ -224,7 +224,7 @@ def test_A4_uniform_mass_is_JB_over_K():
 
 def test_A5_variance_floor_is_relative():
     gmm = OnlineGMM(1, 3, var_floor=0.01, resurrect=None)
-    gmm.set_params(torch.zeros(1, 3), torch.full((1, 3), 1e-12), torch.ones(1), mass=1e9)      # S outweighs the vectors
+    gmm.set_params(torch.zeros(1, 3), torch.full((1, 3), 1e-12), torch.ones(1), mass=1e9)  # S outweighs the vectors
     h = torch.randn(500, 3)
     gmm.update(h, 1.0, 0.9)
     assert torch.allclose(gmm.var, 0.01 * h.var(0, unbiased=False).mean().expand(1, 3), rtol=1e-4)
@@ -235,7 +235,7 @@ def heavy(rescale=True, **options):
     gmm = OnlineGMM(8, 2, rescale=rescale, **options)
     mu = torch.tensor([[3., 4.]] + [[float(k), -30.] for k in range(7)])
     gmm.set_params(mu, torch.ones(8, 2), torch.tensor([.7] + [.3 / 7] * 7), mass=10.)
-    gmm.S_pi[5] *= 0.5                                                                  # the lightest
+    gmm.S_pi[5] *= 0.5  # the lightest
     gmm.S_mu[5] *= 0.5
     gmm.S_sig[5] *= 0.5
     return gmm, torch.randn(64, 2, generator=torch.Generator().manual_seed(1)) + torch.tensor([3., 4.])
@@ -253,10 +253,10 @@ def test_split_resurrect_conserves_mass_and_survives():
     half = float(plain.S_pi[0] + plain.S_pi[5]) / 2
     assert gmm.S_pi[[0, 5]].tolist() == pytest.approx([half, half])
     assert torch.allclose(gmm.mu[0], plain.mu[0]) and not torch.allclose(gmm.mu[5], plain.mu[5])
-    assert float(gmm.mu[5].norm()) == pytest.approx(float(h.square().sum(1).mean().sqrt()), rel=1e-5)       # scale-aware
+    assert float(gmm.mu[5].norm()) == pytest.approx(float(h.square().sum(1).mean().sqrt()), rel=1e-5)  # scale-aware
     assert torch.allclose(gmm.var[5], h.var(0, unbiased=False).mean().expand(2), rtol=1e-4)
     others = [1, 2, 3, 4, 6, 7]
-    assert torch.equal(gmm.S_mu[others], plain.S_mu[others])                         # nobody else is touched, to the bit
+    assert torch.equal(gmm.S_mu[others], plain.S_mu[others])  # nobody else is touched, to the bit
     fresh = gmm.mu[5].clone()
     gmm.resurrect = None
     gmm.update(h, 1.0, 1 - 1e-12)
@@ -270,7 +270,7 @@ def test_split_draws_new_directions_each_time():
     gmm.set_params(gmm.mu, gmm.var, torch.tensor([.7] + [.3 / 7] * 7), mass=10.)
     gmm.update(h, 1.0, 0.999)
     new = torch.nn.functional.normalize(gmm.mu, dim=1) @ torch.nn.functional.normalize(first, dim=0)
-    assert int((new > 0.999999).sum()) <= 1                                   # at most the old one itself, no second copy
+    assert int((new > 0.999999).sum()) <= 1  # at most the old one itself, no second copy
 
 
 def test_split_needs_weight_above_the_limit():
@@ -292,7 +292,7 @@ def test_A6_rescaled_mean_survives_the_next_update():
 
 def test_A6_leaves_short_means_alone():
     gmm, h = heavy()
-    gmm.set_params(gmm.mu / 50, gmm.var, torch.tensor([.7] + [.3 / 7] * 7), mass=10.)                        # norm 0.1
+    gmm.set_params(gmm.mu / 50, gmm.var, torch.tensor([.7] + [.3 / 7] * 7), mass=10.)  # norm 0.1
     gmm.update(h / 50, 1.0, 1 - 1e-12)
     assert float(gmm.mu[0].norm()) == pytest.approx(0.1, rel=1e-4)
 
@@ -302,7 +302,7 @@ def test_A7_starts_at_c_and_rises_to_099():
     assert eta_at(125_100) == pytest.approx(0.9826, abs=1e-4)
     values = [eta_at(t) for t in range(0, 400_000, 1000)]
     assert all(a < b < 0.99 for a, b in zip(values, values[1:]))
-    b = 1 / (0.99 - 0.89)                                                       # the printed sign leaves (0, 1) at once
+    b = 1 / (0.99 - 0.89)  # the printed sign leaves (0, 1) at once
     assert 0.99 - 1 / (0.001 * 0 - b) == pytest.approx(1.09)
 
 
@@ -312,7 +312,7 @@ def test_init_from_features_and_random():
     gmm.init_from(h)
     assert all(any(torch.equal(m, x) for x in h) for m in gmm.mu) and len(gmm.mu.unique(dim=0)) == 30
     assert float(gmm.S_pi.sum()) == pytest.approx(100)
-    gmm.init_from(h[:7], mass=2.0)                                              # fewer vectors than components
+    gmm.init_from(h[:7], mass=2.0)  # fewer vectors than components
     assert len(gmm.mu.unique(dim=0)) == 30 and float(gmm.S_pi.sum()) == pytest.approx(60)
     gmm.init_from(h, how="random")
     assert torch.allclose(gmm.mu.norm(dim=1), h.square().sum(1).mean().sqrt().expand(30), rtol=1e-5)
@@ -379,7 +379,7 @@ def two_ranks(rank, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(29_600 + os.getppid() % 300))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     for way, more in (("summed", {}), ("gathered", {"all_gather": gather, "ranks": 2})):
-        gmm, _, h = mixture(all_reduce=torch.distributed.all_reduce, resurrect=0.05, **more)     # in place, returns None
+        gmm, _, h = mixture(all_reduce=torch.distributed.all_reduce, resurrect=0.05, **more)  # in place, returns None
         for t in range(6):
             gmm.update((h + 0.1 * t).chunk(2)[rank], 0.3, eta_at(t))
         torch.save(gmm.state_dict(), f"{path}/{way}{rank}.pt")
@@ -414,11 +414,11 @@ def test_the_smaller_of_vectors_and_statistics_goes_over_the_wire(N, ways):
 def test_a_block_of_dead_components_and_floored_variances():
     """Weights that starved to nothing leave no NaN behind; a step that is not finite leaves floored variances alone."""
     gmm, _, h = mixture(chunk=8, var_floor=0.5, forgetting="plain")
-    gmm.S_pi[8:16], gmm.S_mu[8:16], gmm.S_sig[8:16] = 0, 0, 0           # a block so narrow that it answers for nothing
+    gmm.S_pi[8:16], gmm.S_mu[8:16], gmm.S_sig[8:16] = 0, 0, 0  # a block so narrow that it answers for nothing
     gmm.update(h, 0.5, 0.9)
     gmm.update(h, 0.5, 0.9)
     assert all(torch.isfinite(b).all() for b in gmm.buffers())
     var = gmm.var.clone()
-    assert (var == var.min()).sum() > 10                        # the floor holds some up
+    assert (var == var.min()).sum() > 10  # the floor holds some up
     gmm.update(torch.full_like(h, float("nan")), 0.5, 0.9)
     assert torch.equal(var, gmm.var)

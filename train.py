@@ -21,18 +21,18 @@ from tqdm import tqdm
 import collapse
 import config
 import data
-import ddp
+from support import ddp
 import eval_knn
 import heads
 import methods
-import monitor
-import optim
+from support import monitor
+from support import optim
 import views
-import weights
-from guard import held, listening
-from run import Log, Trail, keep_freed_memory, network, peak_memory, resume, save, saved
+from support import weights
+from support.guard import held, listening
+from support.run import Log, Trail, keep_freed_memory, network, peak_memory, resume, save, saved
 
-EPS = (0.025, 0.5)                                      # Def. 2.1: the threshold of the literature, and the strict one
+EPS = (0.025, 0.5)  # Def. 2.1: the threshold of the literature, and the strict one
 
 
 def main(argv=None):
@@ -45,7 +45,7 @@ def main(argv=None):
             return weights.export(args.out, args.export)
         with held(args.out), listening() as caught:
             return train(args, device, caught)
-    except (ValueError, OSError) as e:                  # all that is raised with a sentence for the user; disk full
+    except (ValueError, OSError) as e:  # all that is raised with a sentence for the user; disk full
         e = e if isinstance(e, ValueError) else f"{e.filename or args.out}: {e.strerror}"
         print(f"train.py: error{f' (process {ddp.RANK})' if ddp.RANK else ''}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -66,7 +66,7 @@ def train(args, device, caught):
     """caught: the signals that asked this process to stop, so far."""
     # ---- images, networks, prototypes --------------------------------------------------------------------------------
     if ddp.RANK:
-        ddp.barrier()                                   # rank 0 comes first: it may have to download the set
+        ddp.barrier()  # rank 0 comes first: it may have to download the set
     images, test = data.load(args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
                              imbalance=args.imbalance, imbalance_law=args.imbalance_law)
     if ddp.RANK == 0:
@@ -83,8 +83,8 @@ def train(args, device, caught):
         raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
 
     student, teacher, protos_s, protos_t = networks(args, device, int(begin))
-    if args.compile:                                    # in place: the names of the parameters stay. Nothing else is
-        student.backbone.compile()                      # compiled, the mixture least of all: its precision is its own
+    if args.compile:  # in place: the names of the parameters stay. Nothing else is
+        student.backbone.compile()  # compiled, the mixture least of all: its precision is its own
         teacher.backbone.compile()
     loss_fn = methods.make(args, per_epoch, ddp.mean_over_ranks, ddp.all_reduce).to(device)
 
@@ -120,10 +120,10 @@ def train(args, device, caught):
         return eval_knn.features(teacher.backbone, part, args.img_size, device=device)
     if images.y is None:
         ddp.print0("the images carry no labels: k-NN is not measured")
-    if start == 0 and ddp.RANK == 0:                    # row 0 of the log holds the controls: the untrained backbone,
-        log.row(0, {"knn": knn(seen, args, backbone), "raw_knn": knn(seen, args, partial(pixels, args))})   # and pixels
+    if start == 0 and ddp.RANK == 0:  # row 0 of the log holds the controls: the untrained backbone,
+        log.row(0, {"knn": knn(seen, args, backbone), "raw_knn": knn(seen, args, partial(pixels, args))})  # and pixels
 
-    metrics, buffers = {}, [*student.buffers(), *teacher.buffers(), *loss_fn.buffers()]    # running averages
+    metrics, buffers = {}, [*student.buffers(), *teacher.buffers(), *loss_fn.buffers()]  # running averages
     batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start, stop=stop,
                             rank=ddp.RANK, world=ddp.WORLD, device=device, workers=args.workers)
     bar = tqdm(total=total, initial=start, disable=None if ddp.RANK == 0 else True, unit="step", dynamic_ncols=True)
@@ -132,14 +132,14 @@ def train(args, device, caught):
     # ==== training ====================================================================================================
     for step in range(start, stop):
         tick = time.perf_counter()
-        crops = next(batches)                           # 2 global and L local crops, (B, 3, s, s) each
+        crops = next(batches)  # 2 global and L local crops, (B, 3, s, s) each
         data_s += time.perf_counter() - tick
-        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))        # drop path, a function of (seed, step, rank)
+        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))  # drop path, a function of (seed, step, rank)
         lr = lr_peak * step / warmup if step < warmup else \
             cosine(lr_peak, args.min_lr, (step - warmup) / (total - warmup))
         wd = cosine(args.weight_decay, args.weight_decay_end, step / total)
         m = cosine(args.momentum, 1.0, step / total)
-        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total                                         # B.1
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
         V, B = len(crops), len(crops[0])
         micros = [slice(i, i + B // args.accum) for i in range(0, B, B // args.accum)]
         before, values = [b.clone() for b in buffers], 0
@@ -155,21 +155,21 @@ def train(args, device, caught):
         targets = loss_fn.targets(h_t, protos_t, step)
         for i in micros:
             with amp(args, device):
-                h_s = student([v[i] for v in crops]).view(V, -1, args.bottleneck_dim)                        # (V, b, D)
+                h_s = student([v[i] for v in crops]).view(V, -1, args.bottleneck_dim)  # (V, b, D)
             terms = loss_fn(h_s, targets[:, i], protos_s, protos_t, step)
             terms["penalty"] = protos_s.penalty()
             terms["loss"] = sum(terms.values())
             (terms["loss"] / args.accum).backward()
-            values = values + torch.stack([v.detach() for v in terms.values()]) / args.accum                  # (terms,)
+            values = values + torch.stack([v.detach() for v in terms.values()]) / args.accum  # (terms,)
         values = ddp.average_gradients(trained, values)
-        values = torch.cat([values, optim.clip(trained, args.clip_grad)[None]])        # (terms + 1,), same on all ranks
-        finite = values.isfinite().all()                # if not, nothing but the mixture moves (gmm.py sees to itself);
+        values = torch.cat([values, optim.clip(trained, args.clip_grad)[None]])  # (terms + 1,), same on all ranks
+        finite = values.isfinite().all()  # if not, nothing but the mixture moves (gmm.py sees to itself);
         for group, decay in zip(optimizer.param_groups, (wd, 0.0)):
             group["lr"], group["weight_decay"] = lr, decay
         if step < still:
             for p in protos_s.parameters():
-                p.grad = None                           # --freeze-prototypes: after the clipping, as in DINO's code
-        optim.advance(optimizer, finite)                # decided on the device: no rank and no GPU waits for the answer
+                p.grad = None  # --freeze-prototypes: after the clipping, as in DINO's code
+        optim.advance(optimizer, finite)  # decided on the device: no rank and no GPU waits for the answer
         optimizer.zero_grad(set_to_none=True)
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
@@ -188,7 +188,7 @@ def train(args, device, caught):
         evaluating = done == stop or done % args.eval_every == 0
         saving = evaluating or stopping or any(n and done % n == 0 for n in (args.save_every, args.keep_every))
         if device.type == "cpu" or regular or saving:
-            trail.read()                                # three steps in a row that were not finite end the run here
+            trail.read()  # three steps in a row that were not finite end the run here
         if regular or evaluating:
             spent = time.perf_counter() - clock
             row = trail.means()
@@ -208,13 +208,13 @@ def train(args, device, caught):
                 tqdm.write(log.line(done, total, row))
                 for sentence in watch.look(row | {"progress": done / total}):
                     tqdm.write(f"warning, step {done}: {sentence}")
-        if regular:                                     # a row at --stop-at comes on top: the trail goes on to the next
+        if regular:  # a row at --stop-at comes on top: the trail goes on to the next
             trail.rows, data_s, lines, clock = [], 0.0, 0, time.perf_counter()
         if saving:
             save(args, done, trail, nets, protos_s, protos_t)
         if stopping:
             ddp.print0(f"step {done} is saved in {args.out}; go on with --resume")
-            raise SystemExit(128 + stopping)            # 130 and 143, as a shell reports these signals
+            raise SystemExit(128 + stopping)  # 130 and 143, as a shell reports these signals
     bar.close()
     return summary(args, log, metrics, seen, stop) if ddp.RANK == 0 else metrics
 
@@ -224,7 +224,7 @@ def networks(args, device, begin):
     student, teacher = (ddp.sync_batchnorm(network(args, rate)).to(device) for rate in (args.drop_path, 0.0))
     teacher.load_state_dict(student.state_dict())
     protos_s = heads.prototypes(args, begin, ddp.all_reduce, ddp.gather_views, ddp.WORLD).to(device)
-    protos_t = protos_s.twin()                          # the same object, unless the prototypes are trained by gradient
+    protos_t = protos_s.twin()  # the same object, unless the prototypes are trained by gradient
     return student, teacher.requires_grad_(False), protos_s, protos_t
 
 
@@ -241,12 +241,12 @@ def amp(args, device):
 def coming_vectors(teacher, images, recipe, step, args, device):
     """Teacher vectors h (N, D) of all ranks, of the global crops that training shows next: about --eval-bank of them,
     made just as training makes them (batch norm on batch statistics), since the mixture knows no others."""
-    before = {k: v.clone() for k, v in teacher.named_buffers()}        # running averages: looking must not move them
+    before = {k: v.clone() for k, v in teacher.named_buffers()}  # running averages: looking must not move them
     stop = step + max(1, min(args.eval_bank, 2 * len(images)) // (2 * args.batch_size))
     crops = views.batches(images, replace(recipe, n_local=0), batch_size=args.batch_size, seed=args.seed, start=step,
                           stop=stop, rank=ddp.RANK, world=ddp.WORLD, device=device, workers=args.workers)
     with amp(args, device):
-        h = ddp.all_gather(torch.cat([teacher(pair) for pair in crops]))                                       # (N, D)
+        h = ddp.all_gather(torch.cat([teacher(pair) for pair in crops]))  # (N, D)
     for k, v in teacher.named_buffers():
         v.copy_(before[k])
     return h
@@ -269,7 +269,7 @@ def knn(seen, args, features):
     bank, test = seen
     if test is None or bank.y is None:
         return None
-    x, q = features(bank), features(test)                                                          # (N, dim) (M, dim)
+    x, q = features(bank), features(test)  # (N, dim) (M, dim)
     return eval_knn.knn_accuracy(x, bank.y, q, test.y, ks=(20,))[20]
 
 

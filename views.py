@@ -19,24 +19,24 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet
-GREY = (0.299, 0.587, 0.114)                                    # luma of ITU-R 601, as in PIL
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+GREY = (0.299, 0.587, 0.114)  # luma of ITU-R 601, as in PIL
 THREADS = min(8, os.cpu_count() or 1)
-ORDER, AUGMENT, LONG_TAIL = 1, 2, 3                             # first number of a seed: one stream per purpose
+ORDER, AUGMENT, LONG_TAIL = 1, 2, 3  # first number of a seed: one stream per purpose
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The views of an image: 2 global and n_local local crops. As in DINO and CARP (scales: CARP, Table B.1)."""
-    global_size: int = 224                                      # pixels
+    global_size: int = 224  # pixels
     local_size: int = 96
     n_local: int = 6
-    global_scale: tuple = (0.32, 1.0)                           # share of the image's area
+    global_scale: tuple = (0.32, 1.0)  # share of the image's area
     local_scale: tuple = (0.05, 0.32)
-    jitter: tuple = (0.4, 0.4, 0.2, 0.1)                        # brightness, contrast, saturation, hue (in turns)
-    jitter_p: float = 0.8                                       # probabilities from here on
+    jitter: tuple = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue (in turns)
+    jitter_p: float = 0.8  # probabilities from here on
     gray_p: float = 0.2
-    blur_p: tuple = (1.0, 0.1, 0.5)                             # first global, second global, local crops
+    blur_p: tuple = (1.0, 0.1, 0.5)  # first global, second global, local crops
     solarize_p: tuple = (0.0, 0.2, 0.0)
     flip_p: float = 0.5
 
@@ -57,7 +57,7 @@ def generator(*ints):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    return torch.randperm(n, generator=generator(ORDER, seed, epoch))                                     # (n,)
+    return torch.randperm(n, generator=generator(ORDER, seed, epoch))  # (n,)
 
 
 def indices(n, batch_size, seed, step):
@@ -85,12 +85,12 @@ def batches(images, recipe, *, batch_size, seed, start, stop, rank=0, world=1, d
 # ---- a set in memory: a batch at a time ------------------------------------------------------------------------------
 
 def from_memory(images, recipe, batch_size, seed, steps, own, device):
-    data = images.x.to(device)                                  # at most 2 GiB: copied once, not a batch per step
+    data = images.x.to(device)  # at most 2 GiB: copied once, not a batch per step
     for step in steps:
-        x = data[indices(len(data), batch_size, seed, step)[own].to(device)].float() / 255           # (B, 3, H, W)
+        x = data[indices(len(data), batch_size, seed, step)[own].to(device)].float() / 255  # (B, 3, H, W)
         # drawn for all ranks and then cut, on the CPU: the same crops on any number of ranks, on any device
         u = torch.stack([torch.rand(batch_size, 32, generator=generator(AUGMENT, seed, step, v))[own]
-                         for v in range(2 + recipe.n_local)])                                         # (V, B, 32)
+                         for v in range(2 + recipe.n_local)])  # (V, B, 32)
         yield [*augment(x, u[:2], recipe, recipe.views()[:2]), *augment(x, u[2:], recipe, recipe.views()[2:])]
 
 
@@ -99,15 +99,15 @@ def augment(x, u, recipe, kinds):
     if not kinds:
         return []
     size, scale = kinds[0][:2]
-    blur_p, solarize_p = torch.tensor([k[2:] for k in kinds]).T[..., None]                                # (V, 1) each
-    flip, jittered, *factors, hue, grey, blurred, sigma, solarized = u[..., 22:].unbind(-1)             # (V, B) each
+    blur_p, solarize_p = torch.tensor([k[2:] for k in kinds]).T[..., None]  # (V, 1) each
+    flip, jittered, *factors, hue, grey, blurred, sigma, solarized = u[..., 22:].unbind(-1)  # (V, B) each
     jittered = jittered < recipe.jitter_p
     factors = [(max(0, 1 - j) + (1 + j - max(0, 1 - j)) * f).where(jittered, 1) for f, j in zip(factors, recipe.jitter)]
     hue = ((2 * hue - 1) * recipe.jitter[3]).where(jittered, 0)
     # a bilinear sample covers 2 pixels, so further apart they alias: then take several per output pixel, and average
     H, W = x.shape[2:]
     taps = math.ceil(min(max(H, W), math.sqrt(scale[1] * H * W * 4 / 3)) / size / 2)
-    x = crop(x, crop_boxes(u[..., :22], scale, H, W), flip < recipe.flip_p, size, taps)             # (V*B, 3, s, s)
+    x = crop(x, crop_boxes(u[..., :22], scale, H, W), flip < recipe.flip_p, size, taps)  # (V*B, 3, s, s)
     x = colour(x, *(t.flatten() for t in (*factors, hue, grey < recipe.gray_p)))
     rows = (blurred < blur_p).flatten().nonzero()[:, 0]
     x[rows.to(x.device)] = blur(x[rows.to(x.device)], 0.1 + 1.9 * sigma.flatten()[rows])
@@ -119,11 +119,11 @@ def augment(x, u, recipe, kinds):
 def crop_boxes(u, scale, H, W):
     """RandomResizedCrop's boxes (..., 4) = top, left, height, width in pixels, from uniform numbers u (..., 22)."""
     # differs: torchvision rounds a box to whole pixels.
-    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[..., :10])                                      # (..., 10)
-    ratio = torch.exp(math.log(3 / 4) + math.log(16 / 9) * u[..., 10:20])                               # 3/4 to 4/3
+    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[..., :10])  # (..., 10)
+    ratio = torch.exp(math.log(3 / 4) + math.log(16 / 9) * u[..., 10:20])  # 3/4 to 4/3
     h, w = (area / ratio).sqrt(), (area * ratio).sqrt()
     fits = (h <= H) & (w <= W)
-    first = fits.int().argmax(-1, keepdim=True)                 # ten tries; the first that fits
+    first = fits.int().argmax(-1, keepdim=True)  # ten tries; the first that fits
     h, w = h.gather(-1, first)[..., 0], w.gather(-1, first)[..., 0]
     h, w = h.where(fits.any(-1), min(H, W * 4 / 3)), w.where(fits.any(-1), min(W, H * 4 / 3))
     top, left = (torch.where(fits.any(-1), t, 0.5).mul(s) for t, s in ((u[..., 20], H - h), (u[..., 21], W - w)))
@@ -135,14 +135,14 @@ def crop(x, box, flip, size, taps=1):
     # differs: bilinear (mean of taps^2 samples), where the papers' recipe is bicubic with antialiasing.
     V, B, S = *flip.shape, size * taps
     H, W = x.shape[2:]
-    top, left, h, w = box[..., None].unbind(2)                                                            # (V, B, 1)
-    at = (torch.arange(S) * 2 + 1) / S - 1                      # pixel centres of the crop in [-1, 1]
-    gy = (2 * top + h) / H - 1 + h / H * at                                                               # (V, B, S)
-    gx = (2 * left + w) / W - 1 + w / W * at * (1 - 2 * flip[..., None].float())                          # (V, B, S)
-    gx, gy = (t.clamp(1 / n - 1, 1 - 1 / n).to(x.device) for t, n in ((gx, W), (gy, H)))        # the border is repeated
-    grid = torch.stack(torch.broadcast_tensors(gx[..., None, :], gy[..., None]), -1)                   # (V, B, S, S, 2)
-    grid = grid.transpose(0, 1).reshape(B, V * S, S, 2)         # the views of an image below one another
-    x = F.grid_sample(x, grid, mode="bilinear", align_corners=False)                                    # (B, 3, V*S, S)
+    top, left, h, w = box[..., None].unbind(2)  # (V, B, 1)
+    at = (torch.arange(S) * 2 + 1) / S - 1  # pixel centres of the crop in [-1, 1]
+    gy = (2 * top + h) / H - 1 + h / H * at  # (V, B, S)
+    gx = (2 * left + w) / W - 1 + w / W * at * (1 - 2 * flip[..., None].float())  # (V, B, S)
+    gx, gy = (t.clamp(1 / n - 1, 1 - 1 / n).to(x.device) for t, n in ((gx, W), (gy, H)))  # the border is repeated
+    grid = torch.stack(torch.broadcast_tensors(gx[..., None, :], gy[..., None]), -1)  # (V, B, S, S, 2)
+    grid = grid.transpose(0, 1).reshape(B, V * S, S, 2)  # the views of an image below one another
+    x = F.grid_sample(x, grid, mode="bilinear", align_corners=False)  # (B, 3, V*S, S)
     x = x.view(B, 3, V, S, S).permute(2, 0, 1, 3, 4).reshape(V * B, 3, S, S)
     return F.avg_pool2d(x, taps) if taps > 1 else x
 
@@ -154,17 +154,17 @@ def colour(x, brightness, contrast, saturation, hue, grey):
     N, luma, ones, one = len(x), torch.tensor([GREY]), torch.ones(3, 3), torch.eye(3)
     b, c, s, a, g = (t.view(N, 1, 1) for t in (brightness, contrast, saturation, 2 * math.pi * hue, grey.float()))
     cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    turn = a.cos() * one + (1 - a.cos()) / 3 * ones + a.sin() * cross                                     # (N, 3, 3)
-    to_grey = luma.expand(3, 3)                                 # every row the luma
-    M = ((1 - g) * one + g * to_grey) @ turn @ (s * one + (1 - s) * to_grey) * (c * b)                   # (N, 3, 3)
+    turn = a.cos() * one + (1 - a.cos()) / 3 * ones + a.sin() * cross  # (N, 3, 3)
+    to_grey = luma.expand(3, 3)  # every row the luma
+    M = ((1 - g) * one + g * to_grey) @ turn @ (s * one + (1 - s) * to_grey) * (c * b)  # (N, 3, 3)
     # contrast pulls towards the mean grey; saturation, hue and grey leave a grey as it is, so it is added at the end
     M, pull, luma = M.to(x.device), ((1 - c) * b).to(x.device), luma.to(x.device)
-    mean = luma @ x.mean((2, 3))[..., None]                                                               # (N, 1, 1)
+    mean = luma @ x.mean((2, 3))[..., None]  # (N, 1, 1)
     return torch.baddbmm(pull * mean, M, x.flatten(2)).clamp_(0, 1).view_as(x)
 
 
 def blur_radius(size):
-    return min(6, size - 1)                                     # 3 sigma at the largest, 2.0 pixels
+    return min(6, size - 1)  # 3 sigma at the largest, 2.0 pixels
 
 
 def blur(x, sigma):
@@ -173,8 +173,8 @@ def blur(x, sigma):
     if len(x) == 0:
         return x
     (N, _, h, w), r = x.shape, blur_radius(min(x.shape[2:]))
-    k = torch.exp(-torch.arange(-r, r + 1) ** 2 / (2 * sigma[:, None] ** 2))                              # (N, 2r+1)
-    k = (k / k.sum(1, keepdim=True)).repeat_interleave(3, 0).to(x.device)                                 # (3N, 2r+1)
+    k = torch.exp(-torch.arange(-r, r + 1) ** 2 / (2 * sigma[:, None] ** 2))  # (N, 2r+1)
+    k = (k / k.sum(1, keepdim=True)).repeat_interleave(3, 0).to(x.device)  # (3N, 2r+1)
     x = F.pad(x, (r, r, r, r), mode="reflect").view(1, 3 * N, h + 2 * r, w + 2 * r)
     x = F.conv2d(F.conv2d(x, k[:, None, None], groups=3 * N), k[:, None, :, None], groups=3 * N)
     return x.view(N, 3, h, w)
@@ -210,7 +210,7 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, key):
         image, step, position = key
         x, damaged = self.images.read(image)
-        with torch.random.fork_rng(devices=[]):                # torchvision draws from the global generator: lent to it
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lent to it
             torch.random.default_generator.manual_seed(seed_of(AUGMENT, self.seed, step, position))
             return [view(x) for view in self.views], damaged
 
@@ -231,7 +231,7 @@ def from_disk(images, recipe, batch_size, seed, steps, own, device, workers):
     loader = torch.utils.data.DataLoader(
         Crops(images, recipe, seed), batch_sampler=keys, num_workers=workers, collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda", prefetch_factor=2 if workers else None,
-        generator=torch.Generator(),                            # else it would draw from the global one
+        generator=torch.Generator(),  # else it would draw from the global one
         worker_init_fn=deaf)
     for views, damaged in loader:
         images.note_broken(damaged)
@@ -257,10 +257,10 @@ def eval_batches(images, img_size, *, batch_size=512, device="cpu"):
         x, damaged = images.read(i)
         return fit(x, img_size), damaged
 
-    with ThreadPoolExecutor(THREADS) as pool:                   # decoding and resizing release Python's lock
+    with ThreadPoolExecutor(THREADS) as pool:  # decoding and resizing release Python's lock
         ahead = pool.map(one, spans[0])
         for s in [*spans[1:], ()]:
-            got, ahead = list(ahead), pool.map(one, s)          # the next batch is read while this one is used
+            got, ahead = list(ahead), pool.map(one, s)  # the next batch is read while this one is used
             images.note_broken([p for _, p in got if p])
             yield normalise(torch.stack([x for x, _ in got]).to(device).float() / 255)
 

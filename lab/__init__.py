@@ -1,0 +1,1 @@
+"""Studies: python -m lab.ablate, lab.bench, lab.chaos."""

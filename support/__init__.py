@@ -1,0 +1,1 @@
+"""What a run and its tools stand on; nothing in here is the method."""

@@ -1,0 +1,152 @@
+"""torch.distributed in one small file. `python train.py` is one process, and everything here is then a no-op;
+`torchrun --nproc_per_node=N train.py` sets RANK, LOCAL_RANK and WORLD_SIZE, and the global batch is split over N.
+
+The losses, the batch norms and the mixture see the global batch, so that the number of processes changes nothing.
+"""
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup(device):
+    """Join the process group if torchrun started us; returns this rank's torch.device."""
+    if device == "cuda" and WORLD > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        # gloo for tensors on the CPU also beside nccl: `largest` then waits for no GPU, and a rank that died closes its
+        # connections, which the others notice at once; a machine that vanished, after the timeout
+        store = next(dist.rendezvous("env://"))[0]
+        # torchrun keeps its store over a restart, and the addresses in it are then those of dead processes
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store, rank=RANK,
+                                world_size=WORLD, timeout=datetime.timedelta(minutes=10))
+    return torch.device(device)
+
+
+def cleanup():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost_contact(error):
+    """Whether a RuntimeError says that another process is gone: gloo and nccl word it each in their own way."""
+    return WORLD > 1 and any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+
+
+def print0(*args):
+    if RANK == 0:
+        print(*args, flush=True)
+
+
+def barrier():
+    if WORLD > 1:
+        dist.barrier()
+
+
+def all_reduce(x, op="sum"):
+    """Sum ("sum") or maximum ("max") of x over the ranks, in place; returns x."""
+    if WORLD > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, op.upper()))
+    return x
+
+
+def largest(number):
+    """The largest of a Python int over the ranks: what any rank noticed, all ranks know. Waits for no GPU."""
+    if WORLD == 1:
+        return number
+    x = torch.tensor(number)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return int(x)
+
+
+def from_rank0(thing):
+    """Rank 0's value of a small Python object."""
+    box = [thing]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_gather(x):
+    """The x of all ranks, concatenated along the first dimension in rank order (no gradient)."""
+    if WORLD == 1:
+        return x
+    out = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(out, x.contiguous())
+    return torch.cat(out)
+
+
+def gather_views(h, views=2):
+    """h (views * b, D) of each rank, view after view -> (views * B, D) of all ranks, in the order of one process: a
+    mixture starts from the last K of them, and which prototype comes from which vector must not depend on the ranks."""
+    return all_gather(h).view(WORLD, views, -1, h.shape[1]).transpose(0, 1).reshape(-1, h.shape[1])  # (N, D)
+
+
+class _Mean(torch.autograd.Function):
+    """Mean over the ranks, forwards and backwards. With gradients of parameters averaged over the ranks (below), that
+    backward is the gradient of the one-process loss."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduce(x.clone()) / WORLD
+
+    @staticmethod
+    def backward(ctx, g):
+        return all_reduce(g.clone()) / WORLD
+
+
+def mean_over_ranks(x):
+    """Differentiable mean of x over the ranks."""
+    return x if WORLD == 1 else _Mean.apply(x)
+
+
+def average_gradients(params, values):
+    """Mean over the ranks of the gradients, in place, and of values (n,), returned, at once. Plain code instead of the
+    DistributedDataParallel wrapper: no `module.` in the checkpoints, no buffers broadcast, nothing special about
+    gradient accumulation or prototypes."""
+    if WORLD == 1:
+        return values
+    parts = [p.grad for p in params if p.grad is not None] + [values]
+    flat = all_reduce(torch.cat([g.reshape(-1) for g in parts])) / WORLD
+    for g, mean in zip(parts, flat.split([g.numel() for g in parts])):
+        g.copy_(mean.view_as(g))
+    return values
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the batch of all ranks, on any device (torch's own is for GPUs only)."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
+        with torch.autocast(x.device.type, enabled=False):
+            xf = x.float()
+            mean = mean_over_ranks(xf.mean(dims))  # (C,)
+            var = mean_over_ranks(((xf - mean.view(shape)) ** 2).mean(dims))  # (C,)
+            with torch.no_grad():
+                n = x.numel() / x.size(1) * WORLD
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            y = (xf - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
+            return (y * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def sync_batchnorm(module):
+    """Turn every batch norm of a module into one over all ranks; the parameters and their names stay."""
+    if WORLD > 1:
+        for m in module.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.__class__ = SyncBatchNorm
+    return module

@@ -1,0 +1,822 @@
+"""data.py, transfer.py, views.py and shapes.py: sets, folders, long tails, the layouts that torchvision reads, and that
+every pixel is a function of (seed, step, view)."""
+import colorsys
+import itertools
+import json
+import math
+import os
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+from torchvision.transforms import v2
+
+import data
+from support import groups
+from support import shapes
+from support import transfer
+import views
+
+TINY = data.Recipe(32, 16, 4, (0.4, 1.0), (0.15, 0.5), (0.4, 0.4, 0.2, 0.06), 0.8, 0.2, (0.5, 0.1, 0.5), (0, 0.2, 0))
+PLAIN = data.Recipe(24, 12, 1, (0.4, 1.0), (0.15, 0.5), (0, 0, 0, 0), 0.0, 0.0, (0, 0, 0), (0, 0, 0), 0.0)
+
+
+def noise(n, h=32, w=32, seed=0):
+    return torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def unnormalise(x):
+    return x * torch.tensor(data.STD).view(3, 1, 1) + torch.tensor(data.MEAN).view(3, 1, 1)
+
+
+def picture(path, seed=0, size=(8, 8)):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def tree(root, counts):
+    """{"train/cat": 3, ...}: so many images in each folder, all different."""
+    seed = itertools.count()
+    for sub, n in counts.items():
+        for i in range(n):
+            picture(f"{root}/{sub}/{i:03d}.png", next(seed))
+    return str(root)
+
+
+def damage(path):
+    with open(path, "rb+") as f:
+        f.truncate(os.path.getsize(path) // 2)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def shapes_set():
+    return data.load("shapes")
+
+
+def test_shapes_are_balanced_fixed_and_split(shapes_set):
+    train, test = shapes_set
+    assert train.x.shape == (10_000, 3, 32, 32) and test.x.shape == (2_000, 3, 32, 32) and train.x.dtype == torch.uint8
+    assert train.y.bincount().tolist() == [400] * 25 and test.y.bincount().tolist() == [80] * 25
+    assert (train.y[:-1] != train.y[1:]).float().mean() > 0.9  # shuffled
+    again, _ = data.load("shapes", seed=5, img_size=64)  # the flags' seed does not touch it
+    assert torch.equal(train.x, again.x) and torch.equal(train.y, again.y)
+    rows = {bytes(t) for t in train.x.flatten(1).numpy()}
+    assert len(rows) == 10_000 and not rows & {bytes(t) for t in test.x.flatten(1).numpy()}
+
+
+def test_shapes_classes_are_a_latin_square(shapes_set):
+    names = [tuple(c.split("-")) for c in shapes_set[0].classes]
+    assert len(set(names)) == 25 and names[0] == ("disc", "red", "stripes")
+    for a, b in itertools.combinations(range(3), 2):  # any two attributes name the class
+        assert len({(n[a], n[b]) for n in names}) == 25
+
+
+def test_shapes_labels_say_what_is_drawn():
+    """Hue of the plain objects against the palette of their class; plain objects vary least in brightness."""
+    x, y, names = shapes.make(1000, 3)
+    x = x.float() / 255
+    smooth = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # most noise averaged out
+    vivid = smooth.amax(1) - smooth.amin(1) > 0.2  # (n, 32, 32)
+    luma = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)  # (n, 32, 32)
+    hues, spread = {}, {}
+    for i in vivid.sum((1, 2)).gt(40).nonzero()[:, 0].tolist():
+        _, palette, texture = names[y[i]].split("-")
+        spread.setdefault(texture, []).append(float(luma[i][vivid[i]].std()))
+        if texture == "plain":
+            hues.setdefault(palette, []).append(colorsys.rgb_to_hsv(*smooth[i][:, vivid[i]].mean(1).tolist())[0])
+    for palette, hue in {"red": 0.0, "lime": 0.2, "green": 0.4, "blue": 0.6, "purple": 0.8}.items():
+        off = (np.array(hues[palette]) - hue + 0.5) % 1 - 0.5
+        assert len(off) > 20 and abs(off.mean()) < 0.03 and 0.02 < off.std() < 0.07, palette
+    spread = {k: np.median(v) for k, v in spread.items()}
+    assert min(spread, key=spread.get) == "plain" and sorted(spread.values())[1] > 1.2 * spread["plain"], spread
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("held", ["val", "test"])
+def test_folder_with_splits(tmp_path, held):
+    path = tree(tmp_path, {"train/dog": 3, "train/cat": 2, "train/cat/more": 1, f"{held}/cat": 1, f"{held}/dog": 2})
+    picture(f"{path}/train/cat/.hidden.png")
+    picture(f"{path}/train/.git/x.png")
+    (tmp_path / "train/cat/notes.txt").write_text("not an image")
+    train, test = data.load(path)
+    assert train.classes == test.classes == ["cat", "dog"]
+    assert train.y.tolist() == [0, 0, 0, 1, 1, 1] and test.y.tolist() == [0, 1, 1] and train.y.dtype == torch.int64
+    assert train.paths == sorted(train.paths) and isinstance(train, data.Images) and len(test) == 3
+    for images in (train, test):
+        for x, p in zip(images.x, images.paths):
+            assert np.array_equal(x.permute(1, 2, 0).numpy(), np.array(Image.open(p)))
+
+
+def test_class_folders_hold_out_a_tenth_whatever_the_seed(tmp_path):
+    path = tree(tmp_path, {"a": 30, "b": 12, "lonely": 1})
+    picture(f"{path}/loose.png")
+    train, test = data.load(path, seed=0)
+    assert train.y.bincount().tolist() == [27, 11, 1] and test.y.bincount().tolist() == [3, 1]
+    assert not set(train.paths) & set(test.paths) and len(set(train.paths + test.paths)) == 43
+    assert data.load(path, seed=7)[1].paths == test.paths
+    assert test.paths != sorted(train.paths + test.paths)[:3] + test.paths[3:]  # not simply the first ones
+
+
+def test_flat_folder_is_unlabelled_and_train_may_be_a_class(tmp_path):
+    train, test = data.load(tree(tmp_path / "flat", {".": 5}))
+    assert train.y is None and test is None and len(train) == 5 and train.name == "flat"
+    train, _ = data.load(tree(tmp_path / "vehicles", {"train": 2, "bus": 2}))
+    assert train.classes == ["bus", "train"]
+    train, test = data.load(tree(tmp_path / "nosplit", {"train/a": 2, "train/b": 2}))
+    assert train.classes == ["a", "b"] and len(test) == 2
+    train, test = data.load(tree(tmp_path / "bare", {"train": 2, "val": 2}))
+    assert train.y is None and test is None and len(train) == 2
+
+
+def test_folder_errors_are_one_sentence(tmp_path):
+    def says(path, *words, **flags):
+        with pytest.raises(ValueError) as e:
+            data.load(str(path), **flags)
+        assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), str(e.value)
+
+    says(tmp_path / "missing", "missing", "neither a folder", "shapes, cifar10, cifar100, stl10")
+    says("imagenette", "--data imagenette", "neither a folder")
+    (tmp_path / "empty/train").mkdir(parents=True)
+    says(tmp_path / "empty", "no images", "train/<class>/*", "val/<class>/*")
+    says(tree(tmp_path / "one", {"cat": 3}), "only one class", "'cat'")
+    says(tree(tmp_path / "alien", {"train/a": 1, "train/b": 1, "val/c": 1}), "val/", "'c'")
+    says(tree(tmp_path / "flatval", {"train/a": 1, "train/b": 1, "val": 1}), "val/", "none")
+    says("shapes", "--imbalance 0.5", imbalance=0.5)
+    says("shapes", "--imbalance nan", imbalance=math.nan)
+    says("shapes", "--imbalance-law linear", "exp, power", imbalance=10, imbalance_law="linear")
+    says(tree(tmp_path / "flat", {".": 3}), "--imbalance 10", "no class folders", imbalance=10)
+    path = tree(tmp_path / "broken", {"a": 2, "b": 2})
+    train, _ = data.load(path)
+    damage(train.paths[0])
+    says(path, "first image", train.paths[0])
+
+
+def test_named_sets_and_no_network(monkeypatch, tmp_path):
+    from torchvision import datasets
+    asked = []
+
+    class Fake:
+        classes = ["a", "b"]
+
+        def __init__(self, root, train, download=False):
+            asked.append(download)
+            if not download:
+                raise RuntimeError("Dataset not found or corrupted.")
+            self.data = np.arange(4 * 32 * 32 * 3, dtype=np.uint8).reshape(4, 32, 32, 3)
+            self.targets = [0, 1, 1, 0]
+
+    monkeypatch.setattr(datasets, "CIFAR10", Fake)
+    train, test = data.load("cifar10", root=str(tmp_path))
+    assert asked == [False, True] * 2 and train.y.tolist() == [0, 1, 1, 0] and train.x.is_contiguous()
+    assert train.x[1, 2, 3, 4] == Fake(None, True, True).data[1, 3, 4, 2]
+
+    def offline(*_, **__):
+        raise (OSError if __.get("download") else RuntimeError)("no route to host")
+    monkeypatch.setattr(datasets, "STL10", offline)
+    with pytest.raises(ValueError, match="stl10 is not under --data-root .* cannot be downloaded: no route"):
+        data.load("stl10", root=str(tmp_path))
+
+
+def test_mixed_sizes_or_too_many_bytes_stay_on_disk(tmp_path, monkeypatch):
+    path = tree(tmp_path, {"a": 3, "b": 3})
+    assert isinstance(data.load(path)[0], data.Images)
+    monkeypatch.setattr(data, "IN_MEMORY", 4 * 3 * 8 * 8)
+    assert isinstance(data.load(path)[0], data.Files)
+    monkeypatch.undo()
+    picture(f"{path}/b/001.png", size=(9, 8)), picture(f"{path}/b/000.png", size=(9, 8))
+    train, _ = data.load(path)
+    assert isinstance(train, data.Files) and len(train) == 4
+    assert train.read(0)[0].shape == (3, 8, 8) and {train.read(i)[0].shape for i in (2, 3)} >= {(3, 8, 9)}
+
+
+def test_large_images_are_shrunk_when_kept(tmp_path):
+    for i in range(4):
+        picture(f"{tmp_path}/{i // 2}/{i}.png", i, (100, 50))
+    assert data.load(str(tmp_path), img_size=8)[0].x.shape == (2, 3, 32, 64)
+    assert data.load(str(tmp_path), img_size=13)[0].x.shape == (2, 3, 50, 100)
+
+
+def test_image_modes(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    byte = (ramp / 257).round().astype(np.uint8)
+    Image.fromarray(byte).save(tmp_path / "grey.png")
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray(ramp).save(tmp_path / "deep.tif")
+    rgba = np.dstack([byte, byte.T, byte[::-1], np.full((8, 8), 90, np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    palette = Image.fromarray(byte).convert("P")
+    palette.putpalette([v for i in range(256) for v in (i, 255 - i, i // 2)])
+    palette.save(tmp_path / "palette.png", transparency=bytes([0] * 256))
+    for name in ("grey.png", "deep.png", "deep.tif"):
+        assert torch.equal(data.decode(tmp_path / name), torch.from_numpy(byte).expand(3, 8, 8)), name
+    assert torch.equal(data.decode(tmp_path / "rgba.png"), torch.from_numpy(rgba[..., :3]).permute(2, 0, 1))
+    b = byte.astype(int)
+    assert np.array_equal(data.decode(tmp_path / "palette.png").numpy(), np.stack([b, 255 - b, b // 2]))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_truncated_images(tmp_path, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(data, "IN_MEMORY", 0)
+    path = tree(tmp_path, {"train/a": 75, "train/b": 75, "val/a": 1, "val/b": 1})
+    bad = f"{path}/train/b/000.png"
+    damage(bad)  # the first of its class: its left neighbour is of class a
+    train, _ = data.load(path)
+
+    def read_all():
+        return torch.cat(list(data.eval_batches(train, 8, batch_size=64)))
+    got = read_all()
+    assert train.broken == [bad] and isinstance(train, data.Images) == in_memory
+    assert torch.equal(got[75], got[76]) and not torch.equal(got[75], got[74])
+    read_all()
+    assert train.broken == [bad]  # counted once
+    damage(f"{path}/train/a/010.png")
+    with pytest.raises(ValueError, match="2 of 150 .* more than 1 %; the first is .*/train/a/010.png"):
+        train, _ = data.load(path)
+        for _ in data.batches(train, PLAIN, batch_size=75, seed=0, start=0, stop=2) if in_memory else [read_all()]:
+            pass
+
+
+def test_truncated_image_in_a_worker_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    path = tree(tmp_path, {".": 120})
+    train, _ = data.load(path)
+    damage(train.paths[60])
+    for _ in data.batches(train, PLAIN, batch_size=60, seed=0, start=0, stop=2, workers=1):
+        pass
+    assert train.broken == [train.paths[60]]
+
+
+def test_imbalance_by_hand(tmp_path):
+    path = tree(tmp_path, {f"train/{c}": 16 for c in "abc"} | {"train/d": 1, "val/a": 1})
+    train, test = data.load(path, imbalance=8)  # 16 * 8^(-c/3) = 16, 8, 4, 2; class d has only 1
+    assert train.y.bincount().tolist() == [16, 8, 4, 1] and len(test) == 1
+    assert torch.equal(data.load(path, imbalance=8)[0].x, train.x) and train.paths == sorted(train.paths)
+    assert data.load(path, imbalance=8, seed=1)[0].paths != train.paths
+    for x, p in zip(train.x, train.paths):  # pixels, labels and paths were taken together
+        assert np.array_equal(x.permute(1, 2, 0).numpy(), np.array(Image.open(p)))
+        assert p.split("/")[-2] == "abcd"[train.y[train.paths.index(p)]]
+    assert data.load(path, imbalance=1.0)[0].y.bincount().tolist() == [16, 16, 16, 1]
+    long, _ = data.load("shapes", imbalance=100)
+    assert long.y.bincount().tolist() == [round(400 * 100 ** (-c / 24)) for c in range(25)]
+
+
+def test_imbalance_by_a_power_law(tmp_path):
+    path = tree(tmp_path, {f"train/{c}": 16 for c in "abcd"} | {f"val/{c}": 2 for c in "abcd"})
+    train, test = data.load(path, imbalance=4, imbalance_law="power")  # 16 / (c + 1): 16, 8, 5.33, 4
+    assert train.y.bincount().tolist() == [16, 8, 5, 4] and test.y.bincount().tolist() == [2] * 4
+    assert train.classes == list("abcd") and train.paths == sorted(train.paths)
+    again, other = (data.load(path, imbalance=4, imbalance_law="power", seed=s)[0] for s in (0, 1))
+    assert again.paths == train.paths != other.paths
+    exp, _ = data.load(path, imbalance=4)  # 16, 10.08, 6.35, 4
+    assert exp.y.bincount().tolist() == [16, 10, 6, 4]
+    assert set(train.paths) < set(exp.paths)  # nested: both take the first of one order
+    for law in ("exp", "power"):  # the two ends agree, whatever lies between
+        sizes = data.load("shapes", imbalance=50, imbalance_law=law)[0].y.bincount().tolist()
+        assert (sizes[0], sizes[-1]) == (400, 8) and sizes == sorted(sizes, reverse=True)
+        assert sizes == [round(400 * 50 ** -(c / 24 if law == "exp" else math.log(c + 1) / math.log(25)))
+                         for c in range(25)]
+
+
+def test_imbalance_of_one_class_and_of_single_images():
+    one = data.Images(noise(5), torch.zeros(5, dtype=torch.int64), ["a"], "one")
+    for law in data.LAWS:
+        assert len(data.long_tail(one, 10, 0, law)) == 5  # the first class of all keeps n_max
+        two = data.Images(noise(2), torch.arange(2), ["a", "b"], "two")
+        assert data.long_tail(two, 1e9, 0, law).y.tolist() == [0, 1]  # never less than 1
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_imbalance_and_damaged_images(tmp_path, monkeypatch, in_memory):
+    """The stand-in of a damaged image is looked for in its own class also in what the long tail leaves."""
+    if not in_memory:
+        monkeypatch.setattr(data, "IN_MEMORY", 0)
+    path = tree(tmp_path, {"train/a": 150, "train/b": 150, "val/a": 1, "val/b": 1})
+    kept = data.load(path, imbalance=10)[0].paths
+    damage(kept[150])  # the first image of class b that stays
+    train, _ = data.load(path, imbalance=10)
+    assert train.paths == kept and train.y.bincount().tolist() == [150, 15]
+    got = torch.cat(list(data.eval_batches(train, 8)))
+    assert train.broken == [kept[150]] and not torch.equal(got[150], got[149])
+
+
+# ---- iNaturalist-2018 ------------------------------------------------------------------------------------------------
+
+def inat(root, train, val):
+    """Folders 2018/<group>/<class number> with so many images of each class, and the list of those for validation."""
+    listed = []
+    for c, (n, held) in enumerate(zip(train, val)):
+        group = ("Aves", "Plantae", "Insecta")[c % 3]
+        for i in range(n + held):
+            picture(f"{root}/2018/{group}/{c}/{i:03d}.jpg", 100 * c + i)
+        listed += [{"id": len(listed), "file_name": f"train_val2018/{group}/{c}/{i:03d}.jpg"} for i in range(held)]
+    (root / "val2018.json").write_text(json.dumps({"images": listed, "annotations": []}))
+
+
+def test_inat18_through_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setattr(groups, "INAT18", {"head": 1, "medium": 1, "tail": 11})
+    inat(tmp_path, [101, 30] + [3] * 9 + [1, 2], [3] * 13)  # class 10 and 11 sort after 9, not after 1
+    (tmp_path / "2018/Aves/0/notes.txt").write_text("not an image")
+    train, test = data.load("inat18", root=str(tmp_path), img_size=8)
+    assert isinstance(train, data.Files) and train.y.bincount().tolist() == [101, 30] + [3] * 9 + [1, 2]
+    assert test.y.bincount().tolist() == [3] * 13 and len(train.classes) == 13 and test.name == "inat18"
+    assert not set(train.paths) & set(test.paths)
+    for images in (train, test):
+        for path, c in zip(images.paths, images.y.tolist()):
+            assert os.path.isfile(path) and path.split(os.sep)[-2] == str(c)
+    assert train.read(0)[0].shape == (3, 8, 8)
+    cut, whole = data.load("inat18", root=str(tmp_path), imbalance=101)
+    assert len(cut) < len(train) and whole.paths == test.paths
+
+    with open(tmp_path / "val2018.json", "a") as f:  # a list that is no JSON
+        f.write("}")
+    with pytest.raises(ValueError, match="inat18 is expected as .*2018/<group>.*val2018.json"):
+        data.load("inat18", root=str(tmp_path))
+    (tmp_path / "val2018.json").write_text(json.dumps({"images": [{"file_name": "train_val2018/Aves/0/absent.jpg"}]}))
+    with pytest.raises(ValueError, match="names 1 images, and 0 of them"):
+        data.load("inat18", root=str(tmp_path))
+    (tmp_path / "val2018.json").unlink()
+    with pytest.raises(ValueError, match="inat18 is expected as .*val2018.json"):
+        data.load("inat18", root=str(tmp_path))
+    with pytest.raises(ValueError, match="inat18 is expected as .*nowhere.2018"):
+        data.load("inat18", root=str(tmp_path / "nowhere"))
+
+
+def test_inat18_counts_of_the_classes_are_asserted(tmp_path):
+    inat(tmp_path, [3, 3, 3], [1, 1, 1])
+    with pytest.raises(ValueError, match="842 head, 3701 medium, 3599 tail classes .* got 0 head, 0 medium, 3 tail"):
+        data.load("inat18", root=str(tmp_path))
+
+
+# ---- transfer sets: a small copy of each layout, read by torchvision's own class -------------------------------------
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def agrees(name, root, lengths, classes):
+    """Loads, compares lengths and classes, reads two images. -> (train, val, test)"""
+    sets = transfer.load(name, str(root))
+    assert tuple(s and len(s) for s in sets) == lengths
+    for s in (s for s in sets if s):
+        assert s.classes == classes and s.name == name and s.y.dtype == torch.int64
+        assert isinstance(s, data.Files) and all(isinstance(p, str) for p in s.paths)
+        assert s.read(len(s) - 1)[0].shape == (3, 8, 8) and s.read(0)[1] is None
+    paths = [p for s in sets if s for p in s.paths]
+    assert len(paths) == len(set(paths))
+    return sets
+
+
+def test_transfer_aircraft(tmp_path):
+    base, n = tmp_path / "fgvc-aircraft-2013b/data", itertools.count()
+    write(base / "variants.txt", "707-320\nA380 heavy\n")
+    for split, labels in {"train": ("707-320", "A380 heavy"), "val": ("A380 heavy",), "test": ("707-320",) * 3}.items():
+        names = [f"{next(n):07d}" for _ in labels]
+        for name in names:
+            picture(f"{base}/images/{name}.jpg", int(name))
+        write(base / f"images_variant_{split}.txt", "".join(f"{a} {b}\n" for a, b in zip(names, labels)))
+    train, val, test = agrees("aircraft", tmp_path, (2, 1, 3), ["707-320", "A380 heavy"])
+    assert (train.y.tolist(), val.y.tolist(), test.y.tolist()) == ([0, 1], [1], [0, 0, 0])
+    assert test.paths[0].endswith("0000003.jpg")
+    write(base / "images_variant_val.txt", "")
+    with pytest.raises(ValueError, match="aircraft is expected in .*a split is empty"):
+        transfer.load("aircraft", str(tmp_path))
+
+
+def test_transfer_dtd(tmp_path):
+    base = tmp_path / "dtd/dtd"
+    for s, split in enumerate(("train", "val", "test")):
+        rows = [f"{c}/{c}_{s}{i}.jpg" for c in ("woven", "banded") for i in range(s + 1)]
+        for i, row in enumerate(rows):
+            picture(f"{base}/images/{row}", 10 * s + i)
+        write(base / f"labels/{split}1.txt", "\n".join(rows) + "\n")
+    for s in agrees("dtd", tmp_path, (2, 4, 6), ["banded", "woven"]):
+        assert all(f"/{s.classes[y]}/" in p for p, y in zip(s.paths, s.y))
+
+
+def test_transfer_food(tmp_path):
+    base = tmp_path / "food-101"
+    for split, n in (("train", 3), ("test", 2)):
+        rows = {c: [f"{c}/{split}{i}" for i in range(n)] for c in ("tacos", "apple_pie")}
+        for row in itertools.chain(*rows.values()):
+            picture(f"{base}/images/{row}.jpg", n)
+        write(base / f"meta/{split}.json", json.dumps(rows))
+    train, val, test = agrees("food", tmp_path, (6, None, 4), ["apple_pie", "tacos"])
+    assert val is None and train.y.tolist() == [1, 1, 1, 0, 0, 0] and test.y.tolist() == [1, 1, 0, 0]
+    assert all(f"/{s.classes[y]}/" in p for s in (train, test) for p, y in zip(s.paths, s.y))
+
+
+def test_transfer_pets(tmp_path):
+    base = tmp_path / "oxford-iiit-pet"
+    for split, rows in {"trainval": ["Abyssinian_1 1 1 1", "great_pyrenees_2 2 2 1", "Abyssinian_3 1 1 1"],
+                        "test": ["great_pyrenees_9 2 2 1", "Abyssinian_8 1 1 1"]}.items():
+        write(base / f"annotations/{split}.txt", "\n".join(rows) + "\n")
+        for row in rows:
+            picture(f"{base}/images/{row.split()[0]}.jpg")
+    train, _, test = agrees("pets", tmp_path, (3, None, 2), ["Abyssinian", "Great Pyrenees"])
+    assert train.y.tolist() == [0, 1, 0] and test.y.tolist() == [1, 0]
+
+
+def test_transfer_sun397_reads_the_first_partition(tmp_path):
+    base = tmp_path / "SUN397"
+    write(base / "ClassName.txt", "/a/abbey\n/c/church/indoor\n")
+    rows = [f"/a/abbey/sun_a{i}.jpg" for i in range(4)] + [f"/c/church/indoor/sun_b{i}.jpg" for i in range(4)]
+    for i, row in enumerate(rows):
+        picture(f"{base}{row}", i)
+    with pytest.raises(ValueError, match="sun397 is expected in .*SUN397/.*Training_01.txt"):
+        transfer.load("sun397", str(tmp_path))
+    write(base / "Training_01.txt", "\n".join(rows[:2] + rows[4:5]) + "\n")
+    write(base / "Testing_01.txt", "\n".join(rows[6:] + rows[3:4]) + "\n\n")  # two images are in neither list
+    train, _, test = agrees("sun397", tmp_path, (3, None, 3), ["abbey", "church/indoor"])
+    assert train.y.tolist() == [0, 0, 1] and test.y.tolist() == [1, 1, 0]
+    assert test.paths == [f"{base}{row}" for row in rows[6:] + rows[3:4]]
+
+
+def test_transfer_caltech_takes_thirty_of_each_class(tmp_path):
+    base = tmp_path / "caltech101/101_ObjectCategories"
+    for c, (name, n) in enumerate({"BACKGROUND_Google": 35, "accordion": 40, "yin_yang": 4}.items()):
+        for i in range(1, n + 1):
+            picture(f"{base}/{name}/image_{i:04d}.jpg", 100 * c + i)
+    (base / "BACKGROUND_Google/tmp").write_text("as in the archive")
+    train, _, test = agrees("caltech101", tmp_path, (63, None, 16), ["BACKGROUND_Google", "accordion", "yin_yang"])
+    assert train.y.bincount().tolist() == [30, 30, 3] and test.y.bincount().tolist() == [5, 10, 1]
+    assert all(f"/{s.classes[y]}/" in p for s in (train, test) for p, y in zip(s.paths, s.y))
+    assert transfer.load("caltech101", str(tmp_path))[0].paths == train.paths  # the same for everybody
+    assert test.paths[5:15] != sorted(p for p in train.paths + test.paths if "accordion" in p)[-10:]
+
+
+def test_transfer_flowers(tmp_path, monkeypatch):
+    io = pytest.importorskip("scipy.io")
+    from torchvision.datasets import Flowers102
+    monkeypatch.setattr(Flowers102, "_file_dict", {k: (v[0], None) for k, v in Flowers102._file_dict.items()})
+    base = tmp_path / "flowers-102"
+    for i in range(1, 8):
+        picture(f"{base}/jpg/image_{i:05d}.jpg", i)
+    io.savemat(base / "imagelabels.mat", {"labels": np.array([[5, 1, 102, 5, 1, 2, 2]])})
+    io.savemat(base / "setid.mat", {"trnid": np.array([[3, 1]]), "valid": np.array([[2, 7]]),
+                                    "tstid": np.array([[6, 5, 4]])})
+    train, val, test = agrees("flowers", tmp_path, (2, 2, 3), list(Flowers102.classes))
+    assert (train.y.tolist(), val.y.tolist(), test.y.tolist()) == ([101, 4], [0, 1], [1, 0, 4])
+    assert train.paths[0].endswith("image_00003.jpg")
+
+
+def test_transfer_cars(tmp_path):
+    io = pytest.importorskip("scipy.io")
+    base = tmp_path / "stanford_cars"
+    kinds = [("fname", "O"), ("class", "O")]
+    for split, path, rows in (("train", "devkit/cars_train_annos.mat", [("00001.jpg", 2), ("00002.jpg", 1)]),
+                              ("test", "cars_test_annos_withlabels.mat", [("00001.jpg", 1), ("00002.jpg", 2),
+                                                                          ("00003.jpg", 2)])):
+        for name, c in rows:
+            picture(f"{base}/cars_{split}/{name}", c)
+        (base / path).parent.mkdir(exist_ok=True)
+        io.savemat(base / path, {"annotations": np.array(rows, dtype=kinds)[None]})
+    io.savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([["AM General Hummer", "Acura RL"]], dtype="O")})
+    train, _, test = agrees("cars", tmp_path, (2, None, 3), ["AM General Hummer", "Acura RL"])
+    assert train.y.tolist() == [1, 0] and test.y.tolist() == [0, 1, 1] and "/cars_test/" in test.paths[0]
+
+
+def test_transfer_voc2007_difficult_objects(tmp_path):
+    base = tmp_path / "VOCdevkit/VOC2007"
+    things = {"000001": [("dog", 0), ("dog", 0), ("person", 1)],  # person only as a difficult one
+              "000002": [("tvmonitor", 1), ("tvmonitor", 0)],  # one of the two is plain to see
+              "000003": [("aeroplane", 0), ("aeroplane", 1)], "000004": []}
+    for name, objects in things.items():
+        picture(f"{base}/JPEGImages/{name}.jpg", int(name))
+        rows = "".join(f"<object><name>{escape(c)}</name><difficult>{d}</difficult><part><name>head</name></part>"
+                       "</object>" for c, d in objects)
+        write(base / f"Annotations/{name}.xml", f"<annotation><filename>{name}.jpg</filename>{rows}</annotation>")
+    for split, names in (("train", ["000001", "000004"]), ("val", ["000002"]), ("test", ["000003"])):
+        write(base / f"ImageSets/Main/{split}.txt", "\n".join(names) + "\n")
+    train, val, test = agrees("voc2007", tmp_path, (2, 1, 1), list(transfer.VOC))
+    assert train.y.shape == (2, 20) and len(set(transfer.VOC)) == 20 and sorted(transfer.VOC) == list(transfer.VOC)
+    y = {s: {transfer.VOC[c]: int(row[c]) for row in t.y for c in range(20) if row[c]}
+         for s, t in (("train", train), ("val", val), ("test", test))}
+    assert y == {"train": {"dog": 1, "person": -1}, "val": {"tvmonitor": 1}, "test": {"aeroplane": 1}}
+    damage(train.paths[0])  # a stand-in must have all its labels
+    with pytest.raises(ValueError, match="the images around it cannot be read"):
+        train.read(0)
+    train.y[1] = train.y[0]
+    assert train.read(0)[1] == train.paths[0]
+
+
+def test_transfer_cifar_has_no_validation_split(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(data, "named", lambda name, root, train: asked.append((name, root, train)) or f"set {train}")
+    assert transfer.load("cifar100", str(tmp_path)) == ("set True", None, "set False")
+    assert asked == [("cifar100", str(tmp_path), True), ("cifar100", str(tmp_path), False)]
+
+
+@pytest.mark.parametrize("name", sorted(set(transfer.SETS) - {"cifar10", "cifar100"}))
+def test_transfer_says_where_missing_files_are_expected(tmp_path, name):
+    if name in ("cars", "flowers"):
+        pytest.importorskip("scipy.io")
+    with pytest.raises(ValueError) as caught:
+        transfer.load(name, str(tmp_path))
+    text, (kind, _, _, where) = str(caught.value), transfer.SETS[name]
+    assert text.startswith(f"--data {name} is expected in {tmp_path}") and where in text and kind in text
+    assert "\n" not in text
+
+
+def test_transfer_names_and_metrics(tmp_path):
+    with pytest.raises(ValueError, match="--data birdsnap is not one of the transfer sets aircraft, caltech101, cars"):
+        transfer.load("birdsnap", str(tmp_path))
+    assert {n for n, m in transfer.METRIC.items() if m == "per_class"} == {"aircraft", "caltech101", "flowers", "pets"}
+    assert {n for n, m in transfer.METRIC.items() if m == "map11"} == {"voc2007"} and len(transfer.METRIC) == 11
+
+
+def test_subset(tmp_path, monkeypatch):
+    images = data.Images(noise(10), torch.arange(10), list("abcdefghij"), "x")
+    assert data.subset(images, 5).y.tolist() == [0, 2, 4, 6, 8]
+    assert data.subset(images, 99).y.tolist() == list(range(10))
+    assert torch.equal(data.subset(images, torch.tensor([3, 1])).x, images.x[[3, 1]])
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    files, _ = data.load(tree(tmp_path, {".": 4}))
+    assert data.subset(files, 2).paths == files.paths[::2] and data.subset(files, 2).y is None
+
+
+# ---- order and seeds -------------------------------------------------------------------------------------------------
+
+def test_indices_cover_an_epoch_once():
+    n, B = 103, 10  # 10 steps an epoch, 3 images dropped
+    epochs = [torch.cat([data.indices(n, B, 4, e * 10 + k) for k in range(10)]) for e in range(3)]
+    for order in epochs:
+        assert len(order) == 100 == len(order.unique()) and 0 <= order.min() and order.max() < n
+    assert not torch.equal(epochs[0], epochs[1])
+    assert len({frozenset(range(n)) - set(o.tolist()) for o in epochs}) > 1  # not always the same 3
+    assert not torch.equal(data.indices(n, B, 4, 0), data.indices(n, B, 5, 0))
+
+
+def test_seed_of_tells_tuples_apart():
+    tuples = [t for n in (1, 2, 3, 4) for t in itertools.product((0, 1, 2, 2 ** 33), repeat=n)]
+    seeds = {data.seed_of(*t) for t in tuples}
+    assert len(seeds) == len(tuples) and all(0 <= s < 2 ** 63 for s in seeds)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def some(request, tmp_path):
+    """The same 40 images in memory and on disk."""
+    x = noise(40)
+    if request.param == "memory":
+        return data.Images(x, torch.arange(40), [str(i) for i in range(40)], "x")
+    for i, image in enumerate(x):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02d}.png")
+    return data.Files(sorted(str(p) for p in tmp_path.iterdir()), torch.arange(40), [str(i) for i in range(40)], "x")
+
+
+def run(images, start, stop, recipe=TINY, **flags):
+    flags = dict(batch_size=8, seed=3) | flags
+    return list(data.batches(images, recipe, start=start, stop=stop, **flags))
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(s, t) for s, t in zip(a, b))
+
+
+def test_batches_have_the_views_of_the_recipe(some):
+    out = run(some, 0, 2)
+    assert len(out) == 2 and [tuple(v.shape) for v in out[0]] == [(8, 3, 32, 32)] * 2 + [(8, 3, 16, 16)] * 4
+    assert all(v.dtype == torch.float32 and ((unnormalise(v) - 0.5).abs() < 0.5 + 1e-5).all() for v in out[0])
+    assert len(run(some, 0, 1, data.Recipe(16, 8, 0))[0]) == 2  # no local crops
+
+
+def test_batches_do_not_depend_on_ranks_or_the_step_they_start_at(some):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    whole = run(some, 0, 7)  # 5 steps an epoch: into the second
+    for step in (0, 6):
+        halves = [run(some, step, step + 1, rank=r, world=2)[0] for r in (0, 1)]
+        assert same(whole[step], [torch.cat(v) for v in zip(*halves)])
+        assert same(run(some, step, step + 1)[0], whole[step])
+    assert all(same(a, b) for a, b in zip(run(some, 5, 7), whole[5:]))
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is not touched
+
+
+def test_batches_differ_by_step_view_and_seed():
+    one = data.Images(noise(1).expand(8, 3, 32, 32).clone(), None, [], "the same image eight times")
+    a, b = run(one, 0, 2)
+    flat = [v for v in torch.cat([a[0], a[1], b[0], b[1]])] + list(run(one, 0, 1, seed=4)[0][0])
+    assert len({bytes(v.numpy()) for v in flat}) == len(flat)
+    assert len({bytes(v.numpy()) for v in torch.cat(a[2:])}) == 32
+
+
+def test_batches_show_the_images_of_indices(some):
+    """Every image one colour of its own: without colour changes, its crops tell which image they come from."""
+    if isinstance(some, data.Files):
+        for i, p in enumerate(some.paths):
+            Image.new("RGB", (32, 32), (6 * i, 255 - 6 * i, 40)).save(p)
+    else:
+        colours = torch.tensor([[6 * i, 255 - 6 * i, 40] for i in range(40)], dtype=torch.uint8)
+        some.x = colours[..., None, None].repeat(1, 1, 32, 32)
+    out = run(some, 2, 3, PLAIN)[0]
+    for v in out:
+        assert torch.equal((unnormalise(v)[:, 0].mean((1, 2)) * 255 / 6).round().long(), data.indices(40, 8, 3, 2))
+
+
+def test_batches_refuse_what_cannot_work(some):
+    for flags, words in ((dict(batch_size=41), "--batch-size 41 .* 40 images"), (dict(batch_size=0), "--batch-size 0"),
+                         (dict(batch_size=9, world=2), "--batch-size 9 .* 2 processes")):
+        with pytest.raises(ValueError, match=words):  # at the call, not at the first batch
+            data.batches(some, TINY, seed=0, start=0, stop=1, **flags)
+
+
+def test_files_give_the_same_pixels_with_any_number_of_workers(some):
+    if isinstance(some, data.Files):
+        inline, two = run(some, 3, 6), run(some, 3, 6, workers=2)
+        assert len(inline) == len(two) == 3 and all(same(a, b) for a, b in zip(inline, two))
+        assert not same(inline[0], inline[1])
+
+
+def test_files_and_memory_agree_on_the_statistics(tmp_path):
+    """Two implementations of one recipe: mean and spread over many smooth images."""
+    yy, xx = np.mgrid[0:32, 0:32] / 31
+    rng = np.random.default_rng(0)
+    smooth = [np.stack([a + b * xx + c * yy for a, b, c in rng.uniform(0, .33, (3, 3))]) for _ in range(100)]
+    x = torch.from_numpy((np.stack(smooth) * 255).round().astype(np.uint8))
+
+    class Disk:
+        __len__, read, note_broken = lambda _: 100, lambda _, i: (x[i], None), lambda *_: None
+    recipe = data.Recipe(16, 8, 2, jitter=(0.4, 0.4, 0.2, 0.1))
+    a, b = ([unnormalise(torch.cat(v)) for v in zip(*run(s, 0, 4, recipe, batch_size=100))]
+            for s in (data.Images(x, None, [], "x"), Disk()))
+    for v, w in zip(a, b):
+        assert abs(v.mean() - w.mean()) < 0.03 and abs(v.mean((1, 2, 3)).std() - w.mean((1, 2, 3)).std()) < 0.02
+        chroma = [t.mean((2, 3)).std(1).mean() for t in (v, w)]
+        assert abs(chroma[0] / chroma[1] - 1) < 0.15
+
+
+# ---- operations against torchvision ----------------------------------------------------------------------------------
+
+def test_crop_of_the_whole_image_is_the_image():
+    x = noise(5, 20, 28).float() / 255
+    box, no = torch.tensor([0., 0., 20., 28.]).expand(2, 5, 4), torch.zeros(2, 5, dtype=torch.bool)
+    square = torch.nn.functional.interpolate(x, (24, 24), mode="bilinear", align_corners=False)
+    assert torch.allclose(views.crop(x, box, no, 24), square.repeat(2, 1, 1, 1), atol=1e-4)
+    x = noise(5).float() / 255
+    box, flip = torch.tensor([0., 0., 32., 32.]).expand(2, 5, 4), torch.tensor([[False] * 5, [True] * 5])
+    out = views.crop(x, box, flip, 32).view(2, 5, 3, 32, 32)
+    assert torch.allclose(out[0], x, atol=1e-4) and torch.allclose(out[1], x.flip(-1), atol=1e-4)
+
+
+def test_crop_of_a_box_is_its_pixels():
+    x = noise(3, 40, 30).float() / 255
+    box = torch.tensor([[[4., 6., 16., 16.], [0., 14., 16., 16.], [24., 0., 16., 16.]]])
+    out = views.crop(x, box, torch.tensor([[False, True, False]]), 16)
+    want = [x[0, :, 4:20, 6:22], x[1, :, 0:16, 14:30].flip(-1), x[2, :, 24:40, 0:16]]
+    assert torch.allclose(out, torch.stack(want), atol=1e-4)
+    halved = views.crop(x, box[:, :, :], torch.tensor([[False] * 3]), 4, taps=4)  # every pixel once: the block mean
+    assert torch.allclose(halved[0], torch.nn.functional.avg_pool2d(x[0, :, 4:20, 6:22], 4), atol=1e-4)
+
+
+def test_large_images_do_not_alias():
+    stripes = torch.zeros(4, 3, 256, 256, dtype=torch.uint8)
+    stripes[..., (torch.arange(256) % 5) < 2] = 255  # finer than 16 pixels can show; mean .4
+    recipe = data.Recipe(16, 8, 0, (0.9, 1.0), (0.1, 0.2), (0, 0, 0, 0), 0, 0, (0, 0, 0), (0, 0, 0))
+    out = unnormalise(run(data.Images(stripes, None, [], "x"), 0, 1, recipe, batch_size=4)[0][0])
+    box = torch.tensor([[[3., 4., 246., 246.]]])
+    naive = views.crop(stripes[:1].float() / 255, box, torch.tensor([[False]]), 16)
+    assert out.std() < 0.1 < 0.3 < naive.std() and abs(out.mean() - 0.4) < 0.02
+
+
+def test_crop_boxes_are_distributed_as_in_torchvision():
+    for (H, W), scale in (((32, 32), (0.4, 1.0)), ((240, 800), (0.3, 1.0)), ((800, 240), (0.3, 1.0))):
+        box = views.crop_boxes(torch.rand(20_000, 22, generator=torch.Generator().manual_seed(0)), scale, H, W)
+        top, left, h, w = box.T
+        assert (top >= 0).all() and (left >= 0).all() and (top + h <= H + 1e-3).all() and (left + w <= W + 1e-3).all()
+        torch.manual_seed(0)
+        crop, blank = v2.RandomResizedCrop(8, scale), torch.empty(3, H, W)
+        theirs = np.array([[p[k] for k in ("top", "left", "height", "width")]
+                           for p in (crop.make_params([blank]) for _ in range(4000))])
+        q = np.linspace(0.05, 0.95, 19)
+        for ours, other, unit in zip((top, left, h, w), theirs.T, (H, W, H, W)):
+            assert np.abs(np.quantile(ours.numpy(), q) - np.quantile(other, q)).max() / unit < 0.03
+
+
+def one_colour(x, **factors):
+    n = len(x)
+    default = dict(brightness=torch.ones(n), contrast=torch.ones(n), saturation=torch.ones(n), hue=torch.zeros(n),
+                   grey=torch.zeros(n, dtype=torch.bool))
+    return views.colour(x, **(default | factors))
+
+
+def test_colour_operations_equal_torchvision():
+    x, f = noise(6, 9, 11).float() / 255, torch.tensor([0.6, 0.8, 1.0, 1.2, 1.4, 0.0])
+    for name, reference in (("brightness", TF.adjust_brightness), ("contrast", TF.adjust_contrast),
+                            ("saturation", TF.adjust_saturation)):
+        want = torch.stack([reference(i, float(k)) for i, k in zip(x, f)])
+        assert torch.allclose(one_colour(x, **{name: f}), want, atol=3e-4), name
+    grey = torch.tensor([True, False] * 3)
+    want = torch.where(grey[:, None, None, None], TF.rgb_to_grayscale(x, 3), x)
+    assert torch.allclose(one_colour(x, grey=grey), want, atol=3e-4)
+    assert torch.equal(views.solarize(x), TF.solarize(x, 0.5)) and torch.equal(one_colour(x), x)
+
+
+def test_hue_turns_the_colours_about_grey():
+    x = noise(4, 9, 11).float() / 255
+    for turn in (1 / 3, -1 / 3):  # a third of a turn swaps channels, exactly as in HSV
+        want = torch.stack([TF.adjust_hue(i, turn) for i in x])
+        assert torch.allclose(one_colour(x, hue=torch.full((4,), turn)), want, atol=1e-3)
+    soft = 0.4 + 0.2 * x  # nothing to cut off: grey and chroma are kept
+    out = one_colour(soft, hue=torch.tensor([0.1, -0.05, 0.02, 0.3]))
+    assert torch.allclose(out.mean(1), soft.mean(1), atol=1e-5)
+    assert torch.allclose(out.std(1), soft.std(1), atol=1e-5) and not torch.allclose(out, soft, atol=1e-2)
+
+
+def test_colour_is_the_operations_in_their_order():
+    """Against a float64 loop over images; soft colours, so that nothing is cut off on the way."""
+    g = torch.Generator().manual_seed(1)
+    x = 0.45 + 0.1 * torch.rand(5, 3, 6, 7, generator=g)
+    b, c, s, hue = 0.8 + 0.4 * torch.rand(5, generator=g), torch.tensor([.6, .9, 1., 1.2, 1.4]), \
+        torch.tensor([.8, 1.2, 1., 1.1, .9]), torch.tensor([.1, -.1, .05, 0., .02])
+    grey = torch.tensor([False, False, True, False, False])
+    out, luma, axis = views.colour(x, b, c, s, hue, grey), np.array([.299, .587, .114]), np.ones(3) / np.sqrt(3)
+    for i in range(5):
+        p = x[i].double().numpy().reshape(3, -1) * float(b[i])
+        p = float(c[i]) * p + (1 - float(c[i])) * (luma @ p).mean()
+        p = float(s[i]) * p + (1 - float(s[i])) * (luma @ p)
+        a = 2 * np.pi * float(hue[i])  # Rodrigues' formula
+        p = p * np.cos(a) + np.cross(axis, p.T).T * np.sin(a) + axis[:, None] * (axis @ p) * (1 - np.cos(a))
+        p = np.repeat((luma @ p)[None], 3, 0) if grey[i] else p
+        assert np.allclose(out[i].reshape(3, -1).numpy(), p, atol=1e-5)
+
+
+def test_blur_equals_torchvision():
+    for size in (32, 16, 5):
+        x, sigma = noise(3, size, size).float() / 255, torch.tensor([0.1, 0.9, 2.0])
+        k = 2 * min(6, size - 1) + 1
+        want = torch.stack([TF.gaussian_blur(i, [k, k], [float(s)] * 2) for i, s in zip(x, sigma)])
+        assert torch.allclose(views.blur(x, sigma), want, atol=1e-5)
+    assert views.blur(x[:0], sigma[:0]).shape == (0, 3, 5, 5)
+
+
+def test_probabilities_of_the_recipe():
+    """Each switch alone: the share of images that it changes, per view, against what the recipe says."""
+    n = 400
+    images = data.Images(noise(n, 8, 8), None, [], "x")
+    off = dict(global_size=8, local_size=8, n_local=1, global_scale=(1.0, 1.0), local_scale=(1.0, 1.0),
+               jitter=(.4, .4, .2, .1), jitter_p=0, gray_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0), flip_p=0)
+    x = images.x[data.indices(n, n, 3, 0)].float() / 255
+    for switch, p in (("jitter_p", .8), ("gray_p", .2), ("flip_p", .5), ("blur_p", (1, .1, .5)),
+                      ("solarize_p", (0, .2, .6))):
+        out = run(images, 0, 1, data.Recipe(**(off | {switch: p})), batch_size=n)[0]
+        base = run(images, 0, 1, data.Recipe(**off), batch_size=n)[0]
+        for v, (view, plain) in enumerate(zip(out, base)):
+            share = ((view - plain).abs().amax((1, 2, 3)) > 1e-3).float().mean()
+            want = p if isinstance(p, float) else p[v]
+            want *= 0.95 if switch == "blur_p" else 1  # a sigma of .1 to .2 shows nothing
+            assert abs(share - want) < 4 * math.sqrt(want * (1 - want) / n) + 0.03, (switch, v)
+    assert torch.allclose(unnormalise(base[0]), x, atol=1e-4)  # scale 1 of a square: no other box fits
+
+
+def test_jitter_spans_its_range():
+    n, soft = 300, torch.tensor([120, 100, 110], dtype=torch.uint8).view(1, 3, 1, 1).repeat(300, 1, 8, 8)
+    soft[..., 4:] = 150
+    crop = (8, 8, 0, (1.0, 1.0), (1.0, 1.0))
+    x = soft[0].float() / 255
+
+    def jittered(*jitter):
+        recipe = data.Recipe(*crop, jitter, 1.0, 0.0, (0, 0, 0), (0, 0, 0), 0.0)
+        return unnormalise(run(data.Images(soft, None, [], "x"), 0, 1, recipe, batch_size=n)[0][0])
+
+    def spans(values, low, high):
+        edge = 0.1 * (high - low)
+        return low - 1e-4 <= values.min() < low + edge and high - edge < values.max() <= high + 1e-4
+    assert spans(jittered(0.3, 0, 0, 0)[:, 0, 0, 0] / x[0, 0, 0], 0.7, 1.3)
+    grey = torch.tensor([0.299, 0.587, 0.114])
+    step = (x[:, 0, 7] - x[:, 0, 0]) @ grey
+    out = jittered(0, 0.5, 0, 0)
+    assert spans((out[:, :, 0, 7] - out[:, :, 0, 0]) @ grey / step, 0.5, 1.5)
+    out = jittered(0, 0, 0.2, 0)[:, :, 0, 0]
+    assert spans((out[:, 0] - out[:, 1]) / (x[0, 0, 0] - x[1, 0, 0]), 0.8, 1.2)
+    p = jittered(0, 0, 0, 0.1)[:, :, 0, 0].double().numpy()
+    r, g, b = np.vstack([x[:, 0, 0].numpy(), p]).T
+    angle = np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b) / (2 * np.pi)
+    assert spans((angle[1:] - angle[0] + 0.5) % 1 - 0.5, -0.1, 0.1)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+def test_eval_batches_in_order_and_only_normalised():
+    images = data.Images(noise(10), None, [], "x")
+    parts = list(data.eval_batches(images, 32, batch_size=4))
+    assert [len(p) for p in parts] == [4, 4, 2] and parts[0].dtype == torch.float32
+    assert torch.allclose(unnormalise(torch.cat(parts)), images.x / 255, atol=1e-6)
+
+
+def test_eval_batches_resize_and_crop_like_dino(some, tmp_path):
+    out = torch.cat(list(data.eval_batches(some, 28, batch_size=16)))  # 28 * 256 / 224 = 32: no resize
+    x = some.x if isinstance(some, data.Images) else torch.stack([some.read(i)[0] for i in range(40)])
+    assert torch.allclose(unnormalise(out), x[:, :, 2:30, 2:30] / 255, atol=1e-6)
+    out = unnormalise(torch.cat(list(data.eval_batches(some, 14))))  # shorter side to 16, by PIL
+    for i in (0, 39):
+        small = Image.fromarray(x[i].permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC)
+        want = torch.from_numpy(np.array(small)[1:15, 1:15]).permute(2, 0, 1) / 255
+        assert (out[i] - want).abs().max() < 2.5 / 255
