@@ -1,302 +1,183 @@
 """
-Partial prototype collapse (Def. 2.1): how many prototypes of a checkpoint differ, and what such a count does not show.
+Partial prototype collapse (Def. 2.1): how many prototypes of a checkpoint differ, and the measures
+that show what such a count is worth.
 
-    python collapse.py RUN [RUN ...] --plot fig.png  # our run directories: table, measures, curves over training
-    python collapse.py dino_full_checkpoint.pth  # anybody's checkpoint: checkpoints.py has the layouts known
+    python collapse.py RUN [RUN ...] --plot fig.png  # our run directories: tables and curves
+    python collapse.py dino_full_checkpoint.pth      # anybody's checkpoint (support/checkpoints.py)
 
-Two prototypes are duplicates at eps when 1 - cos < eps (strict). Def. 2.1 asks for parts that a representative covers;
-which cover is left open, and the smallest is NP-hard. Here: greedy leader. Rows are read in index order; a row that no
-representative has claimed becomes one, and claims all later rows within eps. So representatives are eps apart and
-cover everything.
+Two prototypes are duplicates at eps when 1 - cos < eps. Def. 2.1 divides the prototypes into parts,
+each covered by one representative, and counts the representatives. It leaves open which cover to
+take, and the smallest one is NP-hard to find. We take the greedy one: read the prototypes in index
+order; a prototype that no representative covers yet becomes one itself, and covers every later
+prototype within eps of it that is not covered yet. So representatives are at least eps apart.
 
-C (K, D) prototypes, one per row; M of them not zero; S cosines of two blocks; P (N, K) assignment probabilities.
-This file needs torch and NumPy only and can be pasted elsewhere; checkpoints.py reads files, report.py prints.
+C (K, D) prototypes, one per row; A (M, D) those that are not zero, in float64; h (N, D) features;
+P (N, K) assignment probabilities. support/report.py prints and writes what is measured here.
 """
-import math
+import argparse
+import functools
+import os
 import sys
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 
-BLOCK = 2048  # rows per product: 16 MiB of cosines at a time
+from support import checkpoints
+
+# Up to this many prototypes the plain search below runs. On one CPU core it takes 0.04 s for 1,024
+# and 0.2 s for 2,048. Time and memory grow with the square: 8,192 would take 3 s, and their cosines
+# 512 MiB. fast/unique.py gives the same answers for 8,192 in 0.4 s and a fraction of that memory.
+PLAIN_UP_TO = 2048
+ROUNDING = 1e-14  # float64 cannot tell prototypes closer than this from equal ones
 
 
-# ----------------------------------------------------------------------------------- cosines, without rounding errors
-def scaled(C):
-    """Rows (n, D) in float64, largest entry in [.5, 1): by a power of two, so exact, and squares cannot overflow."""
-    C = C.double()
-    return torch.ldexp(C, -torch.frexp(C.abs().amax(1, keepdim=True))[1])
-
-
-def unit_rows(C):
-    """C (K, D) -> unit rows (M, D) float32 and their indices in C (M,). Zero rows have no direction and are left out.
-    ValueError for rows with NaN or infinity, with their number."""
-    C = torch.as_tensor(C).detach()
-    if C.ndim != 2 or not C.numel():
-        raise ValueError(f"prototypes must have the shape (K, D), not {tuple(C.shape)}")
-    bad = (~torch.isfinite(C).all(1)).nonzero()[:, 0]
-    if len(bad):
-        raise ValueError(f"{len(bad)} of {len(C)} prototypes hold NaN or infinity (the first is row {int(bad[0])})")
-    kept = (C != 0).any(1).nonzero()[:, 0]  # (M,)
-    X = torch.empty(len(kept), C.shape[1], device=C.device)  # (M, D)
-    for part in range(0, len(kept), 8192):  # float64 in parts: a whole copy would double the memory
-        rows = scaled(C[kept[part:part + 8192]])
-        X[part:part + 8192] = rows / rows.norm(dim=1, keepdim=True)
-    return X, kept
-
-
-def pick(S, i, j):
-    """S[i][:, j] for index lists without repeats; four times faster, and free when they are everything."""
-    S = S if len(i) == S.shape[0] else S.index_select(0, i)
-    return S if len(j) == S.shape[1] else S.index_select(1, j)
-
-
-def slack(D):
-    """Most that a float32 dot product of two unit rows can be off: D roundings of 2^-24, and a few for the rows."""
-    return (D + 4) * 2.0 ** -24
-
-
-def within(S, C, i, j, eps):
-    """1 - cos < eps for rows i and j of C, from their float32 cosines S (len(i), len(j)) -> bool of that shape.
-    Pairs that rounding could tip are settled in float64, so the answer is exact: a duplicate is one at any eps > 0."""
-    near = S > 1 - eps + slack(C.shape[1])
-    doubt = (S > 1 - eps - slack(C.shape[1])) & ~near
-    a, b = doubt.nonzero(as_tuple=True)
-    if len(a) > 2 ** 14:  # very many (a tiny eps): one float64 product is cheaper
-        A, B = scaled(C[i]), scaled(C[j])
-        cos = A @ B.T / (A.square().sum(1)[:, None] * B.square().sum(1)).sqrt()
-        near |= doubt & (1 - cos < max(eps, 1e-14))
-    elif len(a):
-        A, B = scaled(C[i[a]]), scaled(C[j[b]])
-        cos = (A * B).sum(1) / (A.square().sum(1) * B.square().sum(1)).sqrt()  # exactly 1 for equal rows
-        near[a, b] = 1 - cos < eps
-    return near
-
-
-@contextmanager
-def plain_float32(device):
-    """TF32 on CUDA and bfloat16 on CPU (precision "medium") move a cosine by 1e-3: too coarse beside eps = .025."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def bar(steps, what, show):
-    if not show or len(steps) < 8:
-        return steps
-    from tqdm import tqdm
-    return tqdm(steps, what, leave=False, disable=None)  # None: on a terminal only
-
-
-def check_eps(eps_list):
-    if bad := [eps for eps in eps_list if not 0 <= eps <= 2]:
-        raise ValueError(f"eps must lie in [0, 2] (it is 1 - cosine), not {bad[0]}")
-    return sorted(set(eps_list))
-
-
-def sketch(X, eps, block):
-    """Unit rows X (M, D) -> (M, d + 1): coordinates along the d main axes, and the length of what is left of the row.
-    Products of such rows are no smaller than the cosines (Cauchy-Schwarz on what is left), and cost d / D of the time:
-    pairs that they clear need no more. d is the cheapest on a sample of pairs; X itself where none would pay."""
-    gram = sum(part.double().T @ part.double() for part in X.split(8192))  # (D, D)
-    (M, D), axes = X.shape, torch.linalg.eigh(gram)[1].flip(1)  # (D, D), main axis first
-
-    def along(rows, d):
-        y = rows.double() @ axes[:, :d]  # (n, d)
-        left = rows.double().square().sum(1) - y.square().sum(1)  # (n,)
-        return torch.cat([y, left.clamp_min(0).sqrt()[:, None]], 1).float()
-
-    def cost(d):  # of a pair, where its cosine costs 1; one doubtful pair is enough to ask for a column of `block`
-        y = along(X[::-(-M // 1024)], d)
-        doubtful = int((y @ y.T > 1 - eps - slack(D)).sum()) - len(y)
-        return (d + 1) / D + min(1, block * doubtful / len(y) ** 2)
-    d = min((d for d in (D // 8, D // 4, D // 2) if d and M > 2 * block), key=cost, default=0)
-    return torch.cat([along(part, d) for part in X.split(8192)]) if d and cost(d) < 1 else X
-
-
-# -------------------------------------------------------------------------------------------- Def. 2.1, greedy leader
-def leaders(C, eps_list, progress=False, block=None):
-    """{eps: owner (K,)}: the index of the representative that claims each prototype (itself if it is one, -1: zero).
-
-    All eps in one pass: a block of rows meets the representatives so far in matrix products, then itself. No two blocks
-    meet twice; those without a pair within eps (usual for distinct prototypes) cost one product of sketches."""
-    block = block or BLOCK
-    X, kept = unit_rows(C)
-    C, (M, D) = torch.as_tensor(C).detach(), X.shape
-    out = {eps: torch.full((len(C),), -1, device=X.device) for eps in check_eps(eps_list)}
-    for eps, owner in out.items():
-        owner[kept] = kept  # at eps = 0 nothing is a duplicate: M(0) = K
-    todo = [eps for eps in out if eps > 0]
-    if not todo:
-        return out
-    lead = torch.zeros(len(todo), M, dtype=torch.bool, device=X.device)  # does union leader m lead at this eps?
-    row_of = torch.empty_like(kept)  # its index in C
-    n = 0  # X[:n] holds the leaders of any eps, packed in place
-    earlier = torch.ones(min(block, M), min(block, M), dtype=torch.bool, device=X.device).triu(1)
-    floor = [1 - eps - slack(D) for eps in todo]  # cosines up to here cannot be within eps
-    with plain_float32(X.device):
-        Y = sketch(X, todo[-1], block)  # (M, d + 1), packed as X is; or X
-        for start in bar(range(0, M, block), "unique prototypes", progress):
-            B, Q, rows = (t[start:start + block].clone() for t in (X, Y, kept))  # (b, D), (b, d + 1), (b,)
-            free = torch.ones(len(todo), len(B), dtype=torch.bool, device=X.device)  # not claimed yet, per eps
-            for r in range(0, n, block):
-                old = slice(r, min(r + block, n))
-                S = Y[old] @ Q.T  # (leaders, b)
-                maybe = (S.amax(0) > floor[-1]).nonzero()[:, 0]  # columns that may have a cosine within eps
-                if not len(maybe):
-                    continue
-                S = pick(S, torch.arange(len(S)), maybe) if Y is X else X[old] @ B[maybe].T  # (leaders, maybe)
-                top = S.amax(0)  # (maybe,)
-                for e, eps in enumerate(todo):
-                    col = (free[e, maybe] & (top > floor[e])).nonzero()[:, 0]
-                    led = lead[e, old].nonzero()[:, 0]
-                    if len(col) and len(led):
-                        near = within(pick(S, led, col), C, row_of[r + led], rows[maybe[col]], eps)
-                        hit = near.any(0)
-                        first = near.byte().argmax(0)[hit]  # argmax: the first of equal maxima, so the lowest index
-                        out[eps][rows[maybe[col[hit]]]] = row_of[r + led[first]]
-                        free[e, maybe[col[hit]]] = False
-            late = ~earlier[:len(B), :len(B)]  # (b, b): row i is not earlier than column j
-            S = (Q @ Q.T).masked_fill_(late, -4)  # (b, b)
-            S = (B @ B.T).masked_fill_(late, -4) if Y is not X and S.max() > floor[-1] else S
-            top = S.amax(0)
-            for e, eps in enumerate(todo):
-                row = free[e].nonzero()[:, 0]
-                if len(row) and top[row].max() > floor[e]:
-                    near = within(pick(S, row, row), C, rows[row], rows[row], eps).cpu().numpy()
-                    by = np.arange(len(row))
-                    for i in np.flatnonzero(near.any(1)):  # index order is the rule; only rows with duplicates
-                        if by[i] == i:
-                            by[near[i] & (by == np.arange(len(row)))] = i
-                    by = torch.from_numpy(by).to(X.device)
-                    out[eps][rows[row]] = rows[row[by]]
-                    free[e, row[by != torch.arange(len(row), device=X.device)]] = False
-            new = free.any(0).nonzero()[:, 0]
-            m = n + len(new)
-            X[n:m], Y[n:m], row_of[n:m], lead[:, n:m] = B[new], Q[new], rows[new], free[:, new]  # m <= rows read
-            n = m
+# ---- Def. 2.1 -----------------------------------------------------------------------------------
+def leaders(A, eps_list):
+    """{eps: leader (M,)}: for each row of A (M, D) the index of the representative that covers it,
+    which is its own index if it is one. A float64, no zero row."""
+    squares = A.square().sum(1)  # (M,)
+    cos = A @ A.T / (squares[:, None] * squares).sqrt()  # (M, M)
+    itself = torch.arange(len(A))  # (M,)
+    out = {}
+    for eps in eps_list:
+        leader = itself.clone()  # (M,)
+        if eps > 0:  # at eps = 0 nothing is a duplicate
+            duplicate = 1 - cos < max(eps, ROUNDING)  # (M, M); equal rows are, at any eps
+            later = duplicate.triu(1).cpu()  # (M, M): row i may cover column j, as it comes earlier
+            for i in later.any(1).nonzero()[:, 0].tolist():
+                if leader[i] == i:  # nobody covers i, so it is a representative
+                    leader[later[i] & (leader == itself)] = i
+        out[eps] = leader.to(A.device)
     return out
 
 
+def representatives(C, eps_list, progress=False):
+    """{eps: (K,)}: for each prototype of C (K, D) the index of the representative that covers it,
+    -1 for zero rows, by `leaders` or, for many prototypes, its twin in fast/unique.py.
+    ValueError for NaN rows or eps outside [0, 2]."""
+    A, rows = nonzero_rows(C)  # (M, D), (M,)
+    eps_list = valid_eps(eps_list)
+    if len(A) <= PLAIN_UP_TO:
+        leader_of = leaders(A, eps_list)
+    else:
+        from fast import unique
+        leader_of = unique.leaders(A, eps_list, progress)
+    out = {eps: torch.full((len(C),), -1, device=rows.device) for eps in eps_list}
+    for eps, leader in leader_of.items():
+        out[eps][rows] = rows[leader]
+    return out
+
+
+def nonzero_rows(C):
+    """C (K, D) -> A (M, D), its rows that are not zero, in float64, and their indices in C (M,).
+
+    Each row of A is scaled so that its largest entry lies in [.5, 1), as squares could overflow.
+    The scale is a power of two, so nothing is rounded. ValueError for other shapes, NaN and
+    infinity."""
+    C = torch.as_tensor(C).detach()
+    if C.ndim != 2 or not C.numel():
+        raise ValueError(f"prototypes must have the shape (K, D), not {tuple(C.shape)}")
+    broken = (~torch.isfinite(C).all(1)).nonzero()[:, 0]
+    if len(broken):
+        raise ValueError(f"{len(broken)} of {len(C)} prototypes hold NaN or infinity "
+                         f"(the first is row {int(broken[0])})")
+    rows = (C != 0).any(1).nonzero()[:, 0]  # (M,)
+    A = C[rows].double()  # (M, D)
+    largest = A.abs().amax(1, keepdim=True)  # (M, 1)
+    return A * (torch.frexp(largest)[0] / largest), rows
+
+
+def unit_rows(C):
+    """The rows of C (K, D) that are not zero, at length one, (M, D) float64."""
+    A, _ = nonzero_rows(C)
+    return A / A.norm(dim=1, keepdim=True)
+
+
+def valid_eps(eps_list):
+    for eps in eps_list:
+        if not 0 <= eps <= 2:
+            raise ValueError(f"eps must lie in [0, 2] (it is 1 - cosine), not {eps}")
+    return sorted(set(eps_list))
+
+
 def unique_prototypes(C, eps):
-    """Indices of the unique prototypes of C (K, D) by Def. 2.1 at eps: greedy leader, index order, strict <, exact.
-    eps = 0 gives all; zero rows are never among them; ValueError for NaN rows or eps outside [0, 2]."""
-    owner = leaders(C, [eps])[eps]
-    return (owner == torch.arange(len(owner), device=owner.device)).nonzero()[:, 0]
+    """Indices (int64) of the unique prototypes of C (K, D) at eps: the representatives of Def. 2.1,
+    found greedily in index order with strict <. eps = 0 gives all; zero rows have no direction and
+    are never among them. ValueError for NaN rows or eps outside [0, 2]."""
+    representative = representatives(C, [eps])[eps]  # (K,)
+    itself = torch.arange(len(representative), device=representative.device)  # (K,)
+    return (representative == itself).nonzero()[:, 0]
 
 
 def unique_counts(C, eps_list, progress=False):
-    """{eps: number of unique prototypes}, the cosines computed once for all eps."""
-    return {eps: int((owner == torch.arange(len(owner), device=owner.device)).sum())
-            for eps, owner in leaders(C, eps_list, progress).items()}
+    """{eps: number of unique prototypes of C (K, D)}; progress: a bar where it takes long."""
+    counts = {}
+    for eps, representative in representatives(C, eps_list, progress).items():
+        counts[eps] = len(representative[representative >= 0].unique())
+    return counts
 
 
 def random_order_unique(C, eps, n=5, seed=0):
-    """(mean, sd) of the greedy count over n seeded random orders of the rows: how much the answer owes to index order.
-    With a list of eps: {eps: (mean, sd)}, each order counted once for all."""
-    g, C = torch.Generator().manual_seed(seed), torch.as_tensor(C)
+    """(mean, standard deviation) of the count over n random orders of the rows of C (K, D): how
+    much the answer depends on the order. For a list of eps, {eps: (mean, standard deviation)}."""
+    C = torch.as_tensor(C)
     eps_list = [eps] if isinstance(eps, (int, float)) else list(eps)
-    runs = [unique_counts(C[torch.randperm(len(C), generator=g).to(C.device)], eps_list) for _ in range(n)]
-    counts = {e: [run[e] for run in runs] for e in eps_list}
-    out = {e: (float(np.mean(c)), float(np.std(c, ddof=min(1, n - 1)))) for e, c in counts.items()}
+    generator = torch.Generator().manual_seed(seed)
+    counts = []
+    for _ in range(n):
+        order = torch.randperm(len(C), generator=generator).to(C.device)
+        counts.append(unique_counts(C[order], eps_list))
+    out = {}
+    for e in eps_list:
+        values = torch.tensor([count[e] for count in counts], dtype=torch.float64)  # (n,)
+        out[e] = (float(values.mean()), float(values.std(correction=min(1, n - 1))))
     return out[eps] if isinstance(eps, (int, float)) else out
 
 
-# ----------------------------------------------------------------------------------------------------- other measures
-def merge(labels, a, b):
-    """Component names (M,), after components a[i] and b[i] have become one for every i; the lower name stays."""
-    parent = {}
-
-    def root(x):
-        while parent.setdefault(x, x) != x:
-            parent[x] = x = parent[parent[x]]
-        return x
-    for x, y in set(zip(a.tolist(), b.tolist())):
-        x, y = root(x), root(y)
-        parent[max(x, y)] = min(x, y)
-    rename = torch.arange(len(labels))
-    for x in parent:
-        rename[x] = root(x)
-    return rename.to(labels.device)[labels]
-
-
-def neighbours(C, eps_list, progress=False, block=None):
-    """Over all pairs, once: cosine to the nearest (M,), and {eps: (has a neighbour within eps (M,), component (M,))}.
-    Two prototypes share a component when a chain of steps shorter than eps joins them."""
-    block = block or BLOCK
-    X, kept = unit_rows(C)
-    C, (M, D) = torch.as_tensor(C).detach(), X.shape
-    nearest = torch.full((M,), -4., device=X.device)
-    near_any = {eps: torch.zeros(M, dtype=torch.bool, device=X.device) for eps in check_eps(eps_list)}
-    labels = {eps: torch.arange(M, device=X.device) for eps in near_any}
-    with plain_float32(X.device):
-        for i in bar(range(0, M, block), "neighbours", progress):
-            for j in range(i, M, block):
-                I, J = slice(i, min(i + block, M)), slice(j, min(j + block, M))
-                S = X[I] @ X[J].T  # (b, b')
-                if i == j:
-                    S.fill_diagonal_(-4)
-                rows, cols = S.amax(1), S.amax(0)
-                nearest[I], nearest[J] = torch.maximum(nearest[I], rows), torch.maximum(nearest[J], cols)
-                for eps in near_any:
-                    r, c = ((m > 1 - eps - slack(D)).nonzero()[:, 0] for m in (rows, cols))
-                    if eps == 0 or not len(r):
-                        continue
-                    near = within(pick(S, r, c), C, kept[i + r], kept[j + c], eps)
-                    near_any[eps][i + r] |= near.any(1)
-                    near_any[eps][j + c] |= near.any(0)
-                    while True:  # each column joins one foreign component a round: few rounds
-                        a, b = labels[eps][i + r], labels[eps][j + c]
-                        cross = near & (a[:, None] != b)
-                        some = cross.any(0).nonzero()[:, 0]
-                        if not len(some):
-                            break
-                        labels[eps] = merge(labels[eps], a[cross.byte().argmax(0)[some]], b[some])
-    graph = {eps: (near_any[eps], labels[eps]) for eps in near_any}
-    return nearest.clamp(-1, 1) if M > 1 else nearest * math.nan, graph
-
-
+# ---- the measures beside it ---------------------------------------------------------------------
 def effective_rank(C):
-    """exp of the entropy of the unit rows' singular values over their sum (Roy and Vetterli 2007): 1 to min(K, D)."""
-    X, _ = unit_rows(C)
-    p = torch.linalg.eigvalsh(sum(part.double().T @ part.double() for part in X.split(8192))).clamp_min(0).sqrt()
-    p = p / p.sum()
-    return float(torch.special.entr(p).sum().exp())
+    """How many dimensions the directions of C (K, D) fill, 1 to min(K, D): exp of the entropy of
+    the singular values of the unit rows, over their sum (Roy and Vetterli 2007)."""
+    X = unit_rows(C)  # (M, D)
+    p = torch.linalg.eigvalsh(X.T @ X).clamp_min(0).sqrt()  # (D,)
+    return float(torch.special.entr(p / p.sum()).sum().exp())
 
 
 def drift(C, C_0):
-    """Median over prototypes of |c_t - c_0| / |c_0|, C and C_0 (K, D): 0 means that they are still where they began."""
+    """Median over prototypes of |c - c_0| / |c_0|, for C (K, D) and its start C_0 (K, D). 0 means
+    that training did not move them. ValueError for unequal shapes."""
     C, C_0 = torch.as_tensor(C).double(), torch.as_tensor(C_0).double()
     if C.shape != C_0.shape:
-        raise ValueError(f"drift compares equal shapes, not {tuple(C.shape)} and {tuple(C_0.shape)}")
-    start = C_0.norm(dim=1)
-    return float(((C - C_0).norm(dim=1)[start > 0] / start[start > 0]).median())
+        raise ValueError(f"drift compares equal shapes, not {tuple(C.shape)} and "
+                         f"{tuple(C_0.shape)}")
+    length = C_0.norm(dim=1)  # (K,)
+    distance = (C - C_0).norm(dim=1)  # (K,)
+    return float((distance[length > 0] / length[length > 0]).median())
 
 
 def usage(P):
-    """(used, perplexity), both shares of K, from assignment probabilities P: a (N, K) tensor or an iterable of batches.
-    used: prototypes that win the argmax of at least one sample. perplexity: exp(H(mean of P)) / K."""
-    won = total = 0
-    for p in ([P] if torch.is_tensor(P) else P):
+    """(used, perplexity), both shares of K, from assignment probabilities P: a tensor (N, K), or an
+    iterable of such batches. ValueError for rows that do not sum to 1.
+
+    used: prototypes that are the most probable one of at least one sample.
+    perplexity: exp(entropy of the mean of P) / K."""
+    hits = total = 0
+    for p in [P] if torch.is_tensor(P) else P:
         if p.ndim != 2 or not len(p) or not (p.min() >= 0 and (p.sum(1) - 1).abs().max() < 1e-2):
-            raise ValueError(f"usage needs probabilities (N, K), rows that sum to 1, not this {tuple(p.shape)} tensor")
-        won = won + torch.bincount(p.argmax(1), minlength=p.shape[1])  # (K,)
+            raise ValueError(f"usage needs probabilities (N, K), rows that sum to 1, not this "
+                             f"{tuple(p.shape)} tensor")
+        hits = hits + torch.bincount(p.argmax(1), minlength=p.shape[1])  # (K,)
         total = total + p.double().sum(0)  # (K,)
-    if not torch.is_tensor(won):
+    if not torch.is_tensor(hits):
         raise ValueError("usage was given no batch")
     entropy = torch.special.entr(total / total.sum()).sum()
-    return float((won > 0).double().mean()), float(entropy.exp() / len(total))
+    return float((hits > 0).double().mean()), float(entropy.exp() / len(total))
 
 
-def ceiling(features, K, eps, seed=0):
-    """Unique share of min(K, N) random features (N, D): the most that prototypes lying on the data can reach."""
-    pick = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:K]
-    return len(unique_prototypes(features[pick.to(features.device)], eps)) / len(pick)
+def ceiling(h, K, eps, seed=0):
+    """Unique share of min(K, N) random features of h (N, D): the most that prototypes which lie on
+    the data can reach."""
+    chosen = torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[:K]
+    return len(unique_prototypes(h[chosen.to(h.device)], eps)) / len(chosen)
 
 
 def random_directions(K, D, seed=0):
@@ -305,15 +186,222 @@ def random_directions(K, D, seed=0):
 
 
 def load_prototypes(path, key=None):
-    """{name: (K, D) float32 tensor} of every prototype set in a checkpoint, ours or foreign; see checkpoints.py."""
-    from support import checkpoints  # here, so that this file can be pasted without it
+    """{name: (K, D) float32 tensor} of every prototype set in a checkpoint, ours or foreign; see
+    support/checkpoints.py."""
     return checkpoints.load_prototypes(path, key)
 
 
+# ---- the command line ---------------------------------------------------------------------------
+SWEEP = [round(.025 * i, 3) for i in range(21)]  # Fig. 3a: eps from 0 to 0.5
+QUANTILES = (.01, .25, .5, .75, .99)  # of the cosine to the nearest neighbour
+
+
+def describe(C, eps_list, orders=5, seed=0, progress=False):
+    """Every measure of one prototype set C (K, D) as plain numbers; shares are of the M rows that
+    are not zero. ValueError as for `representatives`, and where all rows are zero."""
+    from fast import unique
+    eps_list = valid_eps(eps_list)
+    A, _ = nonzero_rows(C)  # (M, D)
+    M = len(A)
+    if not M:
+        raise ValueError(f"all {len(C)} prototypes are zero rows: they have no direction to "
+                         f"compare")
+    out = {"K": len(C), "D": A.shape[1], "zero_rows": len(C) - M,
+           "effective_rank": effective_rank(C), "eps": {}, "nearest_cosine": {}}
+    nearest, graph = unique.neighbours(A, eps_list, progress)
+    if M > 1:
+        out["nearest_cosine"] = {q: float(nearest.double().quantile(q)) for q in QUANTILES}
+    # A row without a neighbour is unique in any order: only the other rows need be searched.
+    crowded = A[graph[eps_list[-1]][0]]  # (rows with a neighbour, D)
+    alone = M - len(crowded)
+    groups = {eps: [] for eps in eps_list}  # how many rows each representative covers
+    shuffled = {}
+    if len(crowded):
+        for eps, representative in representatives(crowded, eps_list, progress).items():
+            groups[eps] = representative.unique(return_counts=True)[1].tolist()
+        if orders:
+            shuffled = random_order_unique(crowded, eps_list, orders, seed)
+    for eps in eps_list:
+        has_neighbour, component = graph[eps]  # (M,), (M,)
+        count = alone + len(groups[eps])
+        duplicates = sorted((n for n in groups[eps] if n > 1), reverse=True)
+        mean, sd = shuffled.get(eps, (len(groups[eps]), 0.))
+        out["eps"][eps] = {"unique": count, "share": count / M,
+                           "any_order_mean": float(alone + mean), "any_order_sd": sd,
+                           "components": len(component.unique()),
+                           "with_neighbour": int(has_neighbour.sum()),
+                           "largest_groups": duplicates[:5]}
+    return out
+
+
+@functools.lru_cache  # one measurement for all sets of the same shape
+def describe_random(K, D, eps_list, orders, seed):
+    """`describe` of K random directions: what the measures show where nothing was learned."""
+    return describe(random_directions(K, D, seed), eps_list, orders, seed, progress=True)
+
+
+def verdict(share, K, D, eps):
+    """One sentence: does a count at eps mean anything at this (K, D)? share: the unique share of
+    random directions."""
+    if share > .99:
+        most = "all" if share == 1 else f"{100 * share:.2f} % of"
+        return (f"At D = {D}, {most} {K:,} random directions are unique at eps {eps:g}: a smaller "
+                f"share shows collapse, but reaching it does not show that the prototypes were "
+                f"learned or used.")
+    return (f"At D = {D}, only {100 * share:.3g} % of {K:,} random directions are unique at eps "
+            f"{eps:g}: compare the count with that, not with 100 %.")
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        "collapse.py", allow_abbrev=False,
+        description="How many prototypes of a checkpoint are unique (Def. 2.1), beside the numbers "
+                    "that show what such a count is worth.")
+    p.add_argument("paths", nargs="+", metavar="PATH",
+                   help="run directory, or a checkpoint, .npy, .npz, .safetensors")
+    p.add_argument("--eps", default="0.025,0.5", metavar="LIST",
+                   help="duplicates are 1 - cos < eps (%(default)s)")
+    p.add_argument("--key", metavar="NAME",
+                   help="dotted name of the (K, D) tensor, for a layout that is not recognised")
+    p.add_argument("--orders", type=int, default=5, metavar="N",
+                   help="random orders to count in (%(default)s)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="of the random orders and random directions (%(default)s)")
+    p.add_argument("--plot", metavar="FILE", help="draw a picture (needs matplotlib)")
+    p.add_argument("--picture", choices=("auto", "training", "sweep", "fig1"), default="auto",
+                   help="training: Fig. 4a; sweep: Fig. 3a, unique against eps; fig1: where "
+                        "prototypes lie; auto: training where there is a log.csv, else sweep")
+    p.add_argument("--json", metavar="FILE", help="all numbers; - prints them instead of tables")
+    p.add_argument("--csv", metavar="FILE", help="a line per prototype set and eps")
+    p.add_argument("--fail-below", type=float, metavar="SHARE",
+                   help="exit code 1 if a set is less unique at any eps")
+    p.add_argument("--data", metavar="NAME|FOLDER",
+                   help="runs of ours: which prototypes these images are assigned to")
+    p.add_argument("--assign", metavar="FILE.csv",
+                   help="with --data and one run: path, prototype, probability")
+    p.add_argument("--montage", metavar="FILE.png",
+                   help="with --data and one run: images nearest to some prototypes")
+    return p
+
+
 def main(argv=None):
-    """The command line: `python collapse.py --help`. Returns the exit code 0, 1 (--fail-below) or 2 (bad input)."""
+    """`python collapse.py --help`. Returns the exit code: 0, 1 (--fail-below) or 2 (bad input)."""
+    args = parser().parse_args(argv)
+    try:
+        return measure(args)
+    except (ValueError, OSError) as error:
+        print(f"collapse.py: {error}", file=sys.stderr)
+        return 2
+
+
+def measure(args):
+    """Measure every set and run; print, write and draw what args ask for. Returns the exit code."""
     from support import report
-    return report.main(argv)
+    try:
+        eps_list = valid_eps([float(word) for word in args.eps.split(",")])
+    except ValueError:
+        message = f"--eps {args.eps} is not a list of numbers in [0, 2], as in 0.025,0.5"
+        raise ValueError(message) from None
+    if args.fail_below is not None and not 0 <= args.fail_below <= 1:
+        raise ValueError(f"--fail-below {args.fail_below} must be a share in [0, 1]")
+    if (args.assign or args.montage) and (not args.data or len(args.paths) > 1):
+        raise ValueError("--assign and --montage need --data and exactly one run")
+    result = {"runs": [], "sets": [], "data": {}}
+    logs = []  # [(run, evaluated rows of its log.csv)]
+    prototypes = {}  # {label: (K, D)}
+    for path, name in zip(args.paths, report.short_names(args.paths)):
+        log = report.read_log(path)
+        has_checkpoint = os.path.isfile(os.path.join(path, "ckpt.pt"))
+        if log:
+            logs.append((name, log))
+        if log or has_checkpoint:
+            result["runs"].append(report.describe_run(path, name, log, drift))
+        if log and not has_checkpoint:
+            continue  # a log alone can still be drawn
+        sets = load_prototypes(path, args.key)
+        for which, C in sets.items():
+            label = f"{name} {which}" if len(sets) > 1 else name
+            prototypes[label] = C
+            about = {"label": label, "file": path, "set": which, "several": len(sets) > 1}
+            result["sets"].append(describe_set(C, about, eps_list, args))
+        if args.data:
+            result["data"][name] = describe_images(path, eps_list, args)
+    if args.json:
+        report.write_json(result, args.json)
+    if args.csv:
+        report.write_csv(result["sets"], args.csv)
+    if args.json != "-":
+        report.show(result)
+    if args.plot:
+        draw(args, logs, result["sets"], prototypes)
+    code = 0
+    for one in result["sets"]:
+        for eps, e in one["eps"].items():
+            if args.fail_below is not None and e["share"] < args.fail_below:
+                print(f"collapse.py: {one['label']}: unique({eps:g}) is {e['share']:.4f}, below "
+                      f"{args.fail_below:g}", file=sys.stderr)
+                code = 1
+    return code
+
+
+def describe_set(C, about, eps_list, args):
+    """`about` with the measures of C (K, D), those of as many random directions, the verdict."""
+    try:
+        one = describe(C, eps_list, args.orders, args.seed, progress=True)
+    except ValueError as error:
+        raise ValueError(f"{about['file']}, {about['set']}: {error}") from None
+    M = one["K"] - one["zero_rows"]
+    random = describe_random(M, one["D"], tuple(eps_list), args.orders, args.seed)
+    verdicts = [verdict(e["share"], M, one["D"], eps) for eps, e in random["eps"].items()]
+    return one | about | {"random": random, "verdict": verdicts}
+
+
+def describe_images(path, eps_list, args):
+    """Assign the images --data to the prototypes of the run `path`, and write the files that
+    --assign and --montage name. -> plain numbers, see support.assign.summary."""
+    from support import assign
+    assigned = assign.assign_images(path, args.data, usage)
+    if args.assign:
+        assign.write_csv(assigned, args.assign)
+    if args.montage:
+        assign.draw_montage(assigned, *largest_group(assigned.C, eps_list), args.montage)
+    return assign.summary(assigned)
+
+
+def largest_group(C, eps_list):
+    """(indices, eps) of the largest group of duplicates among C (K, D), at the smallest eps that
+    has any; ([], 0) where none has."""
+    for eps, representative in representatives(C, eps_list).items():
+        size = representative[representative >= 0].bincount(minlength=len(C))  # (K,)
+        if size.max() > 1:
+            return (representative == size.argmax()).nonzero()[:, 0].tolist(), eps
+    return [], 0
+
+
+def draw(args, logs, sets, prototypes):
+    """The picture --plot. logs: [(run, rows of its log.csv)]; sets: what describe_set returns;
+    prototypes: {label: (K, D)}."""
+    from support import plots, report
+    picture = args.picture
+    if picture == "auto":
+        picture = "training" if logs else "sweep"
+    if picture == "training":
+        runs, x_axis = (logs, "step") if logs else report.over_training(sets)
+        plots.training(runs, args.plot, x_axis)
+    elif picture == "fig1":
+        plots.fig1([(label, unit_rows(C)) for label, C in prototypes.items()], args.plot)
+    else:
+        curves = [curve(label, C) for label, C in prototypes.items()]
+        shapes = dict.fromkeys((M, prototypes[label].shape[1]) for label, _, M in curves)
+        controls = [curve(f"random directions, {K:,} x {D}", random_directions(K, D, args.seed))
+                    for K, D in shapes]
+        plots.sweep(curves, controls, args.plot)
+
+
+def curve(label, C):
+    """(label, {eps: unique share}, number of rows that are not zero), for plots.sweep."""
+    M = len(nonzero_rows(C)[0])
+    return label, {eps: n / M for eps, n in unique_counts(C, SWEEP, progress=True).items()}, M
 
 
 if __name__ == "__main__":

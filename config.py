@@ -9,6 +9,12 @@ import os
 
 import torch
 
+import data
+import heads
+import losses
+import views
+from support import ddp
+
 PRESETS = {
     # python train.py                    2 CPU cores, 3 minutes, k-NN 71.3 (2026-11-25); README.md, "Results"
     "tiny": {},
@@ -57,7 +63,7 @@ PRESETS["paper-dino-rn50"] = dict(PRESETS["paper-dino"], arch="resnet50", optimi
 
 # flags that may differ between a run and its continuation: where it runs and what is printed, not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank", "eval_queries", "data",
-        "data_root", "amp", "compile", "save_every", "keep_every", "export"}
+        "data_root", "amp", "compile", "save_every", "keep_every", "export", "script"}
 
 
 def parser():
@@ -104,9 +110,9 @@ def parser():
     flag("--head-bn", action=on_off, default=True, help="batch norm in the head (ResNets yes, ViTs no in the papers)")
     flag("--head-norm", action=on_off, help="h of length one; None: yes for dino, no for carp and carl, as published")
     flag = p.add_argument_group("method and prototypes (results)").add_argument
-    flag("--method", default="carp", choices=["carp", "carl", "dino"],
+    flag("--method", default="carp", choices=list(losses.LOSSES),
          help="loss; carl is carp with one block of K prototypes")
-    flag("--prototypes", default="decoupled", choices=["joint", "kp", "vmf", "frozen", "decoupled", "live"],
+    flag("--prototypes", default="decoupled", choices=list(heads.PROTOTYPES),
          help="trained by the loss, that + KoLeo, that with lengths as concentrations (dino), random, means of the "
          "paper's online mixture, or of ours (live.py)")
     flag("--kp-weight", type=float, help="KoLeo on trained prototypes; None: 0.1 (B.1) with kp, else 0")
@@ -166,8 +172,11 @@ def parser():
     return p
 
 
-def parse(argv=None):
-    """argv -> checked Namespace. What cannot run gets one sentence with the flag and the value, and exit code 2."""
+def parse(argv=None, script="train.py"):
+    """argv -> checked Namespace. What cannot run gets one sentence with the flag and the value, and exit code 2.
+
+    script: the script that runs, as args.json will name it: train.py or zoo/NAME.py.
+    """
     p = parser()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="tiny")
@@ -187,7 +196,42 @@ def parse(argv=None):
     args.resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
     args.partition_size = args.num_prototypes if args.method == "carl" else args.partition_size
+    args.script = script
     return args
+
+
+def recipe(args):
+    """The crops that the flags ask for."""
+    return views.Recipe(
+        global_size=args.img_size, local_size=args.local_size, n_local=args.local_crops,
+        global_scale=tuple(args.global_scale), local_scale=tuple(args.local_scale),
+        jitter=tuple(args.jitter), jitter_p=args.jitter_p, gray_p=args.gray, blur_p=tuple(args.blur),
+        solarize_p=tuple(args.solarize))
+
+
+def lengths(args, n):
+    """(steps of one pass over n images, steps of the run, step at which this process stops)."""
+    steps_per_epoch = n // args.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {n} images of --data "
+                         f"{args.data}")
+    total = args.steps or max(1, round(args.epochs * steps_per_epoch))
+    if args.stop_at and args.stop_at > total:
+        raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
+    return steps_per_epoch, total, min(args.stop_at or total, total)
+
+
+def describe(args, images, student, total, lr_peak, device):
+    """What is about to run, in a few lines."""
+    classes = "" if images.y is None else f" of {len(images.classes)} classes"
+    parameters = sum(p.numel() for p in student.parameters()) / 1e6
+    text = (f"{args.method} with {args.prototypes} prototypes on {args.data}: {len(images)} images"
+            f"{classes}, {total} steps of {args.batch_size}, {ddp.WORLD} process(es) on {device}\n"
+            f"{args.arch}, {parameters:.2f} M parameters, K {args.num_prototypes} x "
+            f"D {args.bottleneck_dim}, peak lr {lr_peak:.2g}, out {args.out}")
+    if images.y is None:
+        text += "\nthe images carry no labels: k-NN is not measured"
+    return text
 
 
 def written(out):
@@ -307,8 +351,8 @@ def device(args, error):
     return name
 
 
-def known(old):
-    """The args of a checkpoint as a Namespace; flags that did not exist when it was written take their defaults."""
+def completed(old):
+    """The args of a checkpoint as a Namespace; flags that are newer than it take their defaults."""
     args = argparse.Namespace(**{**vars(parser().parse_args([])), **old})
     complete(args)
     return args
@@ -316,5 +360,5 @@ def known(old):
 
 def differences(old, new):
     """Flags that change what is computed and differ between a checkpoint's args and this run's: ["--lr 1 -> 2"]."""
-    old = vars(known(old))
+    old = vars(completed(old))
     return [f"--{k.replace('_', '-')} {old.get(k)} -> {v}" for k, v in new.items() if k not in FREE and old.get(k) != v]

@@ -1,319 +1,326 @@
-"""Weighted k-nearest-neighbour classification on frozen features: the protocol of DINO, the k-NN column of Table 3.
+"""Weighted k-nearest-neighbour classification on frozen features: DINO's protocol, the k-NN column
+of Table 3.
 
     python eval_knn.py RUN_DIR  # the run's own data, teacher, k = 10 20 100 200
     python eval_knn.py RUN_DIR --data FOLDER --which student --dump features.pt
     python eval_knn.py dino_vits16.pth --arch vit_small --data FOLDER  # weights of others
 
-A test image is labelled by its k nearest training images in cosine similarity; neighbour i votes for its class with
-weight exp(sim_i / T). Nothing is fitted: the number moves with the features alone. Headline: k 20, T .07, teacher.
+A test image is labelled by the k training images that are nearest to it in cosine similarity:
+neighbour i votes for its class with the weight exp(sim_i / T). Nothing is fitted, so the number
+depends on the features alone. The number that papers report is the teacher's at k = 20, T = 0.07.
 
-Letters: N images in the bank (the training split), M queries (the test split), D feature dimension, C classes.
+Letters: N images in the bank (the training split), M queries (the test split), D feature dimension,
+C classes, q queries of a chunk.
 """
 import argparse
 import math
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from support import groups
-from support import run
-from data import eval_batches, load
-from support.features import cached, features, fingerprint, load_backbone, record, usable  # noqa: F401  of eval_knn's names
+# Other files of ours are imported inside the functions that need them: train.py uses knn_accuracy
+# alone, and loads no more than that.
 
-PROTOCOL = "knn-1"  # printed with every number; raise it when anything that changes the number changes
-BUDGET = 640 * 2**20  # bytes a k-NN search may use, whatever M and N are; a third unless all are alike
-QUERIES, ROWS, GROUP = 2048, 2048, 64  # of a block of similarities; GROUP of a query's are looked at together
-LAST = 2**32 - 1  # largest bank index
+# Printed with every number; raise it when anything that changes a number changes.
+PROTOCOL = "knn-1"
+CHUNK = 256  # queries whose similarities to the whole bank are in memory at a time
+# Up to this many similarities, M N, the plain search below runs, and beyond it that of fast/knn.py.
+# On one CPU core: 2,000 queries in 10,000 images take 0.12 s here and 0.17 s there; 2,000 in 50,000
+# take 1.5 s and 0.7 s; 1,000 in 300,000 take 8 s and 5 s, and here the memory grows with N.
+PLAIN_UP_TO = 2**26
 
 
-# ----------------------------------------------------------------------------------------------------- the classifier
+# ---- the classifier ------------------------------------------------------------------------------
 
 def unit(x):
-    """Rows of x (n, D) scaled to length 1, float32. Raises ValueError where a feature is nan or infinite."""
-    x = F.normalize(x.float(), dim=1)
+    """Rows of x (n, D) scaled to length 1, float32. ValueError where a feature is nan or
+    infinite."""
+    x = F.normalize(x.float(), dim=1)  # (n, D)
     if not x.sum().isfinite():  # an inf has become inf / inf = nan, and one nan is enough
         raise ValueError("k-NN got features that are not finite (nan or inf)")
     return x
 
 
-def to_keys(sim, index):
-    """int64 keys that sort as (larger similarity, then smaller bank index), no two alike: their largest k are the same
-    on every device and for every block size, where torch.topk on similarities picks among equal ones as it likes."""
-    bits = (sim + 0.0).view(torch.int32)  # + 0 turns -0 into 0, its equal
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats are ordered backwards, as integers
-    return (bits.long() << 32).bitwise_or_(LAST - index)
+def largest(sim, k):
+    """(values, indices), (q, k) each: the k largest of each row of sim (q, N) in order, of equal
+    ones the one with the smaller index first."""
+    values, index = sim.topk(min(k + 1, sim.shape[1]))  # in order; of equal ones torch takes any
+    # Rows where that matters, be it only at the k-th place.
+    tied = (values[:, 1:] == values[:, :-1]).any(1)  # (q,)
+    values, index = values[:, :k], index[:, :k]
+    if tied.any():
+        rows = sim[tied] + 0.0  # -0 becomes 0, its equal
+        rows, order = rows.sort(dim=1, descending=True, stable=True)  # equal ones keep their order
+        values[tied], index[tied] = rows[:, :k], order[:, :k]
+    return values, index
 
 
-def from_keys(keys):
-    """(sim float32, index) of to_keys."""
-    bits = (keys >> 32).int()
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), LAST - (keys & LAST)
+def neighbours(train_x, test_x, k, leave_one_out=False):
+    """Yield (first query, sim (q, k), index (q, k)) for chunks of queries: their k nearest images
+    of the bank.
 
-
-def neighbours(train_x, test_x, k, width=0, leave_one_out=False):
-    """Yield (first query, sim (q, k), index (q, k)) for blocks of queries: their k <= N nearest rows of the bank in
-    order; equal similarities by the smaller index. The (M, N) similarities never exist.
-
-    Of a block of similarities only those are looked at whose GROUP reaches the query's k-th best so far: about
-    k log(N / n) groups a query in all. Works on test_x's device; the bank may lie elsewhere, its blocks are copied
-    over. width: floats a query needs in the caller. leave_one_out: query i is row i of the bank, not its own neighbour.
+    train_x (N, D) is the bank and test_x (M, D) the queries; k <= N. The largest similarity comes
+    first, and of equal ones the smaller index. leave_one_out: query i is image i of the bank and
+    not its own neighbour; k <= N - 1.
     """
-    (M, D), N = test_x.shape, len(train_x)
-    # Rows of a block, whole GROUPs unless k or the bank are odd: products of other widths are a fifth slower.
-    n = max(k, min(N, ROWS, BUDGET // 4 // (72 + 12 * D) // GROUP * GROUP))
-    # Every stride-th row makes a block, so that a bank sorted by class is a mixture of classes in each; then the rest.
-    stride = N // n
-    blocks = [(j, n * stride, stride) for j in range(stride)] + [(n * stride, N, 1)] * (n * stride < N)
-    # 72 bytes for a similarity that is looked at, all of them where features have collapsed; a dozen (q, k) tensors.
-    q = max(1, min(QUERIES, (BUDGET - 12 * D * n) // (72 * n + 8 * D + 128 * k + 4 * width)))
-    with tqdm(total=M, desc="k-NN", unit="img", leave=False, disable=None, delay=2) as bar:
-        for i in range(0, M, q):
-            queries = unit(test_x[i:i + q])  # (q, D)
-            keys = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)  # (q, <= k) best so far
-            for first, stop, step in blocks:
-                sim = queries @ unit(train_x[first:stop:step].to(queries.device)).T  # (q, n)
-                if leave_one_out:
-                    own = torch.arange(i - first, i - first + len(queries), device=sim.device)
-                    there = (own >= 0) & (own < stop - first) & (own % step == 0)  # (q,) own row is in this block
-                    sim[there, own[there] // step] = -torch.inf
-                worst = from_keys(keys.amin(1, True))[0] if first else sim.topk(k, sorted=False).values.amin(1, True)
-                groups = sim.unflatten(1, (-1, GROUP if sim.shape[1] % GROUP == 0 else sim.shape[1]))  # (q, groups, g)
-                row, group = (groups.amax(2) >= worst).nonzero(as_tuple=True)
-                near = groups[row, group]  # (hits, g), row after row
-                hit, place = (near >= worst[row]).nonzero(as_tuple=True)
-                row, column = row[hit], group[hit] * groups.shape[2] + place  # (hits,) each
-                count = row.bincount(minlength=len(queries))  # (q,)
-                found = keys.new_full((len(queries), int(count.max())), torch.iinfo(torch.long).min)
-                rank = torch.arange(len(row), device=row.device).sub_((count.cumsum(0) - count)[row])
-                found[row, rank] = to_keys(near[hit, place], column * step + first)
-                keys = torch.cat([keys, found], 1).topk(k, sorted=False).values
-            yield i, *from_keys(keys.sort(1, descending=True).values)
-            bar.update(len(queries))
+    bank = unit(train_x).to(test_x.device)  # (N, D)
+    for first in range(0, len(test_x), CHUNK):
+        queries = unit(test_x[first:first + CHUNK])  # (q, D)
+        sim = queries @ bank.T  # (q, N) cosines
+        if leave_one_out:
+            sim[:, first:].fill_diagonal_(-torch.inf)
+        yield first, *largest(sim, k)
+
+
+def search(train_x, test_x, k, width=0, leave_one_out=False):
+    """What neighbours yields, by the search that suits the size. width: see fast/knn.py."""
+    if len(train_x) * len(test_x) <= PLAIN_UP_TO:
+        return neighbours(train_x, test_x, k, leave_one_out)
+    from fast import knn
+    return knn.neighbours(train_x, test_x, k, width, leave_one_out)
 
 
 def check_votes(ks, T):
-    """Raise ValueError for a number of neighbours or a temperature that cannot be."""
+    """ValueError for a number of neighbours or a temperature that cannot be."""
     if min(ks) < 1:
         raise ValueError(f"k must be at least 1, got {min(ks)}")
-    if not T > 0 or 1 / T + math.log(max(ks)) > 88:  # k votes of at most exp(1/T); float32 ends at exp(88.7)
-        raise ValueError(f"T must be above 0 and large enough that {max(ks)} votes of exp(1 / T) do not overflow "
-                         f"float32, got {T}")
+    # k votes are at most k exp(1 / T), and float32 ends at exp(88.7)
+    if not T > 0 or 1 / T + math.log(max(ks)) > 88:
+        raise ValueError(f"T must be above 0 and large enough that {max(ks)} votes of exp(1 / T) "
+                         f"do not overflow float32, got {T}")
 
 
-def check(train_x, train_y, test_x, ks, T):
-    """Raise ValueError, in one sentence, for inputs a k-NN search cannot use."""
-    check_votes(ks, T)
+def check_bank(train_x, train_y, test_x):
+    """ValueError for features and labels that do not fit each other."""
     if train_x.ndim != 2 or test_x.ndim != 2 or train_x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"features must be (N, D) and (M, D), got {tuple(train_x.shape)} and {tuple(test_x.shape)}")
+        raise ValueError("features must be (N, D) and (M, D), got "
+                         f"{tuple(train_x.shape)} and {tuple(test_x.shape)}")
     if train_y.shape != (len(train_x),) or not len(train_x):
-        raise ValueError(f"k-NN needs one label for each of its bank's images, got {len(train_x)} images and labels of "
-                         f"shape {tuple(train_y.shape)}")
+        raise ValueError("k-NN needs one label for each of its bank's images, got "
+                         f"{len(train_x)} images and labels of shape {tuple(train_y.shape)}")
 
 
 @torch.no_grad()
 def knn_scores(train_x, train_y, test_x, k=20, T=0.07, num_classes=None):
-    """Votes of the k nearest neighbours: scores[m, c] = sum of exp(cos(m, i) / T) over m's neighbours i of label c.
+    """Votes of the k nearest neighbours: scores[m, c] = sum of exp(cos(m, i) / T) over the
+    neighbours i of label c.
 
-    train_x (N, D), train_y (N,) int64 >= 0, test_x (M, D), any float dtype (computed in float32, normalised in here)
-    -> (M, classes) float32 on test_x's device, classes = num_classes or the largest label + 1; argmax predicts.
-    k beyond N counts as N. Equal similarities at the k-th place: the smaller bank index is taken. Beside the result it
-    needs about BUDGET bytes. Protocol: Caron et al. 2021. Raises ValueError on shapes, labels, k or T that cannot be.
+    train_x (N, D), train_y (N,) int64 >= 0, test_x (M, D); features of any float dtype and any
+    length, normalised and compared in float32. Returns (M, classes) float32 on test_x's device,
+    classes being num_classes or the largest label + 1; the argmax of a row is the prediction. A k
+    beyond N counts as N. Protocol: Caron et al. 2021. ValueError for shapes, labels, k or T that
+    cannot be.
     """
-    check(train_x, train_y, test_x, [k], T)
-    classes = int(train_y.max()) + 1
-    if int(train_y.min()) < 0 or classes > (num_classes or classes):
-        raise ValueError(f"labels run from {int(train_y.min())} to {classes - 1} and must lie in 0..num_classes - 1"
+    check_votes([k], T)
+    check_bank(train_x, train_y, test_x)
+    smallest, classes = int(train_y.min()), int(train_y.max()) + 1
+    if smallest < 0 or classes > (num_classes or classes):
+        raise ValueError(f"labels run from {smallest} to {classes - 1} and must lie in "
+                         "0..num_classes - 1"
                          + (f", num_classes = {num_classes}" if num_classes else ""))
-    y = train_y.to(test_x.device)
+    y = train_y.to(test_x.device)  # (N,)
     scores = torch.zeros(len(test_x), num_classes or classes, device=test_x.device)  # (M, C)
-    for i, sim, index in neighbours(train_x, test_x, min(k, len(train_x))):
-        scores[i:i + len(sim)].scatter_add_(1, y[index], (sim / T).exp())
+    for first, sim, index in search(train_x, test_x, min(k, len(train_x))):
+        votes = (sim / T).exp()  # (q, k)
+        scores[first:first + len(sim)].scatter_add_(1, y[index], votes)
     return scores
 
 
 @torch.no_grad()
 def knn_predict(train_x, train_y, test_x, ks=(10, 20, 100, 200), T=0.07, leave_one_out=False):
-    """{k: labels (M,) on test_x's device} from ONE search: the votes of a smaller k are a prefix of the larger one's.
+    """{k: predicted labels (M,) on test_x's device} for several k from one search.
 
-    Arguments and errors as knn_scores. Labels may be any integers: only those in the bank get a column.
-    leave_one_out: test_x is the bank itself, and image i is left out of its own neighbours by its index, not by its
-    similarity: a copy of it elsewhere in the bank votes. k then counts at most N - 1.
+    Arguments and errors as in knn_scores. Labels may be any integers: only those in the bank get a
+    column of scores. leave_one_out: test_x is the bank itself, and image i is left out of its own
+    neighbours by its index, not by its similarity: a copy of it elsewhere in the bank votes. k then
+    counts at most N - 1.
     """
     ks = sorted(set(ks))
-    check(train_x, train_y, test_x, ks, T)
-    if leave_one_out and (len(test_x) != len(train_x) or len(train_x) < 2):
+    check_votes(ks, T)
+    check_bank(train_x, train_y, test_x)
+    N = len(train_x)
+    if leave_one_out and (len(test_x) != N or N < 2):
         raise ValueError("leave-one-out needs the bank as queries and at least 2 images, got "
-                         f"{len(train_x)} in the bank and {len(test_x)} queries")
-    labels, y = train_y.to(test_x.device).unique(return_inverse=True)  # (C,) sorted; (N,) column of each image
-    out = {k: labels.new_empty(len(test_x)) for k in ks}
-    for i, sim, index in neighbours(train_x, test_x, min(ks[-1], len(y) - leave_one_out), len(labels), leave_one_out):
-        weight, column = (sim / T).exp(), y[index]  # (q, k)
-        scores, done = sim.new_zeros(len(sim), len(labels)), 0  # (q, C)
-        for k in ks:
-            scores.scatter_add_(1, column[:, done:k], weight[:, done:k])
-            out[k][i:i + len(sim)] = labels[scores.argmax(1)]
-            done = k
-    return out
+                         f"{N} in the bank and {len(test_x)} queries")
+    # labels (C,) of the bank, sorted; y (N,) the place of each image's label among them.
+    labels, y = train_y.to(test_x.device).unique(return_inverse=True)
+    predicted = {k: labels.new_empty(len(test_x)) for k in ks}
+    most = min(ks[-1], N - leave_one_out)
+    for first, sim, index in search(train_x, test_x, most, len(labels), leave_one_out):
+        votes, column = (sim / T).exp(), y[index]  # (q, most) each
+        scores = votes.new_zeros(len(votes), len(labels))  # (q, C)
+        counted = 0
+        for k in ks:  # the neighbours of a smaller k are the first ones of a larger k
+            scores.scatter_add_(1, column[:, counted:k], votes[:, counted:k])
+            predicted[k][first:first + len(votes)] = labels[scores.argmax(1)]
+            counted = k
+    return predicted
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, ks=(10, 20, 100, 200), T=0.07):
-    """{k: top-1 in percent}. Arguments and errors as knn_predict; test_y (M,)."""
+    """{k: share of the test images that are labelled rightly, in percent}. test_y (M,); the rest,
+    and the errors, as in knn_predict."""
     if test_y.shape != (len(test_x),) or not len(test_x):
-        raise ValueError(f"k-NN needs one label for each test image, got {len(test_x)} images and labels of shape "
-                         f"{tuple(test_y.shape)}")
+        raise ValueError(f"k-NN needs one label for each test image, got {len(test_x)} images and "
+                         f"labels of shape {tuple(test_y.shape)}")
     predicted = knn_predict(train_x, train_y, test_x, ks, T)
-    return {k: 100 * int((y == test_y.to(y.device)).sum()) / len(test_y) for k, y in predicted.items()}
+    right = {k: int((y == test_y.to(y.device)).sum()) for k, y in predicted.items()}
+    return {k: 100 * hits / len(test_y) for k, hits in right.items()}
 
 
-# ---------------------------------------------------------------------------------------------------- prototype shares
+# ---- prototypes of head, medium and tail classes -------------------------------------------------
 
 @torch.no_grad()
 def winners(path, images, device="cpu"):
-    """(N,) the prototype of each image by the teacher of the run at path, without augmentation, and K.
+    """((N,) most probable prototype of each image by the teacher of the run at path, K), without
+    augmentation.
 
-    The most probable one of what its prototype set assigns, as in assign.py. ValueError where it is no run of ours."""
-    net, prototypes, args = run.load_run(path)
-    net.to(device), prototypes.to(device)
-    bar = tqdm(total=len(images), desc="prototypes", unit="img", leave=False, disable=None)
+    path: a run folder or ckpt.pt of train.py; ValueError for anything else."""
+    from tqdm import tqdm
+
+    from data import eval_batches
+    from support.checkpoint import load_run
+    net, prototypes, loss, args = load_run(path)
+    for part in (net, prototypes, loss):
+        part.to(device)
     won = []
-    with bar:
+    with tqdm(total=len(images), desc="prototypes", unit="img", leave=False, disable=None) as bar:
         for x in eval_batches(images, args["img_size"], device=device):
-            won.append(prototypes.assign(net([x])).argmax(1).cpu())  # (n,)
+            h = net([x])  # (n, D)
+            p = prototypes.assign(h, tau=loss.tau, centre=loss.centre_over_tau())  # (n, K)
+            won.append(p.argmax(1).cpu())
             bar.update(len(x))
-    return torch.cat(won), len(prototypes.vectors())
+    return torch.cat(won), p.shape[1]
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ---- command line --------------------------------------------------------------------------------
+
+def parse(argv):
+    from support import evaluation
+    parser = argparse.ArgumentParser(
+        description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    evaluation.add_common_flags(parser)
+    add = parser.add_argument
+    add("--patch-size", type=int, metavar="PX",
+        help="refuse a ViT of other patches; None: as in the file")
+    add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
+        help="numbers of neighbours; 20 is the one that papers report")
+    add("--T", type=float, default=0.07,
+        help="temperature of a neighbour's vote exp(similarity / T)")
+    add("--leave-one-out", action="store_true",
+        help="each training image against all others, where there is no test split")
+    return parser.parse_args(argv)
+
 
 def evaluate(flags):
-    if flags.dump and (Path(flags.dump).is_dir() or not Path(flags.dump).absolute().parent.is_dir()):
-        raise ValueError(f"--dump {flags.dump} must be a file in a folder that exists")  # said before the long work
+    """What main does once the flags are parsed."""
+    from support import evaluation, groups
+    evaluation.check_common_flags(flags)
     check_votes(flags.k, flags.T)
-    groups.members([], flags.head, flags.tail)
-    if flags.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {flags.batch_size}")
-    device = usable(flags.device)
-    backbone, args, info = load_backbone(flags.checkpoint, flags.which, flags.arch, flags.patch_size, flags.img_size)
-    print(info)
-
-    own = flags.data is None or flags.data == args.get("data")
-    name, img_size = args.get("data") if own else flags.data, args["img_size"]
-    if name is None:
-        raise ValueError(f"{flags.checkpoint} does not say on what data it was trained: give --data")
-    # On its own data the bank is what the run itself used: the same seed, and long-tailed if it was.
-    train, test = load(name, root=flags.data_root or args.get("data_root", "data"), seed=args.get("seed", 0),
-                       img_size=img_size, imbalance=args.get("imbalance", 1.0) if own else 1.0,
-                       imbalance_law=args.get("imbalance_law", "exp") if own else "exp")
+    backbone, args = evaluation.open_backbone(flags, flags.patch_size)
+    name, train, test = evaluation.open_images(flags, args)
     if train.y is None:
-        raise ValueError(f"--data {name} has no labels, and k-NN needs labelled training and test images")
-    if test is None and not flags.leave_one_out:
-        raise ValueError(f"--data {name} has no test split: --leave-one-out tests each image against all others")
-    test = train if flags.leave_one_out else test
-    backbone.to(device)
-    folder = Path(flags.checkpoint) if Path(flags.checkpoint).is_dir() else Path(flags.checkpoint).parent
+        raise ValueError(f"--data {name} has no labels, and k-NN needs labelled training and test "
+                         "images")
+    if flags.leave_one_out:
+        test = train
+    elif test is None:
+        raise ValueError(f"--data {name} has no test split: --leave-one-out tests each image "
+                         "against all others")
 
-    def get(images):
-        return unit(cached(backbone, images, img_size, None if flags.no_cache else folder / "features", device=device,
-                           batch_size=flags.batch_size, progress=True))
-    x = get(train)  # (N, D)
-    q = x if test is train else get(test)  # (M, D)
-    if flags.dump:
-        torch.save({"train_x": x, "train_y": train.y, "test_x": q, "test_y": test.y}, flags.dump)
-    where = device if str(device).startswith("cuda") else "cpu"  # the search needs int64 top-k
-    predicted = knn_predict(x.to(where), train.y, q.to(where), flags.k, flags.T, flags.leave_one_out)
-    predicted["guess"] = train.y.mode().values.expand(len(test))  # always the bank's commonest class
-    counts = train.y.bincount(minlength=len(train.classes))  # (C,)
-    tables = {k: groups.report(y, test.y, counts, flags.head, flags.tail) for k, y in predicted.items()}
-    share = None
-    if own and flags.arch is None and flags.which == "teacher" and len(shown_groups(tables)) > 1:
-        try:
-            won, K = winners(flags.checkpoint, train, device)
-            share = groups.prototype_share(won, train.y, counts, K, flags.head, flags.tail)
-        except ValueError as error:
-            print(f"prototypes per group are not counted: {error}")
+    backbone.to(flags.device)
+    train_x = unit(evaluation.features_of(train, backbone, flags, args["img_size"]))  # (N, D)
+    if test is train:
+        test_x = train_x  # (M, D)
+    else:
+        test_x = unit(evaluation.features_of(test, backbone, flags, args["img_size"]))  # (M, D)
+    # topk and stable sorts are the same on the CPU and on CUDA; other devices lack some of it.
+    device = flags.device if flags.device.startswith("cuda") else "cpu"
+    predicted = knn_predict(train_x.to(device), train.y, test_x.to(device), flags.k, flags.T,
+                            flags.leave_one_out)
+    predicted["guess"] = train.y.mode().values.expand(len(test))  # always the commonest class
+    counts = train.y.bincount(minlength=len(train.classes))  # (C,) training images of each class
+    tables = {k: groups.report(y, test.y, counts, flags.head, flags.tail)
+              for k, y in predicted.items()}
+    share = prototype_share(flags, args, name, train, counts, tables)
 
-    print(f"{name}: bank of {len(train)} images, {len(test)} test images, {len(train.classes)} classes"
+    print(f"{name}: bank of {len(train)} images, {len(test)} test images, "
+          f"{len(train.classes)} classes"
           + (", each image against all others" if flags.leave_one_out else ""))
-    print(f"protocol {PROTOCOL}: weighted k-NN, cosine, T = {flags.T:g}, {flags.which}'s cls feature "
-          f"({backbone.dim}-d, float32), images resized and centre-cropped to {img_size} px, no augmentation")
+    print(f"protocol {PROTOCOL}: weighted k-NN, cosine, T = {flags.T:g}, {flags.which}'s cls "
+          f"feature ({backbone.dim}-d, float32), images resized and centre-cropped to "
+          f"{args['img_size']} px, no augmentation")
     print_table(tables, share, len(train) - flags.leave_one_out, flags)
+
+    row = evaluation.result_row("eval_knn", PROTOCOL, flags, backbone, args, name) | {
+        "train": len(train), "test": len(test), "img_size": args["img_size"], "layers": 1,
+        "pool": "cls", "seed": args.get("seed", ""), "head_above": flags.head,
+        "tail_below": flags.tail, "settings": f"T={flags.T:g} leave_one_out={flags.leave_one_out}"}
+    evaluation.append_results(flags, row, {
+        k if k == "guess" else f"k={k}": {"metric": "top1"} | table for k, table in tables.items()})
     if flags.dump:
-        print(f"features written to {flags.dump}")
-    row = {"tool": "eval_knn", "protocol": PROTOCOL, "checkpoint": flags.checkpoint, "weights": fingerprint(backbone),
-           "which": flags.which, "arch": backbone.arch,
-           **{key: args.get(key, "") for key in ("method", "prototypes", "num_prototypes")}, "data": name,
-           "train": len(train), "test": len(test), "img_size": img_size, "layers": 1, "pool": "cls",
-           "seed": args.get("seed", ""), "head_above": flags.head, "tail_below": flags.tail,
-           "settings": f"T={flags.T:g} leave_one_out={flags.leave_one_out}"}
-    for k, table in tables.items():
-        cells = {key: "" if value is None else round(value, 4) for key, value in table.items() if key != "classes"}
-        try:
-            record(flags.results or folder / "results.csv", row | {"result": k if k == "guess" else f"k={k}",
-                                                                   "metric": "top1"} | cells)
-        except OSError as error:
-            print(f"the numbers are not kept: {error}")
-    return {"knn": {k: tables[k]["all"] for k in sorted(set(flags.k))}, "guess": tables["guess"]["all"],
-            "groups": tables, "prototypes": share, "which": flags.which, "T": flags.T, "data": name,
-            "train": len(train), "test": len(test)}
+        evaluation.dump(flags.dump, train_x, train.y, test_x, test.y)
+    return {"knn": {k: tables[k]["all"] for k in sorted(set(flags.k))},
+            "guess": tables["guess"]["all"], "groups": tables, "prototypes": share,
+            "which": flags.which, "T": flags.T, "data": name, "train": len(train),
+            "test": len(test)}
 
 
-def shown_groups(tables):
-    """Names of the groups that have classes; one alone says nothing that top-1 does not."""
-    classes = next(iter(tables.values()))["classes"]
-    return [name for name in groups.NAMES if classes[name]]
+def prototype_share(flags, args, name, train, counts, tables):
+    """groups.prototype_share of a run's own training images `train`, whose classes have counts (C,)
+    images. None where all classes are of one group, or there is no run of train.py to ask."""
+    from support import evaluation, groups
+    own_run = flags.arch is None and evaluation.is_own_data(name, args)
+    if not own_run or flags.which != "teacher" or len(evaluation.groups_with_classes(tables)) < 2:
+        return None
+    try:
+        won, K = winners(flags.checkpoint, train, flags.device)
+        return groups.prototype_share(won, train.y, counts, K, flags.head, flags.tail)
+    except ValueError as error:
+        print(f"prototypes per group are not counted: {error}")
+        return None
 
 
 def print_table(tables, share, most, flags):
-    """One line per k in percent; with a long tail also by groups, and the share of the prototypes that each has."""
-    names = shown_groups(tables) if len(shown_groups(tables)) > 1 else []
+    """One line for each k, in percent. With a long tail also by groups of classes, and the share of
+    the prototypes that each group has. most: the neighbours that an image can have at most."""
+    from support import evaluation
+    names = evaluation.groups_with_classes(tables)
+    if len(names) < 2:  # one group alone says nothing that top-1 does not
+        names = []
     classes = next(iter(tables.values()))["classes"]
-    print("     k   top-1 %   per class" + "".join(f"{f'{n} ({classes[n]})':>15}" for n in names))
+    titles = [f"{name} ({classes[name]})" for name in names]
+    print("     k   top-1 %   per class" + "".join(f"{title:>15}" for title in titles))
     for k, table in tables.items():
-        cells = "".join(f"{'-' if table[n] is None else format(table[n], '.2f'):>15}" for n in names)
-        note = "   (always the bank's commonest class)" if k == "guess" else \
-            f"   (all {most} of the bank)" if k > most else ""
-        print(f"{k:>6}   {table['all']:7.2f}   {table['per_class']:9.2f}{cells}{note}")
+        line = f"{k:>6}   {table['all']:7.2f}   {table['per_class']:9.2f}"
+        for name in names:
+            line += f"{'-':>15}" if table[name] is None else f"{table[name]:15.2f}"
+        if k == "guess":
+            line += "   (always the bank's commonest class)"
+        elif k > most:
+            line += f"   (all {most} of the bank)"
+        print(line)
     if share:
-        print(f"{'prototypes':<28}" + "".join(f"{share[n]:15.2f}" for n in names)
-              + f"   (% of K by their images' commonest class; {share['unused']:.2f} win no image)")
+        print(f"{'prototypes':<28}" + "".join(f"{share[name]:15.2f}" for name in names)
+              + "   (% of K by their images' commonest class; "
+              f"{share['unused']:.2f} win no image)")
     if names:
-        print(f"head: classes of more than {flags.head} images in the bank, tail: of fewer than {flags.tail}")
+        print(f"head: classes of more than {flags.head} images in the bank, "
+              f"tail: of fewer than {flags.tail}")
 
 
 def main(argv=None):
-    """Run the command line. Returns {"knn": {k: percent}, "guess" in percent, "groups": {k or "guess": groups.report},
-    "prototypes": groups.prototype_share of a long-tailed bank or None, "which", "T", "data", "train", "test" (numbers
-    of images)}. Bad input: one sentence on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", metavar="CKPT|RUN_DIR", help="a ckpt.pt, the directory it lies in, or a foreign file with --arch")
-    add("--arch", help="architecture of a foreign file: DINO's, torchvision's, timm's; None: a run of train.py")
-    add("--patch-size", type=int, metavar="PX", help="refuse a ViT of other patches; None: as in the file")
-    add("--img-size", type=int, metavar="PX", help="side of the images; None: what the backbone was made for")
-    add("--data", metavar="NAME|FOLDER", help="labelled images; None: those the run was trained on")
-    add("--data-root", metavar="DIR", help="where named data sets lie; None: as in the run")
-    add("--which", choices=["teacher", "student"], default="teacher", help="papers report the teacher")
-    add("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 is the headline")
-    add("--T", type=float, default=0.07, help="temperature of a neighbour's vote exp(similarity / T)")
-    add("--leave-one-out", action="store_true", help="each training image against all others, where no test split is")
-    add("--head", type=int, default=100, metavar="N", help="head classes have more training images than this")
-    add("--tail", type=int, default=20, metavar="N", help="tail classes have fewer training images than this")
-    add("--batch-size", type=int, default=512, help="images per forward pass; changes speed only")
-    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
-    add("--dump", metavar="FILE", help="torch.save {train_x, train_y, test_x, test_y} there, features of length one")
-    add("--no-cache", action="store_true", help="neither read nor write features/ next to the checkpoint")
-    add("--results", metavar="FILE", help="csv file to append to; None: results.csv next to the checkpoint")
-    flags = parser.parse_args(argv)
-    try:
+    """Run the command line. Bad input: one sentence on stderr and exit code 2.
+
+    Returns {"knn": {k: percent}, "guess": percent of the bank's commonest class, "groups": {k or
+    "guess": groups.report}, "prototypes": groups.prototype_share of a long-tailed bank or None,
+    "which", "T", "data", "train", "test" (numbers of images)}.
+    """
+    from support import evaluation
+    flags = parse(argv)
+    with evaluation.errors_as_sentences("eval_knn.py"):
         return evaluate(flags)
-    except ValueError as error:
-        print(f"eval_knn.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

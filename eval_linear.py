@@ -6,292 +6,346 @@
     python eval_linear.py RUN_DIR --protocol transfer --data flowers  # Table 4
     python eval_linear.py dino_deitsmall16_pretrain.pth --arch vit_small --data FOLDER
 
-The mathematics is in probes.py; the features, computed once and kept next to the checkpoint, come from features.py.
+The mathematics is in support/probes.py. The features are computed once and kept next to the
+checkpoint (support/features.py).
 
-Letters: N training images, M test images, D width of a feature, C classes that have training images.
+Letters: N training images, M test images, D width of a feature, C classes that have training
+images, H heads.
 """
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from data import SETS, Recipe, batches, indices
+from models import RESNETS
+from support import evaluation
 from support import groups
 from support import probes
 from support import transfer
-from data import NAMED, Recipe, batches, indices, load
-from support.features import POOLS, cached, embed, fingerprint, load_backbone, record, usable, width
-from models import RESNETS
+from support.features import POOLS, embed, width
 
-VERSION = "linear-1"  # printed with every number; raise it when anything that changes a number changes
+VERSION = "linear-1"  # printed with every number; raise it when anything that changes a number does
 BATCH = 1024  # of sgd: 128 on each of 8 GPUs
-# flags that one protocol alone reads: (protocol, default)
-OWN = {"weight_decay": ("lbfgs", 0.0), "raw": ("lbfgs", False), "steps": ("grid", 12_500), "epochs": ("sgd", 100),
-       "lr": ("sgd", (0.001, 0.01, 0.1, 0.3)), "workers": ("sgd", 0)}
+# Flags that one protocol alone reads: (that protocol, default).
+PROTOCOL_FLAGS = {
+    "weight_decay": ("lbfgs", 0.0),
+    "raw": ("lbfgs", False),
+    "steps": ("grid", 12_500),
+    "epochs": ("sgd", 100),
+    "lr": ("sgd", (0.001, 0.01, 0.1, 0.3)),
+    "workers": ("sgd", 0),
+}
 
 
-def tokens(protocol, backbone):
-    """(layers, pool): DINO's choice for grid and sgd, else the last class token; of a ResNet always the pool."""
+def default_feature(protocol, backbone):
+    """(layers, pool) of a protocol: DINO's choice for grid and sgd, otherwise the last class token.
+    A ResNet has its average pool and no more."""
     if protocol not in ("grid", "sgd") or backbone.arch in RESNETS:
         return 1, "cls"
-    return (1, "cls+mean") if backbone.arch == "vit_base" else (min(4, len(backbone.blocks)), "cls")
+    if backbone.arch == "vit_base":
+        return 1, "cls+mean"
+    return min(4, len(backbone.blocks)), "cls"
 
 
-# ---------------------------------------------------------------------------------------------------------- protocols
-# Each returns {name of a result: predicted labels (M,)}, the headline first, and a line on how it came about.
-# labels (C,): the classes that training has, in order; y (N,): column of each training image among them; get: features.
+# ---- protocols -----------------------------------------------------------------------------------
+# Each returns {name of a result: predicted labels (M,)}, the headline first, and a line that says
+# how it came about.
+#
+# x (N, D), q (M, D)   features of the training and the test images
+# labels (C,)          the labels that the training images have, in order
+# y (N,)               place of each training image's label in `labels`
 
-def lbfgs(backbone, train, test, labels, y, get, flags):
-    """Fig. 4b, Table A.1 (Appendix B.1.2): softmax regression on the whole set, features standardised unless --raw."""
-    x, q = probes.finite(get(train)), probes.finite(get(test))  # (N, D), (M, D)
+def lbfgs(x, y, q, labels, flags):
+    """Fig. 4b, Table A.1 (Appendix B.1.2): softmax regression on the whole set, on features that
+    are standardised unless --raw."""
     if not flags.raw:
         x, q = probes.standardise(x, q)
-    W, b, loss = probes.lbfgs(x, y.to(x.device), len(labels), weight_decay=flags.weight_decay)
-    fitted = 100 * float((probes.predict(x, W, b).cpu() == y).float().mean())
-    return {"test": labels[probes.predict(q, W, b).cpu()]}, (
-        f"training loss {loss:.4f}, training accuracy {fitted:.2f} %")
+    y = y.to(x.device)
+    W, b, loss = probes.lbfgs(x, y, len(labels), weight_decay=flags.weight_decay)
+    right = (probes.predict(x, W, b) == y).float().mean()
+    predicted = labels[probes.predict(q, W, b).cpu()]  # (M,)
+    note = f"training loss {loss:.4f}, training accuracy {100 * float(right):.2f} %"
+    return {"test": predicted}, note
 
 
-def grid(backbone, train, test, labels, y, get, flags):
-    """Tables 3 and C.1: 30 heads on nine tenths of the training set; the best on the other tenth is tested as it is."""
-    # differs: features of plain images, computed once, where CAPI crops and flips anew for every step.
-    x, q = probes.finite(get(train)), probes.finite(get(test))
+def grid(x, y, q, labels, flags):
+    """Tables 3 and C.1: 30 heads are trained on nine tenths of the training set, and the one that
+    is best on the other tenth is tested as it is."""
+    # differs: features of plain images, computed once; CAPI crops and flips anew for every step.
     y = y.to(x.device)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
-    kept, held = (part.to(x.device) for part in probes.hold_out(len(x), 0.1, order))
-    W, b = probes.grid(x[kept], y[kept], len(labels), steps=flags.steps, seed=flags.seed, progress=True)
-    score = probes.grid_accuracy(x[held], y[held], W, b)  # (H,)
-    best = int(score.argmax())  # the first of equals
+    train, val = (part.to(x.device) for part in probes.split(len(x), 0.1, order))
+    W, b = probes.grid(x[train], y[train], len(labels), steps=flags.steps, seed=flags.seed,
+                       progress=True)  # (H, C, D), (H, C)
+    score = probes.grid_accuracy(x[val], y[val], W, b)  # (H,)
+    best = int(score.argmax())  # the first of equal ones
     lr, wd = probes.GRID[best]
-    return {"test": labels[probes.predict(q, W[best], b[best]).cpu()]}, (
-        f"of {len(W)} heads, lr {lr:g} with wd {wd:g} is best on {len(held)} held-out images: "
-        f"{float(score[best]):.2f} %, the worst {float(score.min()):.2f} %")
+    predicted = labels[probes.predict(q, W[best], b[best]).cpu()]  # (M,)
+    note = (f"of {len(W)} heads, lr {lr:g} with wd {wd:g} is best on {len(val)} held-out images: "
+            f"{float(score[best]):.2f} %, the worst {float(score.min()):.2f} %")
+    return {"test": predicted}, note
 
 
-def sgd(backbone, train, test, labels, y, get, flags):
-    """Table 2, DINO's protocol: random resized crops and flips through the backbone, tested after every epoch."""
-    # differs: a small set takes smaller batches, 100 an epoch; of 1,024 images there were too few to learn in.
-    batch = min(BATCH, max(64, len(train) // 100), len(train))
-    steps = len(train) // batch
-    recipe = Recipe(global_size=flags.img_size, n_local=0, global_scale=(0.08, 1.0), jitter_p=0, gray_p=0,
-                    blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
+def sgd(backbone, train, y, q, test_y, labels, flags):
+    """Table 2, DINO's protocol: random resized crops and flips go through the backbone, and the
+    heads, one for each --lr, are tested after every epoch. train: images; test_y (M,)."""
+    # differs: a small set takes smaller batches, 100 an epoch; batches of 1,024 would leave it too
+    # few steps to learn in.
+    batch_size = min(BATCH, max(64, len(train) // 100), len(train))
+    steps = len(train) // batch_size
+    recipe = Recipe(global_size=flags.img_size, n_local=0, global_scale=(0.08, 1.0), jitter_p=0,
+                    gray_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
 
     @torch.no_grad()
-    def crops():
-        views = batches(train, recipe, batch_size=batch, seed=flags.seed, start=0, stop=flags.epochs * steps,
-                        device=flags.device, workers=flags.workers)
-        with tqdm(total=flags.epochs * steps, desc="sgd", unit="step", leave=False, disable=None) as bar:
-            for step, (x, _) in enumerate(views):  # the recipe's second view goes unused
-                rows = indices(len(train), batch, flags.seed, step)
-                yield embed(backbone, x, flags.layers, flags.pool), y[rows].to(x.device)
+    def training_batches():
+        views = batches(train, recipe, batch_size=batch_size, seed=flags.seed, start=0,
+                        stop=flags.epochs * steps, device=flags.device, workers=flags.workers)
+        bar = tqdm(total=flags.epochs * steps, desc="sgd", unit="step", leave=False, disable=None)
+        with bar:
+            for step, (x, _) in enumerate(views):  # a recipe has two views; one is used
+                chosen = indices(len(train), batch_size, flags.seed, step)  # (batch,)
+                yield embed(backbone, x, flags.layers, flags.pool), y[chosen].to(x.device)
                 bar.update()
 
-    q, best, when = probes.finite(get(test)), {}, {}
-    heads = probes.sgd(crops(), q.shape[1], len(labels), [lr * batch / 256 for lr in flags.lr], epochs=flags.epochs,
-                       steps=steps, device=flags.device, seed=flags.seed)
-    for epoch, pairs in enumerate(heads, 1):
-        last = {lr: labels[probes.predict(q, W, b).cpu()] for lr, (W, b) in zip(flags.lr, pairs)}
-        hits = {lr: int((pred == test.y).sum()) for lr, pred in last.items()}
-        for lr in last:
-            if lr not in best or hits[lr] > best[lr][0]:
-                best[lr], when[lr] = (hits[lr], last[lr]), epoch
+    rates = [lr * batch_size / 256 for lr in flags.lr]
+    epochs = probes.sgd(training_batches(), q.shape[1], len(labels), rates, epochs=flags.epochs,
+                        steps=steps, device=flags.device, seed=flags.seed)
+    last, best, best_hits, best_epoch = {}, {}, {}, {}  # of each lr
+    for epoch, heads in enumerate(epochs, 1):
+        for lr, (W, b) in zip(flags.lr, heads):
+            last[lr] = labels[probes.predict(q, W, b).cpu()]  # (M,)
+            hits = int((last[lr] == test_y).sum())
+            if hits > best_hits.get(lr, -1):
+                best[lr], best_hits[lr], best_epoch[lr] = last[lr], hits, epoch
     results = {}
-    for lr in sorted(last, key=lambda lr: -best[lr][0]):  # the headline first
-        results |= {f"lr {lr:g}, best": best[lr][1], f"lr {lr:g}, last": last[lr]}
-    return results, (f"{flags.epochs} epochs of {steps} steps of {batch}; the best epoch, "
-                     f"{', '.join(map(str, when.values()))}, is picked on the test images, as DINO's code does, and so "
-                     "is the best lr; the last epoch is not")
+    for lr in sorted(last, key=lambda lr: -best_hits[lr]):  # the headline first
+        results[f"lr {lr:g}, best"] = best[lr]
+        results[f"lr {lr:g}, last"] = last[lr]
+    note = (f"{flags.epochs} epochs of {steps} steps of {batch_size}; the best epoch, "
+            f"{', '.join(map(str, best_epoch.values()))}, is picked on the test images, as DINO's "
+            "code does, and so is the best lr; the last epoch is not")
+    return results, note
 
 
-def path_of_C(train, val, test, metric, get):
-    """Table 4: the best of 45 strengths on val (or on a fifth of train), refitted on both, tested once.
-    Returns predicted labels (M,), or scores (M, C) where metric is map11, and a line as above."""
-    x, q, y, columns = get(train).cpu(), get(test).cpu(), train.y, metric == "map11"
-    if val is None:
-        kept, held = probes.hold_out(len(x), 0.2, np.random.RandomState(0).permutation(len(x)))
+def best_strength(train_x, train_y, val_x, val_y, q, metric):
+    """Table 4: of 45 strengths of regularisation the one that is best on the validation images is
+    fitted again to all of them, and tested once.
+
+    val_x None: a fifth of the training images serves for validation. Features and labels lie on the
+    CPU. The result is predicted labels (M,), or scores (M, C) where the metric is map11.
+    """
+    scores_wanted = metric == "map11"
+    if val_x is None:
+        x, y = train_x, train_y
+        order = np.random.RandomState(0).permutation(len(x))
+        train, val = probes.split(len(x), 0.2, order)
     else:
-        x, y = torch.cat([x, get(val).cpu()]), torch.cat([y, val.y])
-        kept, held = torch.arange(len(train)), torch.arange(len(train), len(x))
-    probes.finite(x), probes.finite(q)
-    models, path = None, []
-    for c in tqdm(probes.CS, desc="45 values of C", leave=False, disable=None):
-        models = probes.fit_logistic(x[kept], y[kept], c, models)  # goes on from the last value's solution
-        path.append((value(metric, probes.apply_logistic(models, x[held], columns), y[held]), models))
-    best = max(range(len(path)), key=lambda i: path[i][0])  # the first, weakest, of equals
-    # differs: the refit goes on from the chosen C's solution. The official code's goes on from the last C's, all but
-    # zero, and where 100 iterations are not enough from there it tests a worse classifier than the one it chose.
-    models = probes.fit_logistic(x, y, probes.CS[best], path[best][1])
-    return probes.apply_logistic(models, q, columns), (
-        f"of {len(path)} values C = {probes.CS[best]:.3g} is best on {len(held)} validation images: "
-        f"{path[best][0]:.2f} %")
+        x, y = torch.cat([train_x, val_x]), torch.cat([train_y, val_y])
+        train, val = torch.arange(len(train_x)), torch.arange(len(train_x), len(x))
+    models, tried = None, []  # tried: (score, models) of each strength
+    for C in tqdm(probes.STRENGTHS, desc="45 values of C", leave=False, disable=None):
+        models = probes.fit_logistic(x[train], y[train], C, models)  # goes on from the last C's
+        score = percent(metric, probes.apply_logistic(models, x[val], scores_wanted), y[val])
+        tried.append((score, models))
+    best = max(range(len(tried)), key=lambda i: tried[i][0])  # the first, weakest, of equal ones
+    score, models = tried[best]
+    # differs: the second fit goes on from the chosen C's solution. The official code's goes on from
+    # the last C's, all but zero, and where 100 iterations are not enough from there it tests a
+    # worse classifier than the one it chose.
+    models = probes.fit_logistic(x, y, probes.STRENGTHS[best], models)
+    note = (f"of {len(tried)} values C = {probes.STRENGTHS[best]:.3g} is best on {len(val)} "
+            f"validation images: {score:.2f} %")
+    return {"test": probes.apply_logistic(models, q, scores_wanted)}, note
 
 
-def value(metric, out, y):
-    """The metric of a data set, in percent: top1 and per_class of labels (M,), map11 of scores (M, C)."""
+def percent(metric, out, y):
+    """The metric of a data set: top1 and per_class of labels (M,), map11 of scores (M, C)."""
     if metric == "map11":
         return probes.map11(out, y)
     return groups.report(out, y, y.bincount())["all" if metric == "top1" else metric]
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ---- command line --------------------------------------------------------------------------------
 
-def sets(flags, args):
-    """(name, train, val or None, test, its long tail in words or "") for --data. ValueError without labels."""
-    own = flags.data is None or flags.data == args.get("data")
-    name, root = args.get("data") if own else flags.data, flags.data_root or args.get("data_root", "data")
-    if name is None:
-        raise ValueError(f"{flags.checkpoint} does not say on what data it was trained: give --data")
-    if flags.protocol == "transfer" and name in transfer.METRIC and name not in NAMED:
-        return name, *transfer.load(name, root), ""
-    # On its own data the classifier sees what the run itself saw: the same seed, and a long tail if it had one.
-    tail = {key: args.get(key, default) if own else default for key, default in
-            (("imbalance", 1.0), ("imbalance_law", "exp"))}
-    train, test = load(name, root=root, seed=args.get("seed", 0), img_size=args["img_size"], **tail)
-    if test is None or train.y is None or test.y is None:
-        raise ValueError(f"--data {name} has no labels, and a probe needs labelled training and test images")
-    return name, train, None, test, "" if tail["imbalance"] == 1 else (
-        f"{tail['imbalance']:g} {tail['imbalance_law']} seed {args.get('seed', 0)}")
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description="Linear probes of frozen features.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    evaluation.add_common_flags(parser)
+    add = parser.add_argument
+    add("--protocol", choices=["lbfgs", "grid", "sgd", "transfer"], default="lbfgs",
+        help="whose rules: Fig. 4b, Table 3, Table 2 or Table 4")
+    add("--layers", type=int, metavar="N",
+        help="class tokens of the last N blocks; None: 1, or 4 for grid, sgd")
+    add("--pool", choices=POOLS,
+        help="class tokens, mean patch; None: cls, or both for a ViT-B's grid, sgd")
+    add("--raw", action="store_true", default=None,
+        help="lbfgs: features as they are, not standardised")
+    add("--weight-decay", type=float, metavar="WD",
+        help="lbfgs: WD / 2 |W|^2 is added to the mean loss; None: 0")
+    add("--steps", type=int, metavar="N", help="grid: steps of 1,024 images; None: 12,500")
+    add("--epochs", type=int, metavar="N",
+        help="sgd: passes over the training images; None: 100")
+    add("--lr", type=float, nargs="+",
+        help="sgd: rates per 256 images of a batch, a head for each; None: 0.001 (DINO's, for the "
+        "125,000 steps of ImageNet), 0.01, 0.1 and 0.3 (for small sets)")
+    add("--workers", type=int, metavar="N",
+        help="sgd: processes that decode images on disk; None: 0")
+    add("--seed", type=int, default=0,
+        help="of heads and crops; splits are the same for every seed")
+    return parser.parse_args(argv)
 
 
-def check(flags):
-    """Fill in the defaults of the protocol's own flags. ValueError for flags that cannot be, before the long work."""
-    for name, (protocol, default) in OWN.items():
+def check_flags(flags):
+    """ValueError, before the long work, for flags that cannot be. Sets the device, and the defaults
+    of the flags that only the chosen protocol reads."""
+    evaluation.check_common_flags(flags)
+    for name, (protocol, default) in PROTOCOL_FLAGS.items():
         if getattr(flags, name) is None:
             setattr(flags, name, default)
         elif flags.protocol != protocol:
-            raise ValueError(f"--{name.replace('_', '-')} is read by --protocol {protocol} alone, not {flags.protocol}")
-    for name in ("batch_size", "epochs", "steps"):
+            raise ValueError(f"--{name.replace('_', '-')} is read by --protocol {protocol} alone, "
+                             f"not {flags.protocol}")
+    for name in ("epochs", "steps"):
         if getattr(flags, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(flags, name)}")
-    if not min(flags.lr) > 0 or not flags.weight_decay >= 0:
-        raise ValueError(f"--lr must be above 0 and --weight-decay at least 0, got {min(flags.lr):g} and "
-                         f"{flags.weight_decay:g}")
-    groups.members([], flags.head, flags.tail)
-    if flags.dump and (Path(flags.dump).is_dir() or not Path(flags.dump).absolute().parent.is_dir()):
-        raise ValueError(f"--dump {flags.dump} must be a file in a folder that exists")
-    flags.device = usable(flags.device)
+            raise ValueError(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    if not 0 < min(flags.lr) <= max(flags.lr) < float("inf"):
+        raise ValueError(f"--lr must be above 0 and finite, got {' '.join(map(str, flags.lr))}")
+    if not 0 <= flags.weight_decay < float("inf"):
+        raise ValueError(f"--weight-decay must be at least 0 and finite, got {flags.weight_decay}")
+
+
+def open_images(flags, args):
+    """(name, train, val or None, test) of --data. ValueError without labels or a test split."""
+    name = evaluation.data_name(flags, args)
+    if flags.protocol == "transfer" and name in transfer.METRIC and name not in SETS:
+        return name, *transfer.load(name, flags.data_root or args.get("data_root", "data"))
+    train, test = evaluation.load_images(name, args, flags.data_root)
+    if train.y is None:
+        raise ValueError(f"--data {name} has no labels, and a probe needs labelled training and "
+                         "test images")
+    if test is None:
+        raise ValueError(f"--data {name} has no test split, and a probe is tested on images that "
+                         "it was not fitted to")
+    return name, train, None, test
 
 
 def evaluate(flags):
-    check(flags)
-    backbone, args, info = load_backbone(flags.checkpoint, flags.which, flags.arch, img_size=flags.img_size)
-    print(info)
+    """What main does once the flags are parsed."""
+    check_flags(flags)
+    backbone, args = evaluation.open_backbone(flags)
     flags.img_size = args["img_size"]
-    layers, pool = tokens(flags.protocol, backbone)
-    flags.layers, flags.pool = layers if flags.layers is None else flags.layers, flags.pool or pool
+    layers, pool = default_feature(flags.protocol, backbone)
+    flags.layers = layers if flags.layers is None else flags.layers
+    flags.pool = flags.pool or pool
     D = width(backbone, flags.layers, flags.pool)
-    name, train, val, test, imbalance = sets(flags, args)
+    name, train, val, test = open_images(flags, args)
     backbone.to(flags.device)
-    folder = Path(flags.checkpoint) if Path(flags.checkpoint).is_dir() else Path(flags.checkpoint).parent
 
-    def get(images):
-        return cached(backbone, images, flags.img_size, None if flags.no_cache else folder / "features",
-                      layers=flags.layers, pool=flags.pool, crop=flags.protocol != "transfer", device=flags.device,
-                      batch_size=flags.batch_size, progress=True).to(flags.device)
+    def features_of(images):
+        x = evaluation.features_of(images, backbone, flags, flags.img_size, flags.layers,
+                                   flags.pool, crop=flags.protocol != "transfer")
+        return probes.finite(x)
 
-    if flags.dump:
-        torch.save({"train_x": get(train).cpu(), "train_y": train.y, "test_x": get(test).cpu(), "test_y": test.y},
-                   flags.dump)
-    metric, known = "top1", train.y
+    known_y = train.y if val is None else torch.cat([train.y, val.y])  # of all but the test images
+    metric = "top1"
     if flags.protocol == "transfer":
-        metric, known = transfer.METRIC.get(name, "top1"), known if val is None else torch.cat([known, val.y])
-        out, note = path_of_C(train, val, test, metric, get)
-        results = {"test": out}
+        metric = transfer.METRIC.get(name, "top1")
+        val_x, val_y = (None, None) if val is None else (features_of(val), val.y)
+        results, note = best_strength(features_of(train), train.y, val_x, val_y, features_of(test),
+                                      metric)
     else:
-        labels, y = train.y.unique(return_inverse=True)  # (C,), (N,)
-        results, note = {"lbfgs": lbfgs, "grid": grid, "sgd": sgd}[flags.protocol](
-            backbone, train, test, labels, y, get, flags)
+        results, note = probe(backbone, train, test, features_of, flags)
     if metric == "map11":
-        tables = {key: {"map11": probes.map11(scores, test.y)} for key, scores in results.items()}
+        tables = {key: {"map11": probes.map11(out, test.y)} for key, out in results.items()}
     else:
-        counts = known.bincount(minlength=max(len(train.classes), int(test.y.max()) + 1))  # (classes,)
-        tables = {key: groups.report(pred, test.y, counts, flags.head, flags.tail) for key, pred in results.items()}
+        classes = max(len(train.classes), int(test.y.max()) + 1)
+        counts = known_y.bincount(minlength=classes)  # (classes,)
+        tables = {key: groups.report(out, test.y, counts, flags.head, flags.tail)
+                  for key, out in results.items()}
 
-    print(f"{name}: {len(known)} training images, {len(test)} test images, {len(train.classes)} classes")
-    print(f"protocol {VERSION} {flags.protocol}: {flags.which}'s features, layers {flags.layers}, pool {flags.pool} "
-          f"({D}-d, float32), {flags.img_size} px; {note}")
+    print(f"{name}: {len(known_y)} training images, {len(test)} test images, "
+          f"{len(train.classes)} classes")
+    print(f"protocol {VERSION} {flags.protocol}: {flags.which}'s features, layers {flags.layers}, "
+          f"pool {flags.pool} ({D}-d, float32), {flags.img_size} px; {note}")
     print_tables(tables, metric, flags)
-    row = {"tool": "eval_linear", "protocol": f"{VERSION} {flags.protocol}", "checkpoint": flags.checkpoint,
-           "weights": fingerprint(backbone), "which": flags.which, "arch": backbone.arch,
-           **{key: args.get(key, "") for key in ("method", "prototypes", "num_prototypes")},
-           "data": name, "imbalance": imbalance, "train": len(known), "test": len(test), "metric": metric}
-    keep(flags.results or folder / "results.csv", row, tables, flags)
+
+    row = evaluation.result_row("eval_linear", f"{VERSION} {flags.protocol}", flags, backbone, args,
+                                name)
+    row |= {"imbalance": long_tail(name, args), "train": len(known_y), "test": len(test),
+            "metric": metric, "img_size": flags.img_size, "layers": flags.layers,
+            "pool": flags.pool, "seed": flags.seed, "head_above": flags.head,
+            "tail_below": flags.tail, "settings": settings(flags)}
+    evaluation.append_results(flags, row, tables)
+    if flags.dump:
+        evaluation.dump(flags.dump, features_of(train), train.y, features_of(test), test.y)
     headline = next(iter(tables.values()))
-    return {"protocol": flags.protocol, "metric": metric, "accuracy": headline["all" if metric == "top1" else metric],
-            "results": tables, "note": note, "data": name, "train": len(known), "test": len(test),
+    return {"protocol": flags.protocol, "metric": metric,
+            "accuracy": headline["all" if metric == "top1" else metric], "results": tables,
+            "note": note, "data": name, "train": len(known_y), "test": len(test),
             "layers": flags.layers, "pool": flags.pool, "weights": row["weights"]}
 
 
-def keep(path, row, tables, flags):
-    """Append each result with what it was made of to the csv file at path; where that cannot be, say so and go on."""
-    own = {key: getattr(flags, key) for key, (protocol, _) in OWN.items() if protocol == flags.protocol}
-    own = " ".join(f"{key}={','.join(map(str, v)) if key == 'lr' else v}" for key, v in own.items())
-    row |= {"img_size": flags.img_size, "layers": flags.layers, "pool": flags.pool, "seed": flags.seed,
-            "head_above": flags.head, "tail_below": flags.tail, "settings": own}
-    try:
-        for key, table in tables.items():
-            record(path, row | {"result": key} | {
-                k: "" if v is None else round(v, 4) for k, v in table.items() if k != "classes"})
-    except OSError as error:
-        print(f"the numbers are not kept: {error}")
+def probe(backbone, train, test, features_of, flags):
+    """The results and the note of the protocols that know one label for each image."""
+    labels, y = train.y.unique(return_inverse=True)  # (C,), (N,)
+    if flags.protocol == "sgd":
+        q = features_of(test).to(flags.device)  # (M, D)
+        return sgd(backbone, train, y, q, test.y, labels, flags)
+    x = features_of(train).to(flags.device)  # (N, D)
+    q = features_of(test).to(flags.device)  # (M, D)
+    return {"lbfgs": lbfgs, "grid": grid}[flags.protocol](x, y, q, labels, flags)
+
+
+def long_tail(name, args):
+    """The long tail of a run's own data in words, "" where it has none or the data is other."""
+    imbalance = args.get("imbalance", 1.0)
+    if imbalance == 1 or not evaluation.is_own_data(name, args):
+        return ""
+    return f"{imbalance:g} {args.get('imbalance_law', 'exp')} seed {args.get('seed', 0)}"
+
+
+def settings(flags):
+    """The flags that only the chosen protocol reads, as they stand in results.csv."""
+    words = []
+    for name, (protocol, _) in PROTOCOL_FLAGS.items():
+        if protocol == flags.protocol:
+            value = getattr(flags, name)
+            words.append(f"{name}={','.join(map(str, value)) if name == 'lr' else value}")
+    return " ".join(words)
 
 
 def print_tables(tables, metric, flags):
-    """One line per result, percent."""
+    """One line for each result, in percent."""
     if metric == "map11":
         for name, table in tables.items():
             print(f"{name:>16}   11-point mAP {table['map11']:.2f} %")
         return
     classes = next(iter(tables.values()))["classes"]
-    columns = ["all", "per_class", *(n for n in groups.NAMES if classes[n])]
-    titles = ["top-1 %", "per class", *(f"{n} ({classes[n]})" for n in columns[2:])]
+    names = evaluation.groups_with_classes(tables)
+    titles = ["top-1 %", "per class", *(f"{name} ({classes[name]})" for name in names)]
     print(" " * 16 + "".join(f"{title:>15}" for title in titles))
-    for name, table in tables.items():
-        cells = ("-" if table[c] is None else f"{table[c]:.2f}" for c in columns)
-        print(f"{name:>16}" + "".join(f"{cell:>15}" for cell in cells))
-    print(f"{'':16}head: classes of more than {flags.head} training images, tail: of fewer than {flags.tail}")
+    for result, table in tables.items():
+        line = f"{result:>16}"
+        for column in ["all", "per_class", *names]:
+            line += f"{'-':>15}" if table[column] is None else f"{table[column]:15.2f}"
+        print(line)
+    print(f"{'':16}head: classes of more than {flags.head} training images, "
+          f"tail: of fewer than {flags.tail}")
 
 
 def main(argv=None):
-    """Run the command line. Returns {"protocol", "metric", "accuracy" (the headline, percent), "results": {name: what
-    groups.report gives, or {"map11"}}, "note", "data", "train", "test" (numbers of images), "layers", "pool",
-    "weights" (hash)}. Bad input: one sentence on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description="Linear probes of frozen features.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("checkpoint", metavar="CKPT|RUN_DIR", help="a ckpt.pt, the directory it lies in, or a foreign file with --arch")
-    add("--protocol", choices=["lbfgs", "grid", "sgd", "transfer"], default="lbfgs", help="whose rules, see above")
-    add("--arch", help="architecture of a foreign file: DINO's, torchvision's, timm's; None: a run of train.py")
-    add("--data", metavar="NAME|FOLDER", help="labelled images; None: those the run was trained on")
-    add("--data-root", metavar="DIR", help="where named data sets lie; None: as in the run")
-    add("--img-size", type=int, metavar="PX", help="side of the images; None: what the backbone was made for")
-    add("--which", choices=["teacher", "student"], default="teacher", help="papers report the teacher")
-    add("--layers", type=int, metavar="N", help="class tokens of the last N blocks; None: 1, or 4 for grid, sgd")
-    add("--pool", choices=POOLS, help="class tokens, mean patch; None: cls, or both for a ViT-B's grid, sgd")
-    add("--raw", action="store_true", default=None, help="lbfgs: features as they are, not standardised")
-    add("--weight-decay", type=float, metavar="WD", help="lbfgs: WD / 2 |W|^2 is added to the mean loss; None: 0")
-    add("--steps", type=int, metavar="N", help="grid: steps of 1,024 images; None: 12,500")
-    add("--epochs", type=int, metavar="N", help="sgd: passes over the training images; None: 100")
-    add("--lr", type=float, nargs="+", help="sgd: rates per 256 images of a batch, a head for each; None: 0.001 "
-        "(DINO's, for the 125,000 steps of ImageNet), 0.01, 0.1 and 0.3 (for small sets)")
-    add("--workers", type=int, metavar="N", help="sgd: processes that decode images on disk; None: 0")
-    add("--head", type=int, default=100, metavar="N", help="head classes have more training images than this")
-    add("--tail", type=int, default=20, metavar="N", help="tail classes have fewer training images than this")
-    add("--seed", type=int, default=0, help="of heads and crops; splits are the same for every seed")
-    add("--batch-size", type=int, default=512, help="images per forward pass; changes speed only")
-    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
-    add("--dump", metavar="FILE", help="torch.save {train_x, train_y, test_x, test_y} there, of plain images")
-    add("--no-cache", action="store_true", help="neither read nor write features/ next to the checkpoint")
-    add("--results", metavar="FILE", help="csv file to append to; None: results.csv next to the checkpoint")
-    flags = parser.parse_args(argv)
-    try:
+    """Run the command line. Bad input: one sentence on stderr and exit code 2.
+
+    Returns {"protocol", "metric", "accuracy": the headline in percent, "results": {name:
+    groups.report, or {"map11"}}, "note", "data", "train", "test" (numbers of images), "layers",
+    "pool", "weights": hash of the backbone}.
+    """
+    flags = parse(argv)
+    with evaluation.errors_as_sentences("eval_linear.py"):
         return evaluate(flags)
-    except ValueError as error:
-        print(f"eval_linear.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
-"""Appendix A of "Why Prototypes Collapse" (ICLR 2026): prototypes as the means of an online Gaussian mixture.
+"""Appendix A of "Why Prototypes Collapse" (ICLR 2026): an online Gaussian mixture.
 
-    code        paper             meaning                                              shape
-    h           h_i               teacher vectors of one step: J views x B images      (N, D), N = J*B
-    K, D                          components (= prototypes), dimensions
-    log_pi      log pi_k          mixture weights                                      (K,)
-    mu          mu_k = c_k        means, the prototypes                                (K, D)
-    var         diag Sigma_k      diagonal covariances                                 (K, D)
-    gamma       gamma_ik          responsibility of component k for vector i           (N, K)
-    T_*         S~_k              statistics of this step                              (K,) (K, D) (K, D)
-    S_*         S_k               running statistics, in samples: they sum to about N  (K,) (K, D) (K, D)
-    g           gamma^_k          mean responsibility over the step                    (K,)
-    eta, beta                     forgetting factor (A.7), smoothing of the density (A.1)
-    mass        JB / K            samples that each component starts with (A.4)
-    c                             mean of h; products are taken around it              (D,)
-    ks                            a block of components, as a slice                    |ks| of them
+Its means are the prototypes.
+
+    code       paper           meaning                                            shape
+    h          h_i             teacher vectors of one step: J views x B images    (N, D), N = J B
+    K, D                       components (= prototypes), dimensions
+    log_pi     log pi_k        mixture weights                                    (K,)
+    mu         mu_k = c_k      means, the prototypes                              (K, D)
+    var        diag Sigma_k    diagonal covariances                               (K, D)
+    gamma      gamma_ik        responsibility of component k for vector i         (N, K)
+    T_*        S~_k            statistics of this step                            (K,) (K, D) (K, D)
+    S_*        S_k             running statistics, in samples: sum to about N     (K,) (K, D) (K, D)
+    g          gamma^_k        mean responsibility over the step                  (K,)
+    eta, beta                  forgetting factor (A.7), smoothing of the density (A.1)
+    mass       JB / K          samples that each component starts with (A.4)
+    c                          mean of h, around which products are taken         (D,)
+    ks                         a block of components, as a slice                  |ks| of them
 
 The mixture keeps S; mu and var follow from it (A.5) and are computed when they are asked for. S is
-float64: at g = 1/K a step changes it by less than float32 can show. Components are handled in blocks,
-which bounds the memory and never changes the result. fast/gmm.py computes the same for very large N K.
-The paper leaves some things open and misprints others. Each choice of ours is a line that starts with
-`# differs:`.
+float64, since at g = 1/K a step changes it by less than float32 can show. Components are handled in
+blocks, which bounds the memory and never changes the result. fast/gmm.py computes the same for very
+large N K. The paper leaves some things open and misprints others; each choice of ours is a line
+that starts with `# differs:`.
 """
 import math
 
@@ -30,7 +32,7 @@ TINY = torch.finfo(torch.float64).tiny  # smallest positive weight: its logarith
 
 
 def eta_at(t, a=0.001, c=0.89):
-    """Forgetting factor at update t = 0, 1, 2, ...: rises from c towards 0.99 (A.7; a, c from Table A.2)."""
+    """Forgetting factor at update t = 0, 1, 2, ...: rises from c towards 0.99 (Table A.2: a, c)."""
     # A.7  eta = 0.99 - 1 / (a t + b),  b = 1 / (0.99 - c)
     # differs: the paper prints a t - b, which gives 1.09 at t = 0 and a pole at t = b / a
     return 0.99 - 1 / (a * t + 1 / (0.99 - c))
@@ -44,16 +46,17 @@ def statistics(n, mu, var):
 
 
 def spread(h):
-    """Mean (D,), pooled variance () and root mean square length () of h (N, D), in float64."""
+    """Of h (N, D): mean c (D,) float32, pooled variance () and root mean square length ()."""
     h = h.double()
-    return h.mean(0), h.var(0, correction=0).mean(), h.square().sum(1).mean().sqrt()
+    return h.mean(0).float(), h.var(0, correction=0).mean(), h.square().sum(1).mean().sqrt()
 
 
 class OnlineGMM(nn.Module):
-    """A mixture of K Gaussians in D dimensions with diagonal covariances, updated once per training step.
+    """K Gaussians in D dimensions with diagonal covariances, updated once per training step.
 
     chunk       components in a block
-    forgetting  "responsibility": eta to the power of g (A.3); "plain": eta itself (Table A.1, row 1: it starves)
+    forgetting  "responsibility": eta to the power of g (A.3);
+                "plain": eta itself (Table A.1, row 1: components without vectors starve)
     resurrect   weight above which a component is split (0.3 in B.1); None: never
     rescale     shrink the mean of a component above that weight (A.6)
     var_floor   smallest variance, as a share of the pooled variance of the step
@@ -113,12 +116,12 @@ class OnlineGMM(nn.Module):
         h = h.float()
         if not torch.isfinite(h).all():
             raise ValueError("OnlineGMM.init_from: h holds values that are not finite")
-        _, pooled, rms = spread(h)
+        _, pooled, rms = spread(h)  # () ()
         if how == "features":
             generator = torch.Generator().manual_seed(self.seed)
-            rounds = range(math.ceil(self.K / len(h)))
-            picks = torch.cat([torch.randperm(len(h), generator=generator) for _ in rounds])  # (>= K,)
-            mu, var = h[picks[:self.K].to(h.device)], pooled  # (K, D) ()
+            rounds = [torch.randperm(len(h), generator=generator) for _ in range(0, self.K, len(h))]
+            picks = torch.cat(rounds)[:self.K].to(h.device)  # (K,)
+            mu, var = h[picks], pooled  # (K, D) ()
             for ks in self.blocks() if len(h) < self.K else ():
                 noise = torch.randn(mu[ks].shape, generator=generator).to(h.device)  # (|ks|, D)
                 mu[ks] += 0.5 * pooled.sqrt().float() * noise
@@ -135,24 +138,33 @@ class OnlineGMM(nn.Module):
         return x / x.norm(dim=1, keepdim=True)
 
     # ---- parameters: A.5 -----------------------------------------------------------------------
-    def mean_and_variance(self, ks):
-        """mu and Sigma (|ks|, D) of the components ks, float64."""
-        # A.5  mu = S_mu / S_pi,  Sigma = S_sig / S_pi - mu^2
-        n = self.S_pi[ks, None].clamp_min(TINY)  # (|ks|, 1); with "plain" forgetting S_pi can reach 0
-        mu = self.S_mu[ks] / n  # (|ks|, D)
+    def mean(self, ks):
+        """mu (|ks|, D) of the components ks, float64."""
+        # A.5  mu = S_mu / S_pi
+        return self.S_mu[ks] / self.S_pi[ks, None].clamp_min(TINY)  # "plain" can bring S_pi to 0
+
+    def variance(self, ks, mu):
+        """Sigma (|ks|, D) of the components ks with means mu (|ks|, D), float64."""
+        # A.5  Sigma = S_sig / S_pi - mu^2
         # differs: the paper names no floor, but rounding can make the difference negative
-        var = (self.S_sig[ks] / n - mu * mu).clamp_min(self.floor)  # (|ks|, D)
-        return mu, var
+        var = self.S_sig[ks] / self.S_pi[ks, None].clamp_min(TINY) - mu * mu
+        return var.clamp_min(self.floor)
 
     @property
     def mu(self):
         """Means (K, D), float32; a new tensor at each call."""
-        return torch.cat([self.mean_and_variance(ks)[0].float() for ks in self.blocks()])
+        mu = torch.empty_like(self.S_mu, dtype=torch.float32)  # (K, D)
+        for ks in self.blocks():
+            mu[ks] = self.mean(ks)
+        return mu
 
     @property
     def var(self):
         """Variances (K, D), float32; a new tensor at each call."""
-        return torch.cat([self.mean_and_variance(ks)[1].float() for ks in self.blocks()])
+        var = torch.empty_like(self.S_mu, dtype=torch.float32)  # (K, D)
+        for ks in self.blocks():
+            var[ks] = self.variance(ks, self.mean(ks))
+        return var
 
     def weights(self):
         """pi (K,), float64, above 0 so that its logarithm is finite."""
@@ -171,28 +183,28 @@ class OnlineGMM(nn.Module):
         h, eta = self.checked(h, beta, eta)
         c, pooled, rms = spread(h)  # (D,) () ()
         self.t += 1
-        with torch.autocast(h.device.type, enabled=False):  # bfloat16 would ruin the exponent of A.1
+        with torch.autocast(h.device.type, enabled=False):  # bfloat16 would ruin A.1's exponent
             # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta
             gamma = self.responsibilities(h, beta)  # (N, K)
 
             for ks in self.blocks():
                 # A.2  S~ = { sum_i gamma_ik,  sum_i gamma_ik h_i,  sum_i gamma_ik h_i^2 }
-                T_pi, T_mu, T_sig = self.step_statistics(gamma[:, ks], h, c)  # (|ks|,) (|ks|, D) twice
+                T_pi, T_mu, T_sig = self.step_statistics(gamma[:, ks], h, c)
 
                 # A.3  S <- eta^g S + (1 - eta^g) S~,  g_k = mean_i gamma_ik
                 self.forget(ks, T_pi, T_mu, T_sig, len(h), eta)
 
-            # A.5  pi = S_pi / sum_k S_pi;  mu and Sigma follow from S too, see mean_and_variance
+            # A.5  pi = S_pi / sum_k S_pi;  mu and Sigma follow from S too, see mean and variance
             self.log_pi.copy_(self.weights().log())
             self.raise_floor(pooled, eta)
 
-            # A.6  mu_k <- mu_k / sqrt(||mu_k||),  pi_k <- pi_j <- pi_k / 2,  where pi_k is too large
+            # A.6  mu_k <- mu_k / sqrt(||mu_k||),  pi_k <- pi_j <- pi_k / 2  where pi_k is too large
             resurrected = self.split_resurrect(pooled, rms)
             used = torch.zeros_like(self.log_pi).index_fill_(0, gamma.argmax(1), 1).sum()
         return {"used": used, "pi_max": self.log_pi.max().exp(), "resurrected": resurrected}
 
     def checked(self, h, beta, eta):
-        """h (N, D) float32 and eta (), safe to compute with; ValueError for beta or eta out of range.
+        """h (N, D) float32 and eta (), safe to compute with. ValueError: beta or eta out of range.
 
         Where a value of h is not finite, h becomes 0 and eta 1, which forgets nothing and takes
         nothing in. The device decides this, and the host does not wait for it.
@@ -213,12 +225,14 @@ class OnlineGMM(nn.Module):
             h = h.float()
             log_P = torch.cat([self.log_density(h, ks) for ks in self.blocks()], dim=1)  # (N, K)
             # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta
-            return (self.log_pi + beta * log_P).softmax(1)
+            gamma = (self.log_pi + beta * log_P).softmax(1)  # (N, K)
+            # what S cannot see becomes 0: products with numbers near float32's end are very slow
+            return nn.functional.threshold_(gamma, 1e-20, 0.)
 
     def log_density(self, h, ks):
         """log P(h_i | mu_k, Sigma_k) (N, |ks|) of vectors h (N, D) under the components ks."""
-        c = h.mean(0)
-        mu, var = self.mean_and_variance(ks)
+        c, mu = h.mean(0), self.mean(ks)  # (D,) (|ks|, D)
+        var = self.variance(ks, mu)  # (|ks|, D)
         # P does not change when h and mu are both shifted by c, but float32 rounding does: far from
         # the origin it would eat the signal
         h, mu, precision = h - c, (mu - c).float(), (1 / var).float()  # (N, D) (|ks|, D) (|ks|, D)
@@ -228,20 +242,22 @@ class OnlineGMM(nn.Module):
         return -(square + const.float()) / 2
 
     def step_statistics(self, gamma, h, c):
-        """A.2: S~ = (T_pi, T_mu, T_sig) of responsibilities gamma (N, |ks|) and vectors h (N, D); float64."""
-        # differs: the sums run around c, the mean of h, and are shifted back in float64, since float32
-        # sums lose the signal of vectors that lie far from the origin
-        low, high = (h - c).float(), (h + c).float()  # (N, D) twice
+        """S~ of responsibilities gamma (N, |ks|) and vectors h (N, D): T_pi (|ks|,), T_mu and T_sig
+        (|ks|, D), float64 (A.2)."""
+        # differs: the sums run around c, the mean of h, and are shifted back in float64, since
+        # float32 sums lose the signal of vectors that lie far from the origin
         T_pi = gamma.sum(0).double()  # (|ks|,)
-        T_mu = (gamma.T @ low).double() + T_pi[:, None] * c  # (|ks|, D)
-        T_sig = (gamma.T @ (low * high)).double() + T_pi[:, None] * c ** 2  # (|ks|, D)
-        return T_pi, T_mu, T_sig
+        T_mu = (gamma.T @ (h - c)).double()  # (|ks|, D)
+        T_sig = (gamma.T @ ((h - c) * (h + c))).double()  # (|ks|, D), of h^2 - c^2
+        c, n = c.double(), T_pi[:, None]  # (D,) (|ks|, 1)
+        return T_pi, T_mu + n * c, T_sig + n * c ** 2
 
     def forget(self, ks, T_pi, T_mu, T_sig, N, eta):
         """A.3 for the components ks and a step of N vectors; eta (), where 1 leaves S as it is."""
         g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)  # (|ks|,)
         # A.3  S <- eta^g S + (1 - eta^g) S~
-        w = -torch.expm1(g * eta.log())  # (|ks|,), 1 - eta^g; 1 - eta**g would lose all digits at g = 1e-6
+        # 1 - eta^g as it stands would have no correct digit at g = 1e-6, and expm1 has them all
+        w = -torch.expm1(g * eta.log())  # (|ks|,)
         self.S_pi[ks].lerp_(T_pi, w)
         self.S_mu[ks].lerp_(T_mu, w[:, None])
         self.S_sig[ks].lerp_(T_sig, w[:, None])
@@ -252,7 +268,7 @@ class OnlineGMM(nn.Module):
         self.floor.copy_(torch.where(eta < 1, floor, self.floor))
 
     def split_resurrect(self, pooled, rms):
-        """A.6: a component above the weight limit shares its mass with the lightest, which restarts.
+        """A component above the weight limit shares its mass with the lightest, which restarts.
 
         pooled, rms: what `spread` gives of the step's vectors. Returns how many restarted, ().
         At most 1/limit components can be above the limit. So the heaviest few are always computed,
@@ -265,7 +281,8 @@ class OnlineGMM(nn.Module):
         order = pi.argsort(descending=True, stable=True)
         k, j = order[:n], order[-n:].flip(0)  # (n,) heaviest, (n,) lightest
         heavy = (pi[k] > self.resurrect) & (pi[j] < self.resurrect) & (rms > 0)  # (n,)
-        mu, var = self.mean_and_variance(k)  # (n, D)
+        mu = self.mean(k)  # (n, D)
+        var = self.variance(k, mu)  # (n, D)
         if self.rescale:
             # A.6  mu_k <- mu_k / sqrt(||mu_k||)
             # differs: only where ||mu_k|| > 1, as shorter means would grow

@@ -1,44 +1,52 @@
-"""The losses of CARP, CARL and DINO, Sinkhorn-Knopp, and KoLeo: tensors in, named scalars out.
+"""The losses of CARP, CARL and DINO, Sinkhorn-Knopp and KoLeo, as functions and as the loop calls them.
 
     z_s (V, B, K)   student logits of V views of B images; views 0 and 1 are the global ones
-    z_t (2, B, K)   teacher logits of the global views; view i of z_s and z_t is the same crop, so i == j is skipped
+    z_t (2, B, K)   teacher logits of the global views; view i of z_s and of z_t is the same crop, and
+                    the pair i == j is skipped
 
-The functions are the mathematics, to read and to paste; methods.py makes of them what train.py calls, and blocks.py has
-CARP's once more, lean. On several ranks a mean over the batch that a logarithm is taken of must be the mean over all:
-`mean_over_ranks` and `all_reduce` are passed in.
+The functions are the mathematics: tensors in, named scalars out. A loss of the training loop is one
+class, a subclass of Loss, and one entry of the table LOSSES at the end of this file. Above 2^24 student
+logits, fast/losses.py computes the same without holding them all.
 """
 import math
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-EPS = torch.finfo(torch.float32).eps  # CARP's official clamp: 1.19e-7 on both ends
+from support import ddp
+
+EPS = torch.finfo(torch.float32).eps  # clamp of CARP's official code: 1.19e-7 on both ends
+MOST_LOGITS = 2 ** 24  # student logits V B K of a step that the plain losses may hold
 
 
+# ---- the mathematics ---------------------------------------------------------------------------
 def pairs(V):
-    """(i, j): student view i is compared with teacher view j, another crop of the same image; 2V - 2 pairs."""
+    """(i, j): student view i meets teacher view j, another crop of the same image; 2V - 2 pairs."""
     return [(i, j) for j in range(2) for i in range(V) if i != j]
 
 
 def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
-    """CARP (Silva and Ramirez Rivera 2023) as its official code computes it; partition_size = K is CARL.
+    """CARP (Silva and Ramirez Rivera 2023), as its official code computes it.
 
-    z_s (V, B, K), z_t (2, B, K) logits; perm (K,) the random order in which the prototypes are cut into
-    K/partition_size blocks (None: as they come). Returns {"consistency", "entropy"}, 0-dim; their sum is the loss.
-    There is no temperature.
-    Raises ValueError if K is not a multiple of partition_size.
+    z_s (V, B, K), z_t (2, B, K): logits, without a temperature. perm (K,): the random order in which
+    the prototypes are cut into K / partition_size blocks; None: as they come. partition_size = K is
+    CARL. mean_over_ranks: makes a mean over all processes of a mean over this one's images.
+    Returns {"consistency", "entropy"}, 0-dim, whose sum is minimised. Raises ValueError if K is not a
+    multiple of partition_size.
     """
     (V, B, K), P = z_s.shape, partition_size
     if K % P:
         raise ValueError(f"the number of prototypes ({K}) must be a multiple of the partition size ({P})")
     if perm is not None:
         z_s, z_t = z_s[..., perm], z_t[..., perm]
-    p = z_s.float().reshape(V, B, K // P, P).softmax(-1)  # (V, B, K/P, P) per block
+    p = z_s.float().reshape(V, B, K // P, P).softmax(-1)  # (V, B, K/P, P)
     q = z_t.detach().float().reshape(2, B, K // P, P).softmax(-1)  # (2, B, K/P, P)
-    # consistency = mean over pairs i != j, images and blocks of -log sum_c p_ic q_jc                           Eq. 1
+    # consistency = mean over pairs i != j, images and blocks of -log sum_c p_ic q_jc
     agree = torch.stack([(p[i] * q[j]).sum(-1) for i, j in pairs(V)])  # (2V-2, B, K/P)
     consistency = -agree.clamp(EPS, 1 - EPS).log().mean()
-    # entropy = mean over blocks of log P - H(p_bar), p_bar the mean over student and teacher views, images and ranks
+    # entropy = mean over blocks of log P - H(p_bar), with p_bar the mean over the views of student and
+    # teacher, the images and the processes
     p_bar = (p.sum((0, 1)) + q.sum((0, 1))) / ((V + 2) * B)  # (K/P, P)
     p_bar = mean_over_ranks(p_bar) if mean_over_ranks else p_bar
     entropy = (math.log(P) + (p_bar * p_bar.clamp(EPS, 1 - EPS).log()).sum(-1)).mean()
@@ -48,8 +56,8 @@ def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
 def dino(z_s, p_t, tau=0.1, bias=0.0):
     """DINO's cross-entropy of student logits z_s (V, B, K) with teacher probabilities p_t (2, B, K).
 
-    Returns {"cross_entropy"}: the mean over the 2V - 2 pairs i != j and the images of
-    -sum_k p_t log softmax(z_s / tau + bias); tau is the student's temperature, bias (K,) is vMF's log-normaliser or 0.
+    tau: temperature of the student; bias (K,): vMF's log-normaliser, or 0. Returns {"cross_entropy"}:
+    the mean over the 2V - 2 pairs i != j and the images of -sum_k p_t log softmax(z_s / tau + bias).
     """
     log_p = (z_s.float() / tau + bias).log_softmax(-1)  # (V, B, K)
     terms = [-(p_t[j].detach() * log_p[i]).sum(-1).mean() for i, j in pairs(len(z_s))]
@@ -58,35 +66,172 @@ def dino(z_s, p_t, tau=0.1, bias=0.0):
 
 @torch.no_grad()
 def sinkhorn(z, tau, iters=3, all_reduce=None):
-    """Balanced assignments (N, K) of teacher logits z (N, K) of this rank, rows summing to 1 (SwAV, DINOv2).
+    """Balanced assignments (N, K) of teacher logits z (N, K) of this process; rows sum to 1 (SwAV).
 
-    Each round scales every prototype to the same total over the samples of all ranks, then every sample to 1.
-    all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the ranks; None on one process.
+    Each round scales every prototype to the same total over the vectors of all processes, and then
+    every vector to 1. all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the processes.
     """
     reduce = all_reduce or (lambda x, op="sum": x)
+    tiny = torch.finfo(torch.float32).tiny
     z = z.float() / tau
-    q = (z - reduce(z.max(), "max")).exp()  # one shift for all: cancels, and nothing overflows
+    q = (z - reduce(z.max(), "max")).exp()  # (N, K); one shift for all cancels, and nothing overflows
     for _ in range(iters):
-        q = q / reduce(q.sum(0)).clamp_min(torch.finfo(q.dtype).tiny)  # prototypes: equal mass
-        q = q / q.sum(1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)  # samples: one each
+        q = q / reduce(q.sum(0)).clamp_min(tiny)  # prototypes: equal mass
+        q = q / q.sum(1, keepdim=True).clamp_min(tiny)  # vectors: one each
     return q
 
 
 def koleo(C, block=2 ** 26):
-    """KoLeo on prototypes C (K, D): -mean_k log min_{i != k} ||c_k - c_i||, c of unit length (paper, Sec. 2.1).
+    """KoLeo on prototypes C (K, D): -mean_k log min_{i != k} ||c_k - c_i||, c of length one (Sec. 2.1).
 
-    The neighbour is found without gradient in blocks of rows (the K x K matrix of 65,536 prototypes is 17 GB); the
-    distance is differentiated through both ends. Exact duplicates feel no force, having no direction. K = 1 gives 0.
+    The nearest neighbour is found without gradient, in blocks of rows, since the K x K matrix of 65,536
+    prototypes is 17 GB. The distance is differentiated through both ends. Exact duplicates feel no
+    force, having no direction. K = 1 gives 0.
     """
     with torch.autocast(C.device.type, enabled=False):
         c = F.normalize(C.float(), dim=1)  # (K, D)
         if len(c) < 2:
             return c.sum() * 0
         with torch.no_grad():
-            near = []
+            nearest = []
             for ks in torch.arange(len(c), device=c.device).split(max(1, block // len(c))):
                 cos = c[ks] @ c.T  # (|ks|, K)
                 cos[torch.arange(len(ks), device=c.device), ks] = -2  # not its own neighbour
-                near.append(cos.argmax(1))
-        d = (c - c[torch.cat(near)]).norm(dim=1)  # (K,)
+                nearest.append(cos.argmax(1))
+        d = (c - c[torch.cat(nearest)]).norm(dim=1)  # (K,)
         return -(d + 1e-8).log().mean()  # 1e-8: a duplicate costs 18 nats, not infinity
+
+
+# ---- as the loop calls them --------------------------------------------------------------------
+class Loss(nn.Module):
+    """What the training loop calls. A loss has to define two methods:
+
+    targets(h_t, protos_t, step)     once a step: teacher vectors (2, B, D) -> what the student has to
+                                     agree with, cut along its dimension 1 into micro-batches
+    forward(h_s, targets, protos_s, protos_t, step)     once a micro-batch: student vectors (V, B, D)
+                                     -> {name: scalar}. The sum is minimised; each name is logged.
+
+    It may also say
+    uniform   value of its first term while the student's output is uniform: the log then shows how
+              far below that the term is
+    tau       temperature of the student's softmax
+    """
+
+    uniform = None
+    tau = 1.0
+
+    @classmethod
+    def from_args(cls, args, steps_per_epoch):
+        return cls(args.num_prototypes)
+
+    def centre_over_tau(self):
+        """What a softmax over prototypes takes off logits / tau: (K,), or 0."""
+        return 0.0
+
+
+def fast_losses(K, h_s, protos_s, protos_t):
+    """fast/losses.py where the logits of h_s (V, B, D) are too many for the plain losses, else None."""
+    V, B, _ = h_s.shape
+    if V * B * K <= MOST_LOGITS:
+        return None
+    for protos in (protos_s, protos_t):
+        if not protos.logits_are_products():
+            name = type(protos).__name__
+            ddp.print_once(f"{name} overrides `logits`: the plain loss runs, with all {V * B * K} logits")
+            return None
+    from fast import losses
+    return losses
+
+
+class CARPLoss(Loss):
+    """CARP and CARL. The random order of the prototypes is a function of (seed, step)."""
+
+    def __init__(self, K, partition_size, seed=0):
+        super().__init__()
+        self.K, self.partition_size, self.seed = K, partition_size, seed
+        self.uniform = math.log(partition_size)
+
+    @classmethod
+    def from_args(cls, args, steps_per_epoch):
+        return cls(args.num_prototypes, args.partition_size, args.seed)
+
+    def targets(self, h_t, protos_t, step):
+        return h_t
+
+    def forward(self, h_s, h_t, protos_s, protos_t, step):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        perm = torch.randperm(self.K, generator=generator).to(h_s.device, non_blocking=True)  # (K,)
+        if fast := fast_losses(self.K, h_s, protos_s, protos_t):
+            return fast.carp(h_s, h_t, protos_s, protos_t, self.partition_size, perm,
+                             ddp.mean_over_ranks)
+        z_s = protos_s.logits(h_s)  # (V, B, K)
+        z_t = protos_t.logits(h_t)  # (2, B, K)
+        return carp(z_s, z_t, self.partition_size, perm, ddp.mean_over_ranks)
+
+
+class DINOLoss(Loss):
+    """DINO. The teacher's probabilities are sharpened, and one of three ways keeps them from all
+    falling on one prototype:
+
+    "center"    softmax((z - centre) / tau), centre: running mean of z over views, images, processes
+    "prob"      softmax(z / tau + bias - centre), centre: running log of the mean probability (vMF)
+    "sinkhorn"  Sinkhorn-Knopp over both views of all images (DINOv2; Table C.3 when decoupled)
+    """
+
+    def __init__(self, K, steps_per_epoch, targets="center", temps=(0.04, 0.04), temp_epochs=0, tau=0.1,
+                 momentum=0.9):
+        super().__init__()
+        self.steps_per_epoch, self.how, self.tau, self.momentum = steps_per_epoch, targets, tau, momentum
+        self.temps, self.temp_epochs = temps, temp_epochs
+        self.register_buffer("centre", torch.zeros(K))  # (K,)
+        self.uniform = math.log(K)
+
+    @classmethod
+    def from_args(cls, args, steps_per_epoch):
+        return cls(args.num_prototypes, steps_per_epoch, args.targets, args.teacher_temp,
+                   args.teacher_temp_epochs, args.student_temp)
+
+    def centre_over_tau(self, tau=None):
+        # Sinkhorn-Knopp leaves the centre at 0
+        return self.centre if self.how == "prob" else self.centre / (tau or self.tau)
+
+    def temperature(self, step):
+        """tau of the teacher: a straight line over temp_epochs passes, one value a pass, then flat."""
+        start, end = self.temps
+        if not self.temp_epochs:
+            return end
+        epoch = step // self.steps_per_epoch
+        return start + (end - start) * min(1, epoch / max(1, self.temp_epochs - 1))
+
+    @torch.no_grad()
+    def targets(self, h_t, protos_t, step):
+        """Teacher vectors (2, B, D) -> p_t (2, B, K)."""
+        tau = self.temperature(step)
+        z = protos_t.logits(h_t)  # (2, B, K)
+        z_tau = z / tau + protos_t.bias(tau)  # (2, B, K)
+        if self.how == "sinkhorn":
+            return sinkhorn(z_tau.flatten(0, 1), 1.0, all_reduce=ddp.all_reduce).view_as(z)
+        p_t = (z_tau - self.centre_over_tau(tau)).softmax(-1)  # (2, B, K)
+        # the centre moves after it has served, as in the official code
+        if self.how == "prob":
+            mean = ddp.mean_over_ranks(z_tau.softmax(-1).mean((0, 1)))  # (K,)
+            now = mean.clamp_min(torch.finfo(z.dtype).tiny).log()  # (K,)
+        else:
+            now = ddp.mean_over_ranks(z.mean((0, 1)))  # (K,)
+        self.centre.lerp_(now, 1 - self.momentum)
+        return p_t
+
+    def forward(self, h_s, p_t, protos_s, protos_t, step):
+        if fast := fast_losses(p_t.shape[-1], h_s, protos_s, protos_t):
+            return fast.dino(h_s, p_t, protos_s, self.tau)
+        z_s = protos_s.logits(h_s)  # (V, B, K)
+        return dino(z_s, p_t, self.tau, protos_s.bias(self.tau))
+
+
+# name of --method: the class
+LOSSES = {"carp": CARPLoss, "carl": CARPLoss, "dino": DINOLoss}  # carl: one block of K prototypes
+
+
+def loss(args, steps_per_epoch=1):
+    """The loss that --method names; steps_per_epoch: steps of one pass over the images."""
+    return LOSSES[args.method].from_args(args, steps_per_epoch)

@@ -1,19 +1,24 @@
-"""Backbones f: images (N, 3, H, W) -> (cls (N, dim), patches (N, n, dim)), and the multi-crop wrapper around them.
+"""
+Backbones f: images (N, 3, H, W) -> (cls (N, dim), patches (N, n, dim)). The multi-crop wrapper.
 
     arch       dim    depth  heads   parameters
-    vit_nano    96      3      3     0.36 M      conv stem, effective patch 8; what the CPU preset trains
+    vit_nano    96      3      3     0.36 M      conv stem, patches of 8 pixels; the default run's
     vit_tiny   192     12      3      5.5 M
     vit_small  384     12      6     21.7 M      the ViT-S of DINO, CARP and the paper
     vit_base   768     12     12     85.8 M
     resnet18   512                   11.2 M      torchvision's, without fc
     resnet50  2048                   23.5 M
 
-A ViT here carries timm's parameter names and computes in timm's order, so a trained one goes elsewhere in two lines:
+A ViT here carries timm's parameter names and computes in timm's order, so a trained one goes
+elsewhere in two lines:
 
     net = timm.create_model("vit_small_patch16_224", num_classes=0)
     net.load_state_dict(build("vit_small").state_dict())  # strict, and the same features
 
-Letters: N images (or N tokens where said), T = 1 + n tokens of an image, dim = width, p = patch size.
+A ViT cuts an image into n patches of p x p pixels. A token is the vector (dim,) that stands for one
+patch; one more, the class token, stands for the whole image.
+
+Letters: N images of H x W pixels, n patches and T = 1 + n tokens of an image, dim = width.
 """
 import torch
 import torch.nn as nn
@@ -34,16 +39,19 @@ ARCHS = [*VITS, *RESNETS]
 
 
 def build(arch, *, patch_size=16, img_size=224, drop_path=0.0, in_small=False):
-    """A freshly initialised backbone with attributes .arch and .dim; forward(x) -> (cls (N, dim), patches (N, n, dim)).
+    """A freshly initialised backbone with attributes .arch and .dim.
 
-    Downloads nothing; the initial weights are drawn from torch's default generator.
+    forward(x) -> (cls (N, dim), patches (N, n, dim)). Downloads nothing; the initial weights are
+    drawn from torch's default generator.
 
-    patch_size, drop_path: ViTs only (a ResNet takes no notice of patch_size). drop_path is the rate of the LAST block;
-        give it to the student only: a teacher left in train() mode would drop paths too.
-    img_size: side in pixels for which a ViT's position embedding is laid out; other sizes are interpolated in forward.
-    in_small: ResNets only, for images up to 64 px: 3x3 stride-1 stem and no max-pool, so that 32 px end as 4 x 4.
-    Raises ValueError: unknown arch, image not divisible by the patch, vit_nano with a patch other than 8, drop_path
-        outside [0, 1) or on a ResNet.
+    patch_size, drop_path: ViTs only (a ResNet takes no notice of patch_size). drop_path is the rate
+        of the LAST block; give it to the student only: a teacher in train() mode would drop too.
+    img_size: side in pixels for which a ViT's position embedding is laid out; it is interpolated
+        for images of another size.
+    in_small: ResNets only, for images up to 64 px: 3x3 stride-1 stem and no max-pool, so that
+        32 px end as 4 x 4.
+    Raises ValueError: unknown arch, image not divisible by the patch, vit_nano with a patch other
+        than 8, drop_path outside [0, 1) or on a ResNet.
     """
     if arch not in ARCHS:
         raise ValueError(f"arch '{arch}' is not one of {', '.join(ARCHS)}")
@@ -56,24 +64,28 @@ def build(arch, *, patch_size=16, img_size=224, drop_path=0.0, in_small=False):
     return ViT(arch, patch_size, img_size, drop_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ViT
+# ---- ViT -----------------------------------------------------------------------------------------
 
 class PatchEmbed(nn.Module):
     """(N, 3, H, W) -> tokens (N, n, dim) in row-major order, n = H/p * W/p."""
 
     def __init__(self, dim, patch_size, conv_stem):
         super().__init__()
-        if conv_stem:  # patch 8 in three small steps: overlapping filters and two nonlinearities before the blocks
+        if conv_stem:  # patches of 8 in three small steps, with overlapping filters
             self.proj = nn.Sequential(
-                nn.Conv2d(3, 16, 3, 2, 1), nn.GELU(), nn.Conv2d(16, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, dim, 2, 2))
+                nn.Conv2d(3, 16, kernel_size=3, stride=2, padding=1), nn.GELU(),
+                nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1), nn.GELU(),
+                nn.Conv2d(32, dim, kernel_size=2, stride=2))
         else:
-            self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+            self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)  # (N, n, dim)
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention of the tokens (N, T, dim) of each image."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -82,13 +94,17 @@ class Attention(nn.Module):
 
     def forward(self, x):
         N, T, dim = x.shape
-        qkv = self.qkv(x).view(N, T, 3, self.heads, dim // self.heads)  # (N, T, 3, heads, dim/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, dim/heads) each
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(N, T, dim))  # (N, T, dim)
+        d = dim // self.heads
+        qkv = self.qkv(x).view(N, T, 3, self.heads, d)  # (N, T, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, d) each
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, d)
+        x = x.transpose(1, 2).reshape(N, T, dim)
+        return self.proj(x)  # (N, T, dim)
 
 
 class Mlp(nn.Module):
+    """Two layers, four times as wide in between."""
+
     def __init__(self, dim):
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
@@ -99,7 +115,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; in training each of its two branches is dropped per sample at rate drop_path."""
+    """Pre-norm transformer block.
+
+    In training each of its two branches is dropped for whole images, at rate drop_path.
+    """
 
     def __init__(self, dim, heads, drop_path):
         super().__init__()
@@ -110,37 +129,64 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def drop(self, branch):
-        """Zero whole samples of a branch (N, T, dim) and rescale the rest, so that its expectation is unchanged.
-        Draws on torch's default generator, so whoever seeds that per step can resume exactly."""
+        """A branch (N, T, dim): zero for some images, scaled up for the rest, so that
+        its expectation is unchanged.
+
+        Draws from torch's default generator: whoever seeds that for each step can resume exactly.
+        """
         if not self.training or self.drop_path == 0:
             return branch
-        keep = 1 - self.drop_path
-        return branch * (branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep)
+        kept_share = 1 - self.drop_path
+        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(kept_share)  # (N, 1, 1)
+        return branch * (kept / kept_share)
 
     def forward(self, x):
         x = x + self.drop(self.attn(self.norm1(x)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
+def resize_positions(pos_embed, h, w):
+    """The position embedding of a square grid, interpolated to a grid of h x w patches.
+
+    (1, 1 + grid^2, dim) -> (1, 1 + h*w, dim); of that size already, it is returned as it is.
+    """
+    grid = round((pos_embed.shape[1] - 1) ** 0.5)
+    if (h, w) == (grid, grid):
+        return pos_embed
+    # Bicubic without antialiasing, as DINO (timm antialiases). The new size is given outright. DINO
+    # gives a scale factor with .1 added against rounding, which also shifts its samples a little.
+    cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    patches = patches.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)  # (1, dim, grid, grid)
+    patches = F.interpolate(patches, size=(h, w), mode="bicubic", align_corners=False)
+    patches = patches.flatten(2).transpose(1, 2)  # (1, h*w, dim)
+    return torch.cat([cls, patches], dim=1)
+
+
 class ViT(nn.Module):
-    """Vision transformer; forward gives (cls (N, dim), patches (N, n, dim)), both after the final LayerNorm."""
+    """Vision transformer.
+
+    forward gives (cls (N, dim), patches (N, n, dim)), both after the final LayerNorm.
+    """
 
     def __init__(self, arch, patch_size, img_size, drop_path):
         super().__init__()
         if arch == "vit_nano" and patch_size != 8:
-            raise ValueError(f"patch_size {patch_size} does not fit vit_nano, whose conv stem makes patches of 8")
+            raise ValueError(f"patch_size {patch_size} does not fit vit_nano, whose conv stem "
+                             "makes patches of 8")
         if patch_size < 1 or img_size < patch_size or img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
-        self.arch, self.patch_size, self.grid = arch, patch_size, img_size // patch_size
+        self.arch = arch
+        self.patch_size = patch_size
         self.dim, depth, heads = VITS[arch]
+        grid = img_size // patch_size  # patches along each side
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid ** 2, self.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid ** 2, self.dim))
         self.patch_embed = PatchEmbed(self.dim, patch_size, conv_stem=arch == "vit_nano")
         rates = torch.linspace(0, drop_path, depth).tolist()  # 0 at the first block, as DINO
         self.blocks = nn.ModuleList(Block(self.dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
-        # As DINO: .02 for tokens and linear layers; the convolutions keep torch's default, which at .02 would
-        # drown the image under the position embedding.
+        # As DINO: a deviation of .02 for the class token, positions and linear layers. Convolutions
+        # keep torch's default: at .02 the position embedding would drown the image.
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -148,53 +194,50 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def positions(self, h, w):
-        """Position embedding (1, 1 + h*w, dim) of a grid of h x w patches; the parameter itself at the native grid.
-        Other grids: bicubic, no antialias, as DINO (timm antialiases). The target size is given outright, where DINO
-        gives a scale factor with .1 added against rounding, which also shifts its sampling points a little."""
-        if (h, w) == (self.grid, self.grid):
-            return self.pos_embed
-        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        patches = patches.reshape(1, self.grid, self.grid, self.dim).permute(0, 3, 1, 2)  # (1, dim, grid, grid)
-        patches = F.interpolate(patches, size=(h, w), mode="bicubic", align_corners=False)  # (1, dim, h, w)
-        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
-
     def intermediate(self, x, n):
-        """[(cls (N, dim), patches (N, h*w, dim))] of the last n blocks, earliest first, each through the final norm.
-        Raises ValueError: n not in 1..depth, image height or width not divisible by the patch."""
-        if not 1 <= n <= len(self.blocks):
-            raise ValueError(f"the last n = {n} blocks were asked for, and {self.arch} has {len(self.blocks)}")
+        """[(cls (N, dim), patches (N, h*w, dim))] of the last n blocks, after the final norm each.
+
+        The earliest block comes first; an image has h x w patches. Raises ValueError: n not in
+        1..depth, image height or width not divisible by the patch.
+        """
+        depth = len(self.blocks)
+        if not 1 <= n <= depth:
+            raise ValueError(f"the last n = {n} blocks were asked for, and {self.arch} has {depth}")
         H, W = x.shape[-2:]
         p = self.patch_size
         if H % p or W % p:
             raise ValueError(f"an image of {H} x {W} pixels is not divisible by patch_size {p}")
         x = self.patch_embed(x)  # (N, h*w, dim)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (N, T, dim)
-        x = x + self.positions(H // p, W // p)
+        x = x + resize_positions(self.pos_embed, H // p, W // p)
         outputs = []
         for i, block in enumerate(self.blocks):
             x = block(x)
-            if i >= len(self.blocks) - n:
-                tokens = self.norm(x)
-                outputs.append((tokens[:, 0], tokens[:, 1:]))
+            if i >= depth - n:
+                normed = self.norm(x)  # (N, T, dim)
+                outputs.append((normed[:, 0], normed[:, 1:]))
         return outputs
 
     def forward(self, x):
         return self.intermediate(x, 1)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------- ResNet
+# ---- ResNet --------------------------------------------------------------------------------------
 
 class ResNet(resnet.ResNet):
-    """torchvision's ResNet without fc; forward gives (average pool (N, dim), last feature map as (N, h*w, dim))."""
+    """torchvision's ResNet without fc.
+
+    forward gives (average pool (N, dim), last feature map as (N, h*w, dim)).
+    """
 
     def __init__(self, arch, in_small):
         block, layers = RESNETS[arch]
         super().__init__(block, layers, zero_init_residual=True)  # as CARP's ResNet-50 recipe
-        self.arch, self.dim = arch, self.fc.in_features
+        self.arch = arch
+        self.dim = self.fc.in_features
         del self.fc
         if in_small:
-            self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
             self.maxpool = nn.Identity()
 
@@ -205,28 +248,30 @@ class ResNet(resnet.ResNet):
         return patches.mean(1), patches
 
 
-# --------------------------------------------------------------------------------------------------------- multi-crop
+# ---- multi-crop ----------------------------------------------------------------------------------
 
 class MultiCrop(nn.Module):
-    """Backbone and head over the views of a batch: list of V tensors (B, 3, s_v, s_v) -> h (V*B, D), view-major.
+    """Backbone and head over the views of a batch: V tensors (B, 3, s_v, s_v) -> h (V*B, D).
 
-    Consecutive views of one size go through the backbone together (one call per resolution), and the head sees all
-    views in one call. That is faster, and it decides what BatchNorm sees: in the backbone the views of one resolution,
-    in the head all views. h.chunk(V) gives the views back. As DINO's wrapper. Raises ValueError without views.
+    h.chunk(V) gives the views back. Consecutive views of one size go through the backbone together
+    (one call per resolution), and the head sees all views in one call. That is faster, and it
+    decides what BatchNorm sees: in the backbone the views of one resolution, in the head all views.
+    As DINO's wrapper. Raises ValueError without views.
     """
 
     def __init__(self, backbone, head):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
     def forward(self, views):
         if not len(views):
             raise ValueError("MultiCrop got an empty list of views")
-        groups = []  # lists of consecutive equal-sized views
+        same_size = []  # lists of consecutive views of one size
         for view in views:
-            if groups and groups[-1][0].shape[-2:] == view.shape[-2:]:
-                groups[-1].append(view)
+            if same_size and same_size[-1][0].shape[-2:] == view.shape[-2:]:
+                same_size[-1].append(view)
             else:
-                groups.append([view])
-        cls = [self.backbone(torch.cat(group))[0] for group in groups]  # each (views in group * B, dim)
+                same_size.append([view])
+        cls = [self.backbone(torch.cat(group))[0] for group in same_size]  # (len(group) * B, dim)
         return self.head(torch.cat(cls))  # (V*B, D)

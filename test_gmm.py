@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from gmm import OnlineGMM, eta_at, exp2_or_0
+from gmm import OnlineGMM, eta_at
 
 
 def mixture(K=40, D=6, N=150, seed=0, **options):

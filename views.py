@@ -1,11 +1,15 @@
 """
-Multi-crop views: `batches` for training, `eval_batches` without augmentation. A set is anything with `len` and either
-`.x` (N, 3, H, W) uint8, augmented a batch at a time on the training device, or `.read(i)`, decoded in worker processes
-and augmented one image at a time by torchvision. Where the batched form is not what torchvision does, a line starting
-with `# differs:` says so.
+Multi-crop views of images: `batches` for training, `eval_batches` without augmentation.
 
-Every random number is a function of (seed, step, view) or (seed, step, position in the global batch), so the number of
-ranks or workers, or starting again in the middle, does not change a pixel.
+A set is anything with `len` and one of two things. With `.x` (N, 3, H, W) uint8 it is in memory:
+a batch at a time is augmented on the training device. With `.read(i)` it is on disk: worker
+processes decode its images, and torchvision augments one at a time. Where the batched form is not
+what torchvision does, a line starting with `# differs:` says so.
+
+Every random number is a function of (seed, step, view) or (seed, step, position in the global
+batch). So the number of ranks or workers, or starting again in the middle, does not change a pixel.
+
+Letters: B images of a batch, H x W pixels of an image, V views of an image, s x s pixels of a view.
 """
 import functools
 import hashlib
@@ -14,20 +18,33 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet
+STD = (0.229, 0.224, 0.225)
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R 601, as in PIL
 THREADS = min(8, os.cpu_count() or 1)
 ORDER, AUGMENT, LONG_TAIL = 1, 2, 3  # first number of a seed: one stream per purpose
 
 
+class View(NamedTuple):
+    """What decides how one view of an image is made, beside what all views share."""
+    size: int  # pixels
+    scale: tuple  # smallest and largest share of the image's area
+    blur_p: float
+    solarize_p: float
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """The views of an image: 2 global and n_local local crops. As in DINO and CARP (scales: CARP, Table B.1)."""
+    """The views of an image: 2 global and n_local local crops, as in DINO and CARP.
+
+    The scales are those of CARP, Table B.1.
+    """
     global_size: int = 224  # pixels
     local_size: int = 96
     n_local: int = 6
@@ -41,17 +58,24 @@ class Recipe:
     flip_p: float = 0.5
 
     def views(self):
-        """(size, scale, blur_p, solarize_p) of each view."""
-        two = [(self.global_size, self.global_scale, self.blur_p[v], self.solarize_p[v]) for v in (0, 1)]
-        return two + [(self.local_size, self.local_scale, self.blur_p[2], self.solarize_p[2])] * self.n_local
+        """A list of `View`: the two global crops, then the local ones."""
+        views = []
+        for blur_p, solarize_p in zip(self.blur_p[:2], self.solarize_p[:2]):
+            views.append(View(self.global_size, self.global_scale, blur_p, solarize_p))
+        local = View(self.local_size, self.local_scale, self.blur_p[2], self.solarize_p[2])
+        return views + [local] * self.n_local
 
+
+# ---- seeds and the order of the images -----------------------------------------------------------
 
 def seed_of(*ints):
     """One 63-bit seed from several integers, different for different tuples of any length."""
-    return int.from_bytes(hashlib.sha256(repr([int(i) for i in ints]).encode()).digest()[:8], "big") >> 1
+    text = repr([int(i) for i in ints])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(*ints):
+    """A torch.Generator on the CPU whose seed is `seed_of` these integers."""
     return torch.Generator().manual_seed(seed_of(*ints))
 
 
@@ -61,211 +85,311 @@ def epoch_order(n, seed, epoch):
 
 
 def indices(n, batch_size, seed, step):
-    """(batch_size,) images of a step: each epoch of n // batch_size steps is a new permutation, its rest dropped."""
-    epoch, k = divmod(step, n // batch_size)
-    return epoch_order(n, seed, epoch)[k * batch_size:(k + 1) * batch_size]
+    """(batch_size,) int64: which of n images a step sees.
+
+    Each epoch of n // batch_size steps is a new permutation, whose rest is dropped.
+    """
+    epoch, batch = divmod(step, n // batch_size)
+    return epoch_order(n, seed, epoch)[batch * batch_size:(batch + 1) * batch_size]
 
 
-def batches(images, recipe, *, batch_size, seed, start, stop, rank=0, world=1, device="cpu", workers=0):
-    """Iterates over steps start..stop-1: lists of 2 + n_local normalised float32 (batch_size / world, 3, s, s).
+def batches(images, recipe, *, batch_size, seed, start, stop, rank=0, world=1, device="cpu",
+            workers=0):
+    """Iterates over steps start..stop-1.
 
-    batch_size counts all `world` ranks. workers: processes that decode, used only where the set is not in memory.
-    ValueError if the set is smaller than a batch, or a batch cannot be shared out equally.
+    A step gives a list of 2 + n_local views: normalised float32 (batch_size / world, 3, s, s).
+    batch_size counts all `world` ranks. workers: processes that decode, used only where the set is
+    not in memory. ValueError if the set is smaller than a batch, or a batch cannot be shared out
+    equally.
     """
     if not 1 <= batch_size <= len(images):
-        raise ValueError(f"--batch-size {batch_size} must be between 1 and the {len(images)} images of the set")
+        raise ValueError(f"--batch-size {batch_size} must be between 1 and the {len(images)} "
+                         "images of the set")
     if batch_size % world:
         raise ValueError(f"--batch-size {batch_size} must be divisible by the {world} processes")
-    own = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    # the positions of the global batch that this rank sees
+    rank_slice = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    steps = range(start, stop)
     if hasattr(images, "x"):
-        return from_memory(images, recipe, batch_size, seed, range(start, stop), own, device)
-    return from_disk(images, recipe, batch_size, seed, range(start, stop), own, device, workers)
+        return from_memory(images, recipe, batch_size, seed, steps, rank_slice, device)
+    return from_disk(images, recipe, batch_size, seed, steps, rank_slice, device, workers)
 
 
-# ---- a set in memory: a batch at a time ------------------------------------------------------------------------------
+# ---- a set in memory: a batch at a time ----------------------------------------------------------
 
-def from_memory(images, recipe, batch_size, seed, steps, own, device):
+def from_memory(images, recipe, batch_size, seed, steps, rank_slice, device):
     data = images.x.to(device)  # at most 2 GiB: copied once, not a batch per step
+    views = recipe.views()
     for step in steps:
-        x = data[indices(len(data), batch_size, seed, step)[own].to(device)].float() / 255  # (B, 3, H, W)
-        # drawn for all ranks and then cut, on the CPU: the same crops on any number of ranks, on any device
-        u = torch.stack([torch.rand(batch_size, 32, generator=generator(AUGMENT, seed, step, v))[own]
-                         for v in range(2 + recipe.n_local)])  # (V, B, 32)
-        yield [*augment(x, u[:2], recipe, recipe.views()[:2]), *augment(x, u[2:], recipe, recipe.views()[2:])]
+        batch = indices(len(data), batch_size, seed, step)[rank_slice]  # (B,)
+        x = data[batch.to(device)].float() / 255  # (B, 3, H, W)
+        # Drawn for all ranks and then cut, on the CPU: the crops are the same ones on any number
+        # of ranks, and on any device.
+        u = [torch.rand(batch_size, 32, generator=generator(AUGMENT, seed, step, v))[rank_slice]
+             for v in range(len(views))]
+        u = torch.stack(u)  # (V, B, 32)
+        yield augment(x, u[:2], recipe, views[:2]) + augment(x, u[2:], recipe, views[2:])
 
 
-def augment(x, u, recipe, kinds):
-    """V views of one size: x (B, 3, H, W) in [0, 1], u (V, B, 32) uniform on the CPU -> V tensors (B, 3, s, s)."""
-    if not kinds:
+def augment(x, u, recipe, views):
+    """Views of one size: a list of tensors (B, 3, s, s), normalised.
+
+    x (B, 3, H, W) in [0, 1]; u (V, B, 32) uniform in [0, 1), on the CPU; views: V times `View`.
+    """
+    if not views:
         return []
-    size, scale = kinds[0][:2]
-    blur_p, solarize_p = torch.tensor([k[2:] for k in kinds]).T[..., None]  # (V, 1) each
-    flip, jittered, *factors, hue, grey, blurred, sigma, solarized = u[..., 22:].unbind(-1)  # (V, B) each
-    jittered = jittered < recipe.jitter_p
-    factors = [(max(0, 1 - j) + (1 + j - max(0, 1 - j)) * f).where(jittered, 1) for f, j in zip(factors, recipe.jitter)]
-    hue = ((2 * hue - 1) * recipe.jitter[3]).where(jittered, 0)
-    # a bilinear sample covers 2 pixels, so further apart they alias: then take several per output pixel, and average
+    size, scale = views[0].size, views[0].scale
+    V, B = u.shape[:2]
     H, W = x.shape[2:]
-    taps = math.ceil(min(max(H, W), math.sqrt(scale[1] * H * W * 4 / 3)) / size / 2)
-    x = crop(x, crop_boxes(u[..., :22], scale, H, W), flip < recipe.flip_p, size, taps)  # (V*B, 3, s, s)
-    x = colour(x, *(t.flatten() for t in (*factors, hue, grey < recipe.gray_p)))
-    rows = (blurred < blur_p).flatten().nonzero()[:, 0]
-    x[rows.to(x.device)] = blur(x[rows.to(x.device)], 0.1 + 1.9 * sigma.flatten()[rows])
-    rows = (solarized < solarize_p).flatten().nonzero()[:, 0].to(x.device)
-    x[rows] = solarize(x[rows])
-    return normalise(x).view(len(u), -1, 3, size, size).unbind()
+    # numbers 0 to 21 place the box, ten more decide what happens to it; (V, B) each
+    flip, jitter, brightness, contrast, saturation, hue, grey, blurred, sigma, solarized = \
+        u[..., 22:].unbind(-1)
+
+    flip = flip < recipe.flip_p
+    box = crop_boxes(u[..., :22], scale, H, W)  # (V, B, 4)
+    # A bilinear sample covers 2 pixels. Where output pixels lie further apart than that, they
+    # would alias: then several samples are taken for each, and averaged.
+    longest = min(max(H, W), math.sqrt(scale[1] * H * W * 4 / 3))  # side of the largest box
+    taps = math.ceil(longest / size / 2)
+    x = crop(x, box, flip, size, taps)  # (V*B, 3, s, s)
+
+    jitter = jitter < recipe.jitter_p
+    factors = []
+    for f, j in zip((brightness, contrast, saturation), recipe.jitter):
+        low = max(0, 1 - j)
+        factors.append((low + (1 + j - low) * f).where(jitter, 1).flatten())  # (V*B,)
+    hue = ((2 * hue - 1) * recipe.jitter[3]).where(jitter, 0)
+    x = colour(x, *factors, hue.flatten(), (grey < recipe.gray_p).flatten())
+
+    blur_p = torch.tensor([view.blur_p for view in views])[:, None]  # (V, 1)
+    chosen = (blurred < blur_p).flatten().nonzero()[:, 0]  # of the V*B images
+    sigma = 0.1 + 1.9 * sigma.flatten()[chosen]  # pixels
+    chosen = chosen.to(x.device)
+    x[chosen] = blur(x[chosen], sigma)
+
+    solarize_p = torch.tensor([view.solarize_p for view in views])[:, None]  # (V, 1)
+    chosen = (solarized < solarize_p).flatten().nonzero()[:, 0].to(x.device)
+    x[chosen] = solarize(x[chosen])
+    return list(normalise(x).view(V, B, 3, size, size).unbind())
 
 
 def crop_boxes(u, scale, H, W):
-    """RandomResizedCrop's boxes (..., 4) = top, left, height, width in pixels, from uniform numbers u (..., 22)."""
+    """RandomResizedCrop's boxes (..., 4) = top, left, height, width in pixels.
+
+    u (..., 22): uniform numbers; scale: smallest and largest share of the image's H x W pixels.
+    """
     # differs: torchvision rounds a box to whole pixels.
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[..., :10])  # (..., 10)
     ratio = torch.exp(math.log(3 / 4) + math.log(16 / 9) * u[..., 10:20])  # 3/4 to 4/3
-    h, w = (area / ratio).sqrt(), (area * ratio).sqrt()
-    fits = (h <= H) & (w <= W)
-    first = fits.int().argmax(-1, keepdim=True)  # ten tries; the first that fits
-    h, w = h.gather(-1, first)[..., 0], w.gather(-1, first)[..., 0]
-    h, w = h.where(fits.any(-1), min(H, W * 4 / 3)), w.where(fits.any(-1), min(W, H * 4 / 3))
-    top, left = (torch.where(fits.any(-1), t, 0.5).mul(s) for t, s in ((u[..., 20], H - h), (u[..., 21], W - w)))
+    h = (area / ratio).sqrt()
+    w = (area * ratio).sqrt()
+    inside = (h <= H) & (w <= W)  # (..., 10): which of ten tries do not stick out of the image
+    any_inside = inside.any(-1)  # (...)
+    chosen = inside.int().argmax(-1, keepdim=True)  # the first of them
+    # where all ten stick out: the largest box of a ratio in [3/4, 4/3], in the middle
+    h = h.gather(-1, chosen)[..., 0].where(any_inside, min(H, W * 4 / 3))
+    w = w.gather(-1, chosen)[..., 0].where(any_inside, min(W, H * 4 / 3))
+    top = u[..., 20].where(any_inside, 0.5) * (H - h)
+    left = u[..., 21].where(any_inside, 0.5) * (W - w)
     return torch.stack([top, left, h, w], -1)
 
 
 def crop(x, box, flip, size, taps=1):
-    """x (B, 3, H, W), box (V, B, 4), flip (V, B) bool -> (V*B, 3, size, size), view-major; all V in one grid_sample."""
-    # differs: bilinear (mean of taps^2 samples), where the papers' recipe is bicubic with antialiasing.
-    V, B, S = *flip.shape, size * taps
+    """Boxes of images, resized: x (B, 3, H, W), box (V, B, 4), flip (V, B) -> (V*B, 3, size, size).
+
+    The first view of all images comes first, then the second. One grid_sample cuts all views.
+    taps: samples per output pixel along each side.
+    """
+    # differs: bilinear, the mean of taps^2 samples. The papers' recipe is bicubic, antialiased.
+    V, B = flip.shape
+    S = size * taps
     H, W = x.shape[2:]
     top, left, h, w = box[..., None].unbind(2)  # (V, B, 1)
-    at = (torch.arange(S) * 2 + 1) / S - 1  # pixel centres of the crop in [-1, 1]
-    gy = (2 * top + h) / H - 1 + h / H * at  # (V, B, S)
-    gx = (2 * left + w) / W - 1 + w / W * at * (1 - 2 * flip[..., None].float())  # (V, B, S)
-    gx, gy = (t.clamp(1 / n - 1, 1 - 1 / n).to(x.device) for t, n in ((gx, W), (gy, H)))  # the border is repeated
-    grid = torch.stack(torch.broadcast_tensors(gx[..., None, :], gy[..., None]), -1)  # (V, B, S, S, 2)
-    grid = grid.transpose(0, 1).reshape(B, V * S, S, 2)  # the views of an image below one another
+    centres = (torch.arange(S) * 2 + 1) / S - 1  # of the crop's pixels, in [-1, 1]
+    mirror = 1 - 2 * flip[..., None].float()  # -1 or 1
+    grid_y = (2 * top + h) / H - 1 + h / H * centres  # (V, B, S)
+    grid_x = (2 * left + w) / W - 1 + w / W * centres * mirror  # (V, B, S)
+    grid_y = grid_y.clamp(1 / H - 1, 1 - 1 / H).to(x.device)  # the image's border is repeated
+    grid_x = grid_x.clamp(1 / W - 1, 1 - 1 / W).to(x.device)
+    grid = torch.broadcast_tensors(grid_x[..., None, :], grid_y[..., None])
+    grid = torch.stack(grid, -1)  # (V, B, S, S, 2)
+    grid = grid.transpose(0, 1).reshape(B, V * S, S, 2)  # an image's views below one another
     x = F.grid_sample(x, grid, mode="bilinear", align_corners=False)  # (B, 3, V*S, S)
     x = x.view(B, 3, V, S, S).permute(2, 0, 1, 3, 4).reshape(V * B, 3, S, S)
     return F.avg_pool2d(x, taps) if taps > 1 else x
 
 
 def colour(x, brightness, contrast, saturation, hue, grey):
-    """x (N, 3, h, w), factors (N,), hue in turns, grey bool: all as one affine map of RGB per image."""
-    # differs: fixed order (as written), where torchvision shuffles; values are cut to [0, 1] once, not after each step.
-    # differs: hue is a rotation about the grey axis; torchvision's shift in HSV keeps max and min of RGB instead.
-    N, luma, ones, one = len(x), torch.tensor([GREY]), torch.ones(3, 3), torch.eye(3)
-    b, c, s, a, g = (t.view(N, 1, 1) for t in (brightness, contrast, saturation, 2 * math.pi * hue, grey.float()))
-    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    turn = a.cos() * one + (1 - a.cos()) / 3 * ones + a.sin() * cross  # (N, 3, 3)
+    """x (N, 3, h, w) with all colour changes, as one affine map of RGB for each image.
+
+    brightness, contrast, saturation (N,): factors; hue (N,): turns; grey (N,) bool.
+    """
+    # differs: fixed order (as written), where torchvision shuffles; values are cut to [0, 1] once,
+    # not after each step.
+    # differs: hue is a rotation about the grey axis; torchvision's shift in HSV keeps max and min
+    # of RGB instead.
+    def per_image(t):
+        return t.view(len(x), 1, 1)
+
+    brightness, contrast, saturation = map(per_image, (brightness, contrast, saturation))
+    angle = 2 * math.pi * per_image(hue)
+    grey = per_image(grey.float())
+
+    identity = torch.eye(3)
+    luma = torch.tensor([GREY])  # (1, 3)
     to_grey = luma.expand(3, 3)  # every row the luma
-    M = ((1 - g) * one + g * to_grey) @ turn @ (s * one + (1 - s) * to_grey) * (c * b)  # (N, 3, 3)
-    # contrast pulls towards the mean grey; saturation, hue and grey leave a grey as it is, so it is added at the end
-    M, pull, luma = M.to(x.device), ((1 - c) * b).to(x.device), luma.to(x.device)
-    mean = luma @ x.mean((2, 3))[..., None]  # (N, 1, 1)
-    return torch.baddbmm(pull * mean, M, x.flatten(2)).clamp_(0, 1).view_as(x)
+    cross = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    rotate = angle.cos() * identity + (1 - angle.cos()) / 3 * torch.ones(3, 3) \
+        + angle.sin() * cross  # (N, 3, 3): Rodrigues' formula for the axis (1, 1, 1) / sqrt(3)
+    saturate = saturation * identity + (1 - saturation) * to_grey  # (N, 3, 3)
+    M = ((1 - grey) * identity + grey * to_grey) @ rotate @ saturate * (contrast * brightness)
+    # Contrast pulls every pixel towards the mean grey. Saturation, hue and grey leave a grey as it
+    # is, so the mean grey can be added at the end.
+    M = M.to(x.device)  # (N, 3, 3)
+    mean = luma.to(x.device) @ x.mean((2, 3))[..., None]  # (N, 1, 1)
+    shift = ((1 - contrast) * brightness).to(x.device) * mean  # (N, 1, 1)
+    return torch.baddbmm(shift, M, x.flatten(2)).clamp_(0, 1).view_as(x)
 
 
 def blur_radius(size):
-    return min(6, size - 1)  # 3 sigma at the largest, 2.0 pixels
+    return min(6, size - 1)  # pixels: 3 sigma of the largest sigma, 2.0
 
 
 def blur(x, sigma):
-    """Gaussian blur of x (N, 3, h, w) with a standard deviation sigma (N,) in pixels for each image."""
+    """Gaussian blur of x (N, 3, h, w), by a standard deviation sigma (N,) in pixels per image."""
     # differs: a true Gaussian cut at 6 pixels; PIL's is three box filters.
     if len(x) == 0:
         return x
-    (N, _, h, w), r = x.shape, blur_radius(min(x.shape[2:]))
-    k = torch.exp(-torch.arange(-r, r + 1) ** 2 / (2 * sigma[:, None] ** 2))  # (N, 2r+1)
-    k = (k / k.sum(1, keepdim=True)).repeat_interleave(3, 0).to(x.device)  # (3N, 2r+1)
+    N, _, h, w = x.shape
+    r = blur_radius(min(h, w))
+    kernel = torch.exp(-torch.arange(-r, r + 1) ** 2 / (2 * sigma[:, None] ** 2))  # (N, 2r+1)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    kernel = kernel.repeat_interleave(3, 0).to(x.device)  # (3N, 2r+1), one per channel
     x = F.pad(x, (r, r, r, r), mode="reflect").view(1, 3 * N, h + 2 * r, w + 2 * r)
-    x = F.conv2d(F.conv2d(x, k[:, None, None], groups=3 * N), k[:, None, :, None], groups=3 * N)
+    x = F.conv2d(x, kernel[:, None, None], groups=3 * N)
+    x = F.conv2d(x, kernel[:, None, :, None], groups=3 * N)
     return x.view(N, 3, h, w)
 
 
 def solarize(x):
+    """x in [0, 1] with its upper half turned over."""
     return torch.where(x >= 0.5, 1 - x, x)
 
 
 def normalise(x):
-    """In place: x (N, 3, h, w) float in [0, 1] to the mean and deviation of ImageNet."""
-    mean, std = (torch.tensor(t, device=x.device).view(3, 1, 1) for t in (MEAN, STD))
+    """In place: x (N, 3, h, w) float in [0, 1] by the mean and standard deviation of ImageNet."""
+    mean = torch.tensor(MEAN, device=x.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=x.device).view(3, 1, 1)
     return x.sub_(mean).div_(std)
 
 
-# ---- a set on disk: an image at a time -------------------------------------------------------------------------------
+# ---- a set on disk: an image at a time -----------------------------------------------------------
 
 class Crops(torch.utils.data.Dataset):
-    """(image, step, position) -> ([(3, s, s)] * V, path if damaged): the recipe as the papers' code writes it."""
+    """The recipe as the papers' code writes it, with torchvision.
+
+    (image, step, position in the global batch) -> (V views (3, s, s), path of a damaged file or
+    None).
+    """
 
     def __init__(self, images, recipe, seed):
-        self.images, self.seed = images, seed
-        self.views = [v2.Compose([
-            v2.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC, antialias=True),
-            v2.RandomHorizontalFlip(recipe.flip_p),
-            v2.RandomApply([v2.ColorJitter(*recipe.jitter)], recipe.jitter_p),
-            v2.RandomGrayscale(recipe.gray_p),
-            v2.RandomApply([v2.GaussianBlur(2 * blur_radius(size) + 1, (0.1, 2.0))], blur_p),
-            v2.RandomSolarize(128, solarize_p),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD)]) for size, scale, blur_p, solarize_p in recipe.views()]
+        self.images = images
+        self.seed = seed
+        self.transforms = [transform(recipe, view) for view in recipe.views()]
 
     def __getitem__(self, key):
         image, step, position = key
-        x, damaged = self.images.read(image)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator: lent to it
-            torch.random.default_generator.manual_seed(seed_of(AUGMENT, self.seed, step, position))
-            return [view(x) for view in self.views], damaged
+        x, damaged = self.images.read(image)  # (3, H, W) uint8
+        # torchvision draws from the global generator, which is given back as it was
+        with torch.random.fork_rng(devices=[]):
+            seed = seed_of(AUGMENT, self.seed, step, position)
+            torch.random.default_generator.manual_seed(seed)
+            return [make_view(x) for make_view in self.transforms], damaged
+
+
+def transform(recipe, view):
+    return v2.Compose([
+        v2.RandomResizedCrop(view.size, view.scale, interpolation=InterpolationMode.BICUBIC,
+                             antialias=True),
+        v2.RandomHorizontalFlip(recipe.flip_p),
+        v2.RandomApply([v2.ColorJitter(*recipe.jitter)], recipe.jitter_p),
+        v2.RandomGrayscale(recipe.gray_p),
+        v2.RandomApply([v2.GaussianBlur(2 * blur_radius(view.size) + 1, (0.1, 2.0))], view.blur_p),
+        v2.RandomSolarize(128, view.solarize_p),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD)])
 
 
 def collate(samples):
-    return [torch.stack(view) for view in zip(*(views for views, _ in samples))], [p for _, p in samples if p]
+    """B samples of `Crops` -> (V tensors (B, 3, s, s), paths of damaged files)."""
+    views_of_images, damaged = zip(*samples)
+    views = [torch.stack(view) for view in zip(*views_of_images)]
+    return views, [path for path in damaged if path]
 
 
-def deaf(worker):
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: the run finishes its step, so workers go on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def ignore_stop_signals(worker):
+    """Ctrl-C and a scheduler's SIGTERM reach workers too, and the run still needs them.
+
+    It finishes its step and ends them itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def from_disk(images, recipe, batch_size, seed, steps, own, device, workers):
-    keys = ([(int(i), step, p) for p, i in enumerate(indices(len(images), batch_size, seed, step)[own], own.start)]
-            for step in steps)
+def from_disk(images, recipe, batch_size, seed, steps, rank_slice, device, workers):
+    def keys():
+        for step in steps:
+            batch = indices(len(images), batch_size, seed, step)[rank_slice].tolist()
+            positions = range(rank_slice.start, rank_slice.stop)  # in the global batch
+            yield [(image, step, position) for image, position in zip(batch, positions)]
+
     loader = torch.utils.data.DataLoader(
-        Crops(images, recipe, seed), batch_sampler=keys, num_workers=workers, collate_fn=collate,
-        pin_memory=torch.device(device).type == "cuda", prefetch_factor=2 if workers else None,
+        Crops(images, recipe, seed),
+        batch_sampler=keys(),
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.device(device).type == "cuda",
+        prefetch_factor=2 if workers else None,
         generator=torch.Generator(),  # else it would draw from the global one
-        worker_init_fn=deaf)
+        worker_init_fn=ignore_stop_signals)
     for views, damaged in loader:
         images.note_broken(damaged)
-        yield [v.to(device, non_blocking=True) for v in views]
+        yield [view.to(device, non_blocking=True) for view in views]
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 def eval_batches(images, img_size, *, batch_size=512, device="cpu"):
-    """Iterates over all images in order: (n, 3, img_size, img_size) float32, normalised, without augmentation.
+    """Iterates over all images in order: (n, 3, img_size, img_size) float32, normalised.
 
-    As in DINO's eval_knn.py: shorter side to 256/224 of img_size, bicubic, then the centre; a set in memory that has
-    that size already is taken as it is.
+    As in DINO's eval_knn.py, nothing random: the shorter side becomes 256/224 of img_size, bicubic,
+    and the centre is cut out. A set in memory that has that size already is taken as it is.
     """
-    spans = [range(a, min(a + batch_size, len(images))) for a in range(0, len(images), batch_size)]
+    def read(i):
+        x, damaged = images.read(i)  # (3, H, W) uint8
+        return resize_and_crop(x, img_size), damaged
+
+    parts = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
     if hasattr(images, "x"):
-        for s in spans:
-            x = images.x[s.start:s.stop].to(device)
-            yield normalise((x if tuple(x.shape[2:]) == (img_size, img_size) else fit(x, img_size)).float() / 255)
+        for part in parts:
+            x = images.x[part.start:part.stop].to(device)  # (n, 3, H, W)
+            if tuple(x.shape[2:]) != (img_size, img_size):
+                x = resize_and_crop(x, img_size)
+            yield normalise(x.float() / 255)
         return
 
-    def one(i):
-        x, damaged = images.read(i)
-        return fit(x, img_size), damaged
-
     with ThreadPoolExecutor(THREADS) as pool:  # decoding and resizing release Python's lock
-        ahead = pool.map(one, spans[0])
-        for s in [*spans[1:], ()]:
-            got, ahead = list(ahead), pool.map(one, s)  # the next batch is read while this one is used
-            images.note_broken([p for _, p in got if p])
-            yield normalise(torch.stack([x for x, _ in got]).to(device).float() / 255)
+        coming = pool.map(read, parts[0])
+        for next_part in [*parts[1:], ()]:
+            samples = list(coming)
+            coming = pool.map(read, next_part)  # while this batch is used
+            images.note_broken([damaged for _, damaged in samples if damaged])
+            x = torch.stack([image for image, _ in samples]).to(device)  # (n, 3, s, s)
+            yield normalise(x.float() / 255)
 
 
-def fit(x, size):
-    """uint8 (..., 3, H, W) to (..., 3, size, size)."""
-    x = v2.functional.resize(x, [round(size * 256 / 224)], InterpolationMode.BICUBIC, antialias=True)
+def resize_and_crop(x, size):
+    """uint8 (..., 3, H, W) -> (..., 3, size, size)."""
+    x = v2.functional.resize(x, [round(size * 256 / 224)], InterpolationMode.BICUBIC,
+                             antialias=True)
     return v2.functional.center_crop(x, [size, size])

@@ -1,93 +1,128 @@
 """
-Which prototype does an image belong to? `python collapse.py RUN --data shapes [--assign out.csv] [--montage fig.png]`.
+Which prototype does an image belong to?
 
-A run of ours is put in evaluation mode and every training image passes once, without augmentation. h (N, D) bottleneck
-features, P (N, K) assignment probabilities, won (N,) the argmax of P, y (N,) labels.
+    python collapse.py RUN --data shapes [--assign out.csv] [--montage fig.png]
+
+The teacher of a run is put in evaluation mode, and every training image passes once, without
+augmentation. N images, K prototypes: h (N, D) bottleneck features, P (N, K) assignment
+probabilities, won (N,) the most probable prototype of each image, y (N,) labels.
 """
 import csv
 import math
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
 
 import data as datasets
+from support import checkpoint
+from support import groups
 from support import plots
-from support import run
-from collapse import leaders, usage
 
 
-def assigned(path, data, eps_list, assign=None, montage=None):
-    """Measures of the run at `path` on the training images of `data` (a name or a folder), as plain numbers: used and
-    perplexity (shares of K), mean assignment entropy in nats and over ln K, prototypes per class and per class size.
-    assign: CSV file of path, prototype, probability. montage: picture file. ValueError for what load_run refuses."""
-    net, prototypes, args = run.load_run(path)
-    args = args if isinstance(args, dict) else vars(args)
+def assign_images(path, data, usage):
+    """Assign the training images of `data` (a name or a folder) to the prototypes of a run at path.
+
+    usage: collapse.usage. -> a namespace of data, images (the set), C (K, D), h (N, D), won (N,),
+    probability (N,) of the prototype that won, used and perplexity (shares of K) and entropy (mean
+    over images of that of P, in nats). ValueError for what load_run or data.load refuses."""
+    net, prototypes, loss, args = checkpoint.load_run(path)
+    imbalance = args.get("imbalance", 1) if data == args["data"] else 1
     images, _ = datasets.load(data, root=args.get("data_root", "data"), seed=args.get("seed", 0),
-                              img_size=args["img_size"], imbalance_law=args.get("imbalance_law", "exp"),
-                              imbalance=args.get("imbalance", 1) if data == args["data"] else 1)
-    device, kept, won, sure, entropy = next(net.parameters()).device, [], [], [], []
-    net.eval()  # no drop path, running BN statistics
+                              img_size=args["img_size"], imbalance=imbalance,
+                              imbalance_law=args.get("imbalance_law", "exp"))
+    device = next(net.parameters()).device
+    net.eval()  # no drop path, running statistics in batch norm
+    features, winners, probabilities, entropies = [], [], [], []  # a tensor per batch in each
 
     def batches():
         for x in datasets.eval_batches(images, args["img_size"], device=device):
             h = net([x])  # (n, D)
-            p = prototypes.assign(h)  # (n, K)
-            top, k = p.max(1)
-            for store, value in (kept, h), (won, k), (sure, top), (entropy, torch.special.entr(p.double()).sum(1)):
-                store.append(value.cpu())
-            yield p
+            p = prototypes.assign(h, tau=loss.tau, centre=loss.centre_over_tau())  # (n, K)
+            probability, k = p.max(1)  # (n,) each
+            features.append(h.cpu())
+            winners.append(k.cpu())
+            probabilities.append(probability.cpu())
+            entropies.append(torch.special.entr(p.double()).sum(1).cpu())
+            yield p  # P as a whole may not fit in memory
+
     with torch.no_grad():
         used, perplexity = usage(batches())
-        C = prototypes.vectors().detach().cpu()  # (K, D)
-    won, sure, nats = torch.cat(won), torch.cat(sure), float(torch.cat(entropy).mean())
-    out = {"data": data, "images": len(won), "used": used, "perplexity": perplexity, "entropy": nats,
-           "entropy_over_ln_k": nats / math.log(len(C)) if len(C) > 1 else 0.}
-    if images.y is not None:
-        out |= per_class(won, images.y.cpu(), images.classes)
-    if assign:
-        names = images.paths or [f"{images.name}[{i}]" for i in range(len(won))]
-        with open(assign, "w", newline="") as file:
-            write = csv.writer(file)
-            write.writerow(["path", "prototype", "probability"])
-            write.writerows((name, int(k), f"{float(p):.6g}") for name, k, p in zip(names, won, sure))
-    if montage:
-        plots.montage(montage_rows(torch.cat(kept), C, won, images, eps_list), montage)
+        C = prototypes.vectors().cpu()  # (K, D)
+    return SimpleNamespace(data=data, images=images, C=C, h=torch.cat(features),
+                           won=torch.cat(winners), probability=torch.cat(probabilities),
+                           used=used, perplexity=perplexity,
+                           entropy=float(torch.cat(entropies).mean()))
+
+
+def summary(assigned):
+    """Plain numbers from what assign_images returns: used and perplexity (shares of K), mean
+    assignment entropy in nats and over ln K, prototypes per class and per class size."""
+    K = len(assigned.C)
+    out = {"data": assigned.data, "images": len(assigned.won), "used": assigned.used,
+           "perplexity": assigned.perplexity, "entropy": assigned.entropy,
+           "entropy_over_ln_k": assigned.entropy / math.log(K) if K > 1 else 0.}
+    if assigned.images.y is not None:
+        out |= per_class(assigned.won, assigned.images.y.cpu(), assigned.images.classes, K)
     return out
 
 
-def per_class(won, y, classes):
-    """A prototype that wins images belongs to the class of most of them. Share of the images and of the used prototypes
-    for each class, and for the classes with more than 100 images (head), 20 to 100 (medium) and fewer (tail): B.1.3."""
-    size = torch.bincount(y, minlength=len(classes))  # (classes,)
-    pairs, count = (won * len(classes) + y).unique(return_counts=True)
-    owner = {}
-    for pair in pairs[count.argsort(descending=True, stable=True)].tolist():
-        owner.setdefault(pair // len(classes), pair % len(classes))  # most frequent first, so this is the majority
-    owned = torch.bincount(torch.tensor(list(owner.values())), minlength=len(classes)) / len(owner)
+def per_class(won, y, classes, K):
+    """Shares of the images and of the used prototypes, {"images", "prototypes"}, for each class and
+    for the head, medium and tail classes (support/groups.py). A used prototype belongs to the class
+    of most of its images. -> {"classes": {class: shares}, "groups": {group: shares}}; B.1.3."""
+    n_images = torch.bincount(y, minlength=len(classes))  # (classes,)
+    owner = groups.owners(won, y, K, len(classes))  # (K,), -1 where unused
+    n_prototypes = torch.bincount(owner[owner >= 0], minlength=len(classes))  # (classes,)
 
-    def line(mask):
-        return {"images": float(size[mask].sum() / size.sum()), "prototypes": float(owned[mask].sum())}
-    groups = {"head": size > 100, "medium": (size >= 20) & (size <= 100), "tail": (size < 20) & (size > 0)}
-    return {"classes": {name: line(torch.tensor([c])) for c, name in enumerate(classes)},
-            "groups": {f"{name} ({int(m.sum())} classes)": line(m) for name, m in groups.items() if m.any()}}
+    def shares(mask):
+        return {"images": float(n_images[mask].sum() / n_images.sum()),
+                "prototypes": float(n_prototypes[mask].sum() / n_prototypes.sum())}
+
+    by_class = {name: shares(torch.tensor([c])) for c, name in enumerate(classes)}
+    by_size = {}
+    for name, mask in groups.members(n_images).items():
+        if mask.any():
+            by_size[f"{name} ({int(mask.sum())} classes)"] = shares(mask)
+    return {"classes": by_class, "groups": by_size}
 
 
-def montage_rows(h, C, won, images, eps_list, rows=4, n=9):
-    """[(title, n images)] for the most used, least used and duplicated prototypes, nearest (in cosine) first."""
-    hits = torch.bincount(won, minlength=len(C))  # (K,)
-    order = hits.argsort(descending=True, stable=True).tolist()
-    twins, near = [], 0
-    for eps in sorted(e for e in eps_list if e > 0):  # the largest group at the smallest eps that has one
-        owner = leaders(C, [eps])[eps]
-        size = owner[owner >= 0].bincount(minlength=len(C))
-        if size.max() > 1:
-            twins, near = (owner == size.argmax()).nonzero()[:, 0].tolist(), eps
-            break
-    chosen = [("most used", k) for k in order[:rows]] + [("least used", k) for k in order[rows:][-rows:]]
-    chosen += [(f"duplicates at {near:g}", k) for k in twins[:rows]]
-    H, out = F.normalize(h.float(), dim=1), []  # (N, D)
+def write_csv(assigned, file):
+    """A line per image: its path (or its number in the set), its prototype, the probability."""
+    names = assigned.images.paths
+    if not names:
+        names = [f"{assigned.images.name}[{i}]" for i in range(len(assigned.won))]
+    with open(file, "w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["path", "prototype", "probability"])
+        for name, k, p in zip(names, assigned.won.tolist(), assigned.probability.tolist()):
+            writer.writerow([name, k, f"{p:.6g}"])
+
+
+def draw_montage(assigned, duplicates, eps, file):
+    """A picture of the images nearest to some prototypes; see montage_rows."""
+    plots.montage(montage_rows(assigned, duplicates, eps), file)
+
+
+def montage_rows(assigned, duplicates, eps, rows=4, n=9):
+    """[(title, [n images])]: for the `rows` most used, least used and duplicate prototypes, the
+    images nearest in cosine, the nearest first. duplicates: indices of prototypes that are
+    duplicates at eps, or []."""
+    hits = torch.bincount(assigned.won, minlength=len(assigned.C))  # (K,)
+    by_use = hits.argsort(descending=True, stable=True).tolist()
+    chosen = [("most used", k) for k in by_use[:rows]]
+    chosen += [("least used", k) for k in by_use[rows:][-rows:]]
+    chosen += [(f"duplicates at {eps:g}", k) for k in duplicates[:rows]]
+    h = F.normalize(assigned.h.float(), dim=1)  # (N, D)
+    C = F.normalize(assigned.C.float(), dim=1)  # (K, D)
+    out = []
     for kind, k in chosen:
-        best = (H @ F.normalize(C[k].float(), dim=0)).topk(min(n, len(H)))[1].tolist()
-        pictures = [images.x[i] if hasattr(images, "x") else images.read(i)[0] for i in best]
+        nearest = (h @ C[k]).topk(min(n, len(h)))[1].tolist()
+        pictures = [picture(assigned.images, i) for i in nearest]
         out.append((f"{kind}\n{k} ({int(hits[k])} images)", pictures))
     return out
+
+
+def picture(images, i):
+    """Image i as (3, H, W) uint8: from memory where the set is there, else from its file."""
+    return images.x[i] if hasattr(images, "x") else images.read(i)[0]

@@ -45,6 +45,26 @@ def print0(*args):
         print(*args, flush=True)
 
 
+printed = set()
+
+
+def print_once(text):
+    """Print a sentence on the first process, and not again while this process lives."""
+    if text not in printed:
+        printed.add(text)
+        print0(text)
+
+
+def first_process_first(make):
+    """make() on every process, on the first one before the others: it may have to download."""
+    if RANK:
+        barrier()
+    made = make()
+    if RANK == 0:
+        barrier()
+    return made
+
+
 def barrier():
     if WORLD > 1:
         dist.barrier()
@@ -83,10 +103,17 @@ def all_gather(x):
     return torch.cat(out)
 
 
-def gather_views(h, views=2):
-    """h (views * b, D) of each rank, view after view -> (views * B, D) of all ranks, in the order of one process: a
-    mixture starts from the last K of them, and which prototype comes from which vector must not depend on the ranks."""
-    return all_gather(h).view(WORLD, views, -1, h.shape[1]).transpose(0, 1).reshape(-1, h.shape[1])  # (N, D)
+def gather_views(h):
+    """h (2, b, D), two views of this process -> (N, D) of all processes, in the order of one process.
+
+    A mixture starts from the last K of them, and which prototype comes from which vector must not
+    depend on the number of processes.
+    """
+    views, _, D = h.shape
+    if WORLD == 1:
+        return h.reshape(-1, D)
+    h = all_gather(h).view(WORLD, views, -1, D)  # (processes, 2, b, D)
+    return h.transpose(0, 1).reshape(-1, D)  # (N, D)
 
 
 class _Mean(torch.autograd.Function):

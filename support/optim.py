@@ -1,14 +1,17 @@
-"""What moves the weights: AdamW, SGD, LARS; clipping; and steps that are skipped where a number is not finite."""
+"""What moves the weights: AdamW, SGD, LARS, and a step that is skipped if a number is not finite."""
 import torch
+
+from support import ddp
 
 
 def make(args, params, device):
-    """The optimiser that --optimizer names, in two groups: tensors that decay, and biases and norms, which do not.
+    """The optimiser that --optimizer names, in two groups: what decays; biases and norms, which do not.
 
-    As in DINO's official code everything of two or more dimensions decays, also class tokens, position embeddings and
-    the gains (K, 1) of prototypes. lr and weight_decay are set by the loop before each step.
+    As in DINO's official code everything of two or more dimensions decays, class tokens, position
+    embeddings and the gains (K, 1) of prototypes included. The loop sets lr and weight decay.
     """
-    groups = [{"params": [p for p in params if p.dim() > 1]}, {"params": [p for p in params if p.dim() < 2]}]
+    groups = [{"params": [p for p in params if p.dim() > 1]},
+              {"params": [p for p in params if p.dim() < 2]}]
     return {
         "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=device.type != "mps"),
         "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
@@ -17,11 +20,15 @@ def make(args, params, device):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates (You et al. 2017) as DINO and CARP train ResNets: SGD with momentum 0.9, where the step
-    of each tensor of two or more dimensions is as long as trust (0.001) times lr times the tensor itself."""
+    """Layer-wise adaptive rates (You et al. 2017), as DINO and CARP train ResNets.
+
+    SGD with momentum, in which the step of each tensor of two or more dimensions is as long as trust
+    times lr times the tensor itself.
+    """
 
     def __init__(self, params, lr=0.0, momentum=0.9, trust=0.001):
-        super().__init__(params, dict(lr=lr, weight_decay=0.0, momentum=momentum, trust=trust, fused=False))
+        defaults = dict(lr=lr, weight_decay=0.0, momentum=momentum, trust=trust, fused=False)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
@@ -32,26 +39,61 @@ class LARS(torch.optim.Optimizer):
                 u = p.grad
                 if p.dim() > 1:
                     u = u + group["weight_decay"] * p
-                    w, n = p.norm(), u.norm()
-                    u = u * torch.where((w > 0) & (n > 0), group["trust"] * w / n, 1.0)
+                    length, other = p.norm(), u.norm()
+                    adapt = (length > 0) & (other > 0)
+                    u = u * torch.where(adapt, group["trust"] * length / other, 1.0)
                 mu = self.state[p].setdefault("mu", torch.zeros_like(p))
                 mu.mul_(group["momentum"]).add_(u)
                 p.sub_(group["lr"] * mu)
 
 
-def advance(optimizer, finite):
-    """optimizer.step() if `finite`, a tensor (), says so."""
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = (~finite).float()  # as a GradScaler sets it: where 1, fused AdamW changes nothing
-        optimizer.step()
-    elif finite:  # waits for the answer
-        optimizer.step()
+class CheckedStep:
+    """One step of the optimiser that all processes take or skip alike, decided on the device.
+
+    optimizer   of `make`
+    modules     their buffers, the running averages of batch norm among them, are put back by a skip
+    clip_grad   largest norm of the gradient of one parameter tensor; 0: any
+    still       parameters that stand still for the first `still_steps` steps (--freeze-prototypes)
+    """
+
+    def __init__(self, optimizer, modules, clip_grad=0.0, still=(), still_steps=0):
+        self.optimizer, self.clip_grad = optimizer, clip_grad
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.still, self.still_steps = list(still), still_steps
+        self.buffers = [b for module in modules for b in module.buffers()]
+        self.before = [b.clone() for b in self.buffers]
+
+    @torch.no_grad()
+    def __call__(self, values, step, lr, weight_decay):
+        """Average, clip, step. values (n,): what the loss consists of on this process.
+
+        Returns (values as a mean over the processes, with the gradient norm at the end (n + 1,);
+        taken (): 1, or 0 if one of them is not finite and nothing has moved).
+        """
+        values = ddp.average_gradients(self.params, values)  # (n,)
+        norm = clip([p.grad for p in self.params if p.grad is not None], self.clip_grad)  # ()
+        values = torch.cat([values, norm[None]])  # (n + 1,), the same on all processes
+        finite = values.isfinite().all()
+        for group, decay in zip(self.optimizer.param_groups, (weight_decay, 0.0)):
+            group["lr"], group["weight_decay"] = lr, decay
+        if step < self.still_steps:  # after the clipping, as in DINO's code
+            for p in self.still:
+                p.grad = None
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = (~finite).float()  # 1: fused AdamW changes nothing
+            self.optimizer.step()
+        elif finite:  # waits for the device
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.buffers, self.before):
+            buffer.copy_(torch.where(finite, buffer, before))
+            before.copy_(buffer)
+        return values, finite.float()
 
 
-def clip(params, limit):
-    """Shorten each gradient tensor to `limit`, one by one as DINO's official code; returns the global norm before."""
-    grads = [p.grad for p in params if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))  # (params,)
+def clip(grads, limit):
+    """Shorten each gradient tensor to `limit`, as DINO's official code; the global norm before, ()."""
+    norms = torch.stack(torch._foreach_norm(grads))  # (tensors,)
     if limit:
         torch._foreach_mul_(grads, (limit / (norms + 1e-6)).clamp(max=1).unbind())
     return norms.norm()

@@ -1,12 +1,14 @@
-"""Linear classifiers on frozen features, by four solvers, and the precision measure of VOC: tensors in, tensors out.
+"""Linear classifiers on frozen features, by four solvers, and the precision measure of VOC: tensors
+in, tensors out.
 
     solver      protocol                                             method
     lbfgs       Fig. 4b, Table A.1 (Appendix B.1.2)                  full batch, torch.optim.LBFGS
-    grid        Tables 3 and C.1 (the light grid of CAPI)            AdamW, every (lr, wd) side by side
-    sgd         DINO's linear protocol, Table 2                      SGD on batches that somebody else draws
-    logistic    Table 4 (Ericsson et al. 2021)                       scikit-learn's LogisticRegression, a path of C
+    grid        Tables 3 and C.1 (the light grid of CAPI)            AdamW, every (lr, wd) at once
+    sgd         DINO's linear protocol, Table 2                      SGD on the caller's batches
+    logistic    Table 4 (Ericsson et al. 2021)                       scikit-learn, a path of C
 
-Letters: N images, D width of a feature, C classes, H heads; x (N, D), y (N,) in 0..C-1, W (C, D), b (C,).
+Letters: N images, B images of a batch, D width of a feature, C classes, H heads; x (N, D),
+y (N,) in 0..C-1, W (C, D), b (C,).
 """
 import copy
 import itertools
@@ -22,128 +24,150 @@ from views import indices
 
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)  # per 256 images of a batch
 WDS = (5e-4, 1e-3, 5e-2)
-GRID = [(lr, wd) for lr in LRS for wd in WDS]  # CAPI, F.1: 30 heads
-CS = 1 / np.logspace(-6, 5, 45)  # Ericsson et al.: 1e6 down to 1e-5
+GRID = list(itertools.product(LRS, WDS))  # CAPI, F.1: 30 heads
+STRENGTHS = 1 / np.logspace(-6, 5, 45)  # scikit-learn's C; Ericsson et al.: 1e6 down to 1e-5
 CHUNK = 1024  # rows of a product
 
 
 def finite(x):
-    """x itself. Raises ValueError where a feature is nan or infinite."""
+    """x itself. ValueError where a feature is nan or infinite."""
     if not x.sum().isfinite():
         raise ValueError("the features hold numbers that are not finite (nan or inf)")
     return x
 
 
 def standardise(x, *others):
-    """x and others with the mean and deviation of x's columns taken out; a constant column becomes 0."""
-    mean, std = x.mean(0), x.std(0, correction=0)  # (D,) each
+    """[x and others], the mean of x's columns subtracted and their deviation divided out. A column
+    that is constant in x becomes 0."""
+    mean = x.mean(0)  # (D,)
+    std = x.std(0, correction=0)  # (D,)
     std = std.where(std > 1e-6 * mean.abs(), torch.inf)
     return [(part - mean) / std for part in (x, *others)]
 
 
+def split(n, share, order):
+    """(training, validation): indices of n images. The first `share` of the permutation `order` is
+    for validation, at least one image. ValueError where there is only one."""
+    if n < 2:
+        raise ValueError(f"{n} training image(s) are too few to hold some out for choosing; use "
+                         "--protocol lbfgs")
+    order = torch.as_tensor(order)  # (n,)
+    n_val = max(1, int(share * n))
+    return order[n_val:], order[:n_val]
+
+
 def predict(x, W, b):
-    """(N,) column of the largest logit."""
-    return torch.cat([(rows @ W.T + b).argmax(1) for rows in x.split(CHUNK)])
+    """(N,) index of the largest logit."""
+    return torch.cat([(part @ W.T + b).argmax(1) for part in x.split(CHUNK)])
 
 
-# -------------------------------------------------------------------------------------------------------------- L-BFGS
+# ---- L-BFGS --------------------------------------------------------------------------------------
 
 def lbfgs(x, y, C, *, weight_decay=0.0, max_iter=150):
-    """Softmax regression by L-BFGS over the full batch: W (C, D), b (C,), and the loss it ends with.
+    """Softmax regression by L-BFGS over the full batch: W (C, D), b (C,), and its last loss.
 
-    Appendix B.1.2: max_iter 150, tolerances 1e-5 on the gradient and 1e-9 on the change, history 10. It leaves the rest
-    open: here zero start, strong Wolfe line search at lr 1. "Batch size of 1024" is read as the rows of a product,
-    the closure being the whole set: L-BFGS has no meaning on single batches. Loss: mean cross-entropy +
-    weight_decay / 2 |W|^2, so that weight_decay = 1 / (C_sklearn N) is scikit-learn's.
+    Appendix B.1.2: max_iter 150, tolerances 1e-5 on the gradient and 1e-9 on the change, history
+    10. It leaves the rest open; here the weights start at zero, with a strong Wolfe line search at
+    lr 1. "Batch size of 1024" is read as the rows of a product, the closure being the whole set:
+    L-BFGS has no meaning on single batches. The loss is the mean cross-entropy +
+    weight_decay / 2 |W|^2, so weight_decay = 1 / (C_sklearn N) is scikit-learn's.
     """
     W = x.new_zeros(C, x.shape[1], requires_grad=True)  # (C, D)
     b = x.new_zeros(C, requires_grad=True)  # (C,)
-    solver = torch.optim.LBFGS([W, b], lr=1, max_iter=max_iter, tolerance_grad=1e-5, tolerance_change=1e-9,
-                               history_size=10, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([W, b], lr=1, max_iter=max_iter, tolerance_grad=1e-5,
+                               tolerance_change=1e-9, history_size=10,
+                               line_search_fn="strong_wolfe")
 
     def closure():
         solver.zero_grad()
         loss = weight_decay / 2 * W.square().sum()
         loss.backward()
-        for rows, labels in zip(x.split(CHUNK), y.split(CHUNK)):
-            part = F.cross_entropy(rows @ W.T + b, labels, reduction="sum") / len(x)
-            part.backward()
-            loss = loss.detach() + part.detach()
+        for part, labels in zip(x.split(CHUNK), y.split(CHUNK)):
+            share = F.cross_entropy(part @ W.T + b, labels, reduction="sum") / len(x)
+            share.backward()
+            loss = loss.detach() + share.detach()
         return loss
 
     solver.step(closure)
     return W.detach(), b.detach(), float(closure().detach())
 
 
-# ---------------------------------------------------------------------------------------------------------------- grid
-
-def hold_out(n, share, order):
-    """(kept, held): indices of n images, the first `share` of the permutation `order` held out, at least one image."""
-    if n < 2:
-        raise ValueError(f"{n} training image(s) are too few to hold some out for choosing; use --protocol lbfgs")
-    order, held = torch.as_tensor(order), max(1, int(share * n))
-    return order[held:], order[:held]
-
+# ---- grid ----------------------------------------------------------------------------------------
 
 def warm_cosine(step, steps):
     """Factor of the learning rate: linear from 0 over the first tenth, then a cosine to 0."""
-    warm = steps // 10
-    return step / warm if step < warm else (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+    warmup = steps // 10
+    if step < warmup:
+        return step / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
 @torch.no_grad()
 def grid(x, y, C, heads=GRID, *, steps=12_500, batch_size=1024, seed=0, progress=False):
-    """H softmax regressions by AdamW at once, one for each (lr, wd) of `heads`: W (H, C, D), b (H, C).
+    """A softmax regression by AdamW for each (lr, wd) of heads, all at once: W (H, C, D), b (H, C).
 
-    All weights lie beside each other: a step is one product for the logits and one for the gradient, H C columns wide.
-    CAPI, F.1: betas (.9, .95), lr batch_size / 256, no decay on the bias, warm-up over a tenth, cosine to 0, weights
-    truncated normal .02. A head among many becomes what it would become alone. progress: a bar on a terminal.
+    All weights lie beside each other: a step is one product for the logits and one for the
+    gradient, H C columns wide. CAPI, F.1: betas (.9, .95), lr batch_size / 256, no decay on the
+    bias, warm-up over a tenth, cosine to 0, weights truncated normal .02. A head among many becomes
+    what it would become alone. progress: show a bar on a terminal.
     """
-    # differs: all heads start from the same weights, so that they differ by (lr, wd) and not by luck.
-    (N, D), H, device = x.shape, len(heads), x.device
+    # differs: all heads start from the same weights, so that they differ by (lr, wd) and not by
+    # chance.
+    N, D = x.shape
+    H, device = len(heads), x.device
     batch_size = min(batch_size, N)
-    lr, wd = torch.tensor(heads, dtype=x.dtype, device=device).T.repeat_interleave(C, 1)  # (HC,) each
+    lr, wd = torch.tensor(heads, dtype=x.dtype, device=device).T.repeat_interleave(C, 1)  # (HC,)
     start = torch.empty(D, C, dtype=x.dtype)
     torch.nn.init.trunc_normal_(start, std=0.02, generator=torch.Generator().manual_seed(seed))
-    params = [start.repeat(1, H).to(device), x.new_zeros(H * C)]  # W (D, HC), b (HC,)
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
-    for step in tqdm(range(steps), desc=f"{H} heads", leave=False, disable=None if progress else True):
-        rows = indices(N, batch_size, seed, step).to(device)
-        h, labels = x[rows], y[rows]  # (B, D), (B,)
-        G = (h @ params[0] + params[1]).view(batch_size, H, C).softmax(2)  # (B, H, C)
-        G[torch.arange(batch_size, device=device), :, labels] -= 1  # gradient of cross-entropy by logits
+    W = start.repeat(1, H).to(device)  # (D, HC)
+    b = x.new_zeros(H * C)  # (HC,)
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in (W, b)]
+    bar = tqdm(range(steps), desc=f"{H} heads", leave=False, disable=None if progress else True)
+    for step in bar:
+        batch = indices(N, batch_size, seed, step).to(device)  # (B,)
+        h, labels = x[batch], y[batch]  # (B, D), (B,)
+        G = (h @ W + b).view(batch_size, H, C).softmax(2)  # (B, H, C)
+        G[torch.arange(batch_size, device=device), :, labels] -= 1  # gradient by the logits
         G = G.view(batch_size, H * C) / batch_size
         rate = lr * batch_size / 256 * warm_cosine(step, steps)  # (HC,)
-        params[0] *= 1 - rate * wd
-        for p, (m, v), g in zip(params, moments, (h.T @ G, G.sum(0))):
+        W *= 1 - rate * wd
+        for p, (m, v), g in zip((W, b), moments, (h.T @ G, G.sum(0))):
             m.lerp_(g, 1 - 0.9)
             v.mul_(0.95).addcmul_(g, g, value=1 - 0.95)
-            p -= rate / (1 - 0.9 ** (step + 1)) * m / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
-    return params[0].view(D, H, C).permute(1, 2, 0).contiguous(), params[1].view(H, C)
+            m_hat = m / (1 - 0.9 ** (step + 1))
+            v_hat = v / (1 - 0.95 ** (step + 1))
+            p -= rate * m_hat / (v_hat.sqrt() + 1e-8)
+    return W.view(D, H, C).permute(1, 2, 0).contiguous(), b.view(H, C)
 
 
 def grid_accuracy(x, y, W, b):
     """(H,) top-1 in percent of each head, all heads in one product."""
-    (H, C, D), hits = W.shape, 0
-    for rows, labels in zip(x.split(CHUNK), y.split(CHUNK)):
-        best = (rows @ W.reshape(H * C, D).T).view(-1, H, C).add(b).argmax(2)  # (n, H)
-        hits = hits + (best == labels[:, None]).sum(0)
+    H, C, D = W.shape
+    hits = 0
+    for part, labels in zip(x.split(CHUNK), y.split(CHUNK)):
+        logits = (part @ W.reshape(H * C, D).T).view(-1, H, C) + b  # (n, H, C)
+        hits = hits + (logits.argmax(2) == labels[:, None]).sum(0)  # (H,)
     return 100 * hits / len(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------- SGD
+# ---- SGD -----------------------------------------------------------------------------------------
 
 def sgd(batches, D, C, lrs, *, epochs, steps, device="cpu", seed=0):
-    """Softmax regressions by SGD over `batches` of (h (B, D), labels (B,)), one for each rate of lrs; yields
-    [(W (C, D), b (C,))] after each epoch.
+    """Softmax regressions by SGD over `batches` of (h (B, D), labels (B,)), a head for each rate of
+    lrs. Yields [(W (C, D), b (C,))] after each epoch.
 
-    DINO's head: weights N(0, .01), bias 0, momentum .9, no decay, the rate a cosine from lr to 0 that changes once an
-    epoch. steps: batches of an epoch. All heads start alike and see the same batches.
+    DINO's head: weights N(0, .01), bias 0, momentum .9, no decay, the rate a cosine from lr to 0
+    that changes once an epoch. steps: batches of an epoch. All heads start alike and see the same
+    batches.
     """
     start = 0.01 * torch.randn(C, D, generator=torch.Generator().manual_seed(seed))  # (C, D)
-    heads = [(start.to(device, copy=True).requires_grad_(), torch.zeros(C, device=device, requires_grad=True))
-             for _ in lrs]
-    solver = torch.optim.SGD([{"params": head} for head in heads], lr=0.0, momentum=0.9, weight_decay=0)
+    heads = []
+    for _ in lrs:
+        W = start.to(device, copy=True).requires_grad_()  # (C, D)
+        b = torch.zeros(C, device=device, requires_grad=True)  # (C,)
+        heads.append((W, b))
+    solver = torch.optim.SGD([{"params": head} for head in heads], lr=0.0, momentum=0.9,
+                             weight_decay=0)
     batches = iter(batches)
     for epoch in range(epochs):
         for group, lr in zip(solver.param_groups, lrs):
@@ -155,62 +179,78 @@ def sgd(batches, D, C, lrs, *, epochs, steps, device="cpu", seed=0):
         yield [(W.detach(), b.detach()) for W, b in heads]
 
 
-# ------------------------------------------------------------------------------------------------- logistic regression
+# ---- logistic regression -------------------------------------------------------------------------
 
-def fit_logistic(x, y, c, models=None):
-    """scikit-learn's logistic regressions at inverse strength c: a list of one, or of one per column of a y (N, C).
+def fit_logistic(x, y, C, models=None):
+    """scikit-learn's logistic regressions at inverse strength C: a list of one, or of one for each
+    column of a y (N, classes).
 
-    models: those of another c, gone on from (warm start) and left as they are. In a y (N, C) of 1 and 0, rows of -1
-    are left out (VOC's difficult objects). Where only one label occurs there is nothing to fit: that label stands in
-    the list instead. ValueError without scikit-learn.
+    models: those of another C, which the solver goes on from and leaves as they are. In a
+    y (N, classes) of 1 and 0, rows of -1 are left out (VOC's difficult objects). Where only one
+    label occurs there is nothing to fit: that label stands in the list. ValueError without
+    scikit-learn.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise ValueError("--protocol transfer needs scikit-learn (pip install scikit-learn)") from None
+        raise ValueError("--protocol transfer needs scikit-learn (pip install scikit-learn)"
+                         ) from None
     columns = y.unbind(1) if y.ndim == 2 else [y]
     fitted = []
     for column, model in zip(columns, models or [None] * len(columns)):
-        rows = column >= 0
-        labels = column[rows].numpy()
-        found = np.unique(labels)
-        if len(found) < 2:
-            fitted.append(int(found[0]) if len(found) else 0)
+        counted = column >= 0  # (N,)
+        labels = column[counted].numpy()
+        classes = np.unique(labels)
+        if len(classes) < 2:
+            fitted.append(int(classes[0]) if len(classes) else 0)
             continue
-        if not np.array_equal(getattr(model, "classes_", None), found):  # a class more than before: start anew
-            model = LogisticRegression(solver="lbfgs", warm_start=True)
+        if not np.array_equal(getattr(model, "classes_", None), classes):
+            model = LogisticRegression(solver="lbfgs", warm_start=True)  # other classes: from zero
+        model = copy.deepcopy(model).set_params(C=C)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # 100 iterations are the protocol
-            fitted.append(copy.deepcopy(model).set_params(C=c).fit(x[rows].numpy(), labels))
+            fitted.append(model.fit(x[counted].numpy(), labels))
     return fitted
 
 
-def apply_logistic(models, x, columns=False):
-    """Labels (M,) of one model; columns: scores (M, C), the decision function of each binary model."""
+def apply_logistic(models, x, scores_wanted=False):
+    """Predicted labels (M,) of one model. scores_wanted: scores (M, classes), the decision function
+    of each binary model."""
     x = x.numpy()
-    if not columns:
+    if not scores_wanted:
         model, = models
-        return torch.full((len(x),), model) if isinstance(model, int) else torch.from_numpy(model.predict(x))
-    scores = [np.full(len(x), float(m)) if isinstance(m, int) else m.decision_function(x) for m in models]
-    return torch.from_numpy(np.stack(scores, 1))  # (M, C)
+        if isinstance(model, int):
+            return torch.full((len(x),), model)
+        return torch.from_numpy(model.predict(x))
+    scores = [np.full(len(x), float(model)) if isinstance(model, int)
+              else model.decision_function(x) for model in models]
+    return torch.from_numpy(np.stack(scores, 1))  # (M, classes)
 
+
+# ---- average precision ---------------------------------------------------------------------------
 
 def map11(scores, y):
-    """Mean over classes of VOC2007's 11-point average precision, percent. scores (M, C); y (M, C) of 1, 0, -1 = unused.
+    """Mean over classes of VOC2007's 11-point average precision, percent.
 
-    Average over recalls 0, .1, ..., 1 of the best precision at that recall or beyond. Equal scores keep their order; a
-    class without positives is left out. ValueError where no class has any.
+    scores (M, C); y (M, C) of 1, 0, and -1 for images that do not count. For a class it is the mean
+    over the recalls 0, .1, ..., 1 of the best precision at that recall or beyond. Equal scores keep
+    their order; a class without positives is left out. ValueError where no class has any.
     """
-    found = []
+    precisions = []  # average precision of each class
     for score, truth in zip(scores.unbind(1), y.unbind(1)):
-        score, truth = score[truth >= 0], truth[truth >= 0]
-        hits = truth[score.argsort(descending=True, stable=True)].double().cumsum(0)  # (M',)
+        score, truth = score[truth >= 0], truth[truth >= 0]  # (M',) each
+        order = score.argsort(descending=True, stable=True)  # (M',)
+        hits = truth[order].double().cumsum(0)  # (M',)
         if not len(hits) or hits[-1] == 0:
             continue
-        precision, n = hits / torch.arange(1, len(hits) + 1), hits[-1]
-        # hits >= n t / 10 in whole numbers: a recall of 3 of 10 must count as .3, which floats may deny it
-        found.append(sum(float(precision[10 * hits >= n * t].max()) for t in range(11)) / 11)
-    if not found:
-        raise ValueError("average precision needs a positive test image of some class, and there is none")
-    return 100 * sum(found) / len(found)
+        precision = hits / torch.arange(1, len(hits) + 1)  # (M',)
+        # Recall hits / n >= t / 10 in whole numbers: 3 of 10 must count as .3, which floats may
+        # deny it.
+        n = hits[-1]
+        best = [float(precision[10 * hits >= n * t].max()) for t in range(11)]
+        precisions.append(sum(best) / 11)
+    if not precisions:
+        raise ValueError("average precision needs a positive test image of some class, and there "
+                         "is none")
+    return 100 * sum(precisions) / len(precisions)

@@ -1,40 +1,54 @@
-"""data.py, transfer.py, views.py and shapes.py: sets, folders, long tails, the layouts that torchvision reads, and that
-every pixel is a function of (seed, step, view)."""
+"""data.py, views.py, support/shapes.py and support/transfer.py: sets, folders, long tails, the
+layouts that torchvision reads, and that every pixel is a function of (seed, step, view)."""
 import colorsys
 import itertools
 import json
 import math
 import os
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
 from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
 import data
+import views
 from support import groups
 from support import shapes
 from support import transfer
-import views
 
-TINY = data.Recipe(32, 16, 4, (0.4, 1.0), (0.15, 0.5), (0.4, 0.4, 0.2, 0.06), 0.8, 0.2, (0.5, 0.1, 0.5), (0, 0.2, 0))
-PLAIN = data.Recipe(24, 12, 1, (0.4, 1.0), (0.15, 0.5), (0, 0, 0, 0), 0.0, 0.0, (0, 0, 0), (0, 0, 0), 0.0)
+TINY = views.Recipe(
+    global_size=32, local_size=16, n_local=4, global_scale=(0.4, 1.0), local_scale=(0.15, 0.5),
+    jitter=(0.4, 0.4, 0.2, 0.06), blur_p=(0.5, 0.1, 0.5))
+ONLY_CROPS = dict(jitter=(0, 0, 0, 0), jitter_p=0.0, gray_p=0.0, blur_p=(0, 0, 0),
+                  solarize_p=(0, 0, 0), flip_p=0.0)
+PLAIN = views.Recipe(
+    global_size=24, local_size=12, n_local=1, global_scale=(0.4, 1.0), local_scale=(0.15, 0.5),
+    **ONLY_CROPS)
 
 
 def noise(n, h=32, w=32, seed=0):
-    return torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=generator)
 
 
 def unnormalise(x):
-    return x * torch.tensor(data.STD).view(3, 1, 1) + torch.tensor(data.MEAN).view(3, 1, 1)
+    return x * torch.tensor(views.STD).view(3, 1, 1) + torch.tensor(views.MEAN).view(3, 1, 1)
 
 
 def picture(path, seed=0, size=(8, 8)):
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    width, height = size
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
     return str(path)
 
 
@@ -52,7 +66,7 @@ def damage(path):
         f.truncate(os.path.getsize(path) // 2)
 
 
-# ---- shapes ----------------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def shapes_set():
@@ -61,13 +75,15 @@ def shapes_set():
 
 def test_shapes_are_balanced_fixed_and_split(shapes_set):
     train, test = shapes_set
-    assert train.x.shape == (10_000, 3, 32, 32) and test.x.shape == (2_000, 3, 32, 32) and train.x.dtype == torch.uint8
+    assert train.x.shape == (10_000, 3, 32, 32) and train.x.dtype == torch.uint8
+    assert test.x.shape == (2_000, 3, 32, 32)
     assert train.y.bincount().tolist() == [400] * 25 and test.y.bincount().tolist() == [80] * 25
     assert (train.y[:-1] != train.y[1:]).float().mean() > 0.9  # shuffled
     again, _ = data.load("shapes", seed=5, img_size=64)  # the flags' seed does not touch it
     assert torch.equal(train.x, again.x) and torch.equal(train.y, again.y)
-    rows = {bytes(t) for t in train.x.flatten(1).numpy()}
-    assert len(rows) == 10_000 and not rows & {bytes(t) for t in test.x.flatten(1).numpy()}
+    train_images = {bytes(t) for t in train.x.flatten(1).numpy()}
+    test_images = {bytes(t) for t in test.x.flatten(1).numpy()}
+    assert len(train_images) == 10_000 and not train_images & test_images
 
 
 def test_shapes_classes_are_a_latin_square(shapes_set):
@@ -78,10 +94,10 @@ def test_shapes_classes_are_a_latin_square(shapes_set):
 
 
 def test_shapes_labels_say_what_is_drawn():
-    """Hue of the plain objects against the palette of their class; plain objects vary least in brightness."""
+    """Hue of plain objects against the palette of their class; these vary least in brightness."""
     x, y, names = shapes.make(1000, 3)
     x = x.float() / 255
-    smooth = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # most noise averaged out
+    smooth = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)  # most noise averaged out
     vivid = smooth.amax(1) - smooth.amin(1) > 0.2  # (n, 32, 32)
     luma = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1)  # (n, 32, 32)
     hues, spread = {}, {}
@@ -89,39 +105,45 @@ def test_shapes_labels_say_what_is_drawn():
         _, palette, texture = names[y[i]].split("-")
         spread.setdefault(texture, []).append(float(luma[i][vivid[i]].std()))
         if texture == "plain":
-            hues.setdefault(palette, []).append(colorsys.rgb_to_hsv(*smooth[i][:, vivid[i]].mean(1).tolist())[0])
-    for palette, hue in {"red": 0.0, "lime": 0.2, "green": 0.4, "blue": 0.6, "purple": 0.8}.items():
+            rgb = smooth[i][:, vivid[i]].mean(1).tolist()
+            hues.setdefault(palette, []).append(colorsys.rgb_to_hsv(*rgb)[0])
+    expected = {"red": 0.0, "lime": 0.2, "green": 0.4, "blue": 0.6, "purple": 0.8}
+    for palette, hue in expected.items():
         off = (np.array(hues[palette]) - hue + 0.5) % 1 - 0.5
         assert len(off) > 20 and abs(off.mean()) < 0.03 and 0.02 < off.std() < 0.07, palette
     spread = {k: np.median(v) for k, v in spread.items()}
-    assert min(spread, key=spread.get) == "plain" and sorted(spread.values())[1] > 1.2 * spread["plain"], spread
+    assert min(spread, key=spread.get) == "plain", spread
+    assert sorted(spread.values())[1] > 1.2 * spread["plain"], spread
 
 
-# ---- folders ---------------------------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("held", ["val", "test"])
-def test_folder_with_splits(tmp_path, held):
-    path = tree(tmp_path, {"train/dog": 3, "train/cat": 2, "train/cat/more": 1, f"{held}/cat": 1, f"{held}/dog": 2})
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_folder_with_splits(tmp_path, split):
+    path = tree(tmp_path, {"train/dog": 3, "train/cat": 2, "train/cat/more": 1,
+                           f"{split}/cat": 1, f"{split}/dog": 2})
     picture(f"{path}/train/cat/.hidden.png")
     picture(f"{path}/train/.git/x.png")
     (tmp_path / "train/cat/notes.txt").write_text("not an image")
     train, test = data.load(path)
     assert train.classes == test.classes == ["cat", "dog"]
-    assert train.y.tolist() == [0, 0, 0, 1, 1, 1] and test.y.tolist() == [0, 1, 1] and train.y.dtype == torch.int64
-    assert train.paths == sorted(train.paths) and isinstance(train, data.Images) and len(test) == 3
+    assert train.y.tolist() == [0, 0, 0, 1, 1, 1] and train.y.dtype == torch.int64
+    assert test.y.tolist() == [0, 1, 1] and len(test) == 3
+    assert train.paths == sorted(train.paths) and isinstance(train, data.Images)
     for images in (train, test):
         for x, p in zip(images.x, images.paths):
             assert np.array_equal(x.permute(1, 2, 0).numpy(), np.array(Image.open(p)))
 
 
-def test_class_folders_hold_out_a_tenth_whatever_the_seed(tmp_path):
+def test_a_tenth_of_class_folders_is_the_test_split_whatever_the_seed(tmp_path):
     path = tree(tmp_path, {"a": 30, "b": 12, "lonely": 1})
     picture(f"{path}/loose.png")
     train, test = data.load(path, seed=0)
     assert train.y.bincount().tolist() == [27, 11, 1] and test.y.bincount().tolist() == [3, 1]
     assert not set(train.paths) & set(test.paths) and len(set(train.paths + test.paths)) == 43
     assert data.load(path, seed=7)[1].paths == test.paths
-    assert test.paths != sorted(train.paths + test.paths)[:3] + test.paths[3:]  # not simply the first ones
+    all_paths = sorted(train.paths + test.paths)
+    assert test.paths[:3] != all_paths[:3]  # not simply the first ones
 
 
 def test_flat_folder_is_unlabelled_and_train_may_be_a_class(tmp_path):
@@ -141,7 +163,7 @@ def test_folder_errors_are_one_sentence(tmp_path):
             data.load(str(path), **flags)
         assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), str(e.value)
 
-    says(tmp_path / "missing", "missing", "neither a folder", "shapes, cifar10, cifar100, stl10")
+    says(tmp_path / "missing", "missing", "neither a folder", ", ".join(data.SETS))
     says("imagenette", "--data imagenette", "neither a folder")
     (tmp_path / "empty/train").mkdir(parents=True)
     says(tmp_path / "empty", "no images", "train/<class>/*", "val/<class>/*")
@@ -174,14 +196,66 @@ def test_named_sets_and_no_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(datasets, "CIFAR10", Fake)
     train, test = data.load("cifar10", root=str(tmp_path))
-    assert asked == [False, True] * 2 and train.y.tolist() == [0, 1, 1, 0] and train.x.is_contiguous()
+    assert asked == [False, True] * 2
+    assert train.y.tolist() == [0, 1, 1, 0] and train.x.is_contiguous() and train.name == "cifar10"
     assert train.x[1, 2, 3, 4] == Fake(None, True, True).data[1, 3, 4, 2]
 
     def offline(*_, **__):
         raise (OSError if __.get("download") else RuntimeError)("no route to host")
     monkeypatch.setattr(datasets, "STL10", offline)
-    with pytest.raises(ValueError, match="stl10 is not under --data-root .* cannot be downloaded: no route"):
+    words = "stl10 is not under --data-root .* cannot be downloaded: no route"
+    with pytest.raises(ValueError, match=words):
         data.load("stl10", root=str(tmp_path))
+
+
+def test_stl10_through_torchvision(tmp_path):
+    """Files as torchvision expects them: pixels column by column, labels from 1 on."""
+    base = tmp_path / "stl10_binary"
+    base.mkdir()
+    x = noise(3, 96, 96)
+    for split, labels in (("train", [3, 1]), ("test", [10])):
+        pixels = x[:len(labels)].permute(0, 1, 3, 2)
+        pixels.contiguous().numpy().tofile(base / f"{split}_X.bin")
+        np.array(labels, dtype=np.uint8).tofile(base / f"{split}_y.bin")
+    (base / "class_names.txt").write_text("\n".join("abcdefghij"))
+    from torchvision import datasets
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.STL10, "_check_integrity", lambda _: True)
+        train, test = data.load("stl10", root=str(tmp_path))
+    assert torch.equal(train.x, x[:2]) and train.y.tolist() == [2, 0]
+    assert torch.equal(test.x, x[:1]) and test.y.tolist() == [9] and test.y.dtype == torch.int64
+    assert train.classes == list("abcdefghij") and train.name == "stl10"
+
+
+def test_a_set_of_your_own_is_one_function_and_one_entry(monkeypatch, tmp_path):
+    """The example in data.py's docstring, word for word."""
+    x = noise(7)
+    y = torch.tensor([0, 1, 1, 0, 1, 0, 0])
+    torch.save((x, y), tmp_path / "halves.pt")
+    monkeypatch.setattr(data, "SETS", dict(data.SETS))
+    example = data.__doc__.split("one entry in SETS:\n")[1].split("Letters:")[0]
+    exec(textwrap.dedent(example), vars(data).copy())
+    train, test = data.load("halves", root=str(tmp_path))
+    assert torch.equal(train.x, x[::2]) and test.y.tolist() == [1, 0, 0]
+    cut, whole = data.load("halves", root=str(tmp_path), imbalance=2)
+    assert cut.y.bincount().tolist() == [2, 1] and len(whole) == 3
+    steps = list(views.batches(train, PLAIN, batch_size=4, seed=0, start=0, stop=2))
+    assert len(steps) == 2
+    with pytest.raises(ValueError, match="neither a folder nor .* shapes, .*, halves"):
+        data.load("quarters", root=str(tmp_path))
+
+
+def test_a_named_set_comes_before_a_folder_of_that_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    tree("shapes", {"a": 2, "b": 2})
+    assert len(data.load("shapes")[0]) == 10_000 and len(data.load("./shapes")[0]) == 2
+
+
+def test_the_default_set_loads_nothing_that_only_others_need():
+    root = os.path.dirname(os.path.abspath(data.__file__))
+    program = "import sys, data; data.load('shapes'); print('support.groups' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert out.stdout == "False\n", out.stderr
 
 
 def test_mixed_sizes_or_too_many_bytes_stay_on_disk(tmp_path, monkeypatch):
@@ -190,10 +264,11 @@ def test_mixed_sizes_or_too_many_bytes_stay_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "IN_MEMORY", 4 * 3 * 8 * 8)
     assert isinstance(data.load(path)[0], data.Files)
     monkeypatch.undo()
-    picture(f"{path}/b/001.png", size=(9, 8)), picture(f"{path}/b/000.png", size=(9, 8))
+    for i in range(3):
+        picture(f"{path}/b/{i:03d}.png", size=(9, 8))
     train, _ = data.load(path)
     assert isinstance(train, data.Files) and len(train) == 4
-    assert train.read(0)[0].shape == (3, 8, 8) and {train.read(i)[0].shape for i in (2, 3)} >= {(3, 8, 9)}
+    assert [train.read(i)[0].shape for i in range(4)] == [(3, 8, 8)] * 2 + [(3, 8, 9)] * 2
 
 
 def test_large_images_are_shrunk_when_kept(tmp_path):
@@ -215,10 +290,13 @@ def test_image_modes(tmp_path):
     palette.putpalette([v for i in range(256) for v in (i, 255 - i, i // 2)])
     palette.save(tmp_path / "palette.png", transparency=bytes([0] * 256))
     for name in ("grey.png", "deep.png", "deep.tif"):
-        assert torch.equal(data.decode(tmp_path / name), torch.from_numpy(byte).expand(3, 8, 8)), name
-    assert torch.equal(data.decode(tmp_path / "rgba.png"), torch.from_numpy(rgba[..., :3]).permute(2, 0, 1))
+        want = torch.from_numpy(byte).expand(3, 8, 8)
+        assert torch.equal(data.decode(tmp_path / name), want), name
+    want = torch.from_numpy(rgba[..., :3]).permute(2, 0, 1)
+    assert torch.equal(data.decode(tmp_path / "rgba.png"), want)
     b = byte.astype(int)
-    assert np.array_equal(data.decode(tmp_path / "palette.png").numpy(), np.stack([b, 255 - b, b // 2]))
+    want = np.stack([b, 255 - b, b // 2])
+    assert np.array_equal(data.decode(tmp_path / "palette.png").numpy(), want)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -226,22 +304,22 @@ def test_truncated_images(tmp_path, monkeypatch, in_memory):
     if not in_memory:
         monkeypatch.setattr(data, "IN_MEMORY", 0)
     path = tree(tmp_path, {"train/a": 75, "train/b": 75, "val/a": 1, "val/b": 1})
-    bad = f"{path}/train/b/000.png"
-    damage(bad)  # the first of its class: its left neighbour is of class a
+    damaged = f"{path}/train/b/000.png"
+    damage(damaged)  # the first of its class: its left neighbour is of class a
     train, _ = data.load(path)
 
     def read_all():
-        return torch.cat(list(data.eval_batches(train, 8, batch_size=64)))
+        return torch.cat(list(views.eval_batches(train, 8, batch_size=64)))
     got = read_all()
-    assert train.broken == [bad] and isinstance(train, data.Images) == in_memory
+    assert train.broken == [damaged] and isinstance(train, data.Images) == in_memory
     assert torch.equal(got[75], got[76]) and not torch.equal(got[75], got[74])
     read_all()
-    assert train.broken == [bad]  # counted once
+    assert train.broken == [damaged]  # counted once
     damage(f"{path}/train/a/010.png")
-    with pytest.raises(ValueError, match="2 of 150 .* more than 1 %; the first is .*/train/a/010.png"):
-        train, _ = data.load(path)
-        for _ in data.batches(train, PLAIN, batch_size=75, seed=0, start=0, stop=2) if in_memory else [read_all()]:
-            pass
+    words = "2 of 150 .* more than 1 %; the first is .*/train/a/010.png"
+    with pytest.raises(ValueError, match=words):
+        train, _ = data.load(path)  # raises where the set is in memory
+        read_all()
 
 
 def test_truncated_image_in_a_worker_is_reported(tmp_path, monkeypatch):
@@ -249,7 +327,7 @@ def test_truncated_image_in_a_worker_is_reported(tmp_path, monkeypatch):
     path = tree(tmp_path, {".": 120})
     train, _ = data.load(path)
     damage(train.paths[60])
-    for _ in data.batches(train, PLAIN, batch_size=60, seed=0, start=0, stop=2, workers=1):
+    for _ in views.batches(train, PLAIN, batch_size=60, seed=0, start=0, stop=2, workers=1):
         pass
     assert train.broken == [train.paths[60]]
 
@@ -258,7 +336,8 @@ def test_imbalance_by_hand(tmp_path):
     path = tree(tmp_path, {f"train/{c}": 16 for c in "abc"} | {"train/d": 1, "val/a": 1})
     train, test = data.load(path, imbalance=8)  # 16 * 8^(-c/3) = 16, 8, 4, 2; class d has only 1
     assert train.y.bincount().tolist() == [16, 8, 4, 1] and len(test) == 1
-    assert torch.equal(data.load(path, imbalance=8)[0].x, train.x) and train.paths == sorted(train.paths)
+    assert torch.equal(data.load(path, imbalance=8)[0].x, train.x)
+    assert train.paths == sorted(train.paths)
     assert data.load(path, imbalance=8, seed=1)[0].paths != train.paths
     for x, p in zip(train.x, train.paths):  # pixels, labels and paths were taken together
         assert np.array_equal(x.permute(1, 2, 0).numpy(), np.array(Image.open(p)))
@@ -270,7 +349,8 @@ def test_imbalance_by_hand(tmp_path):
 
 def test_imbalance_by_a_power_law(tmp_path):
     path = tree(tmp_path, {f"train/{c}": 16 for c in "abcd"} | {f"val/{c}": 2 for c in "abcd"})
-    train, test = data.load(path, imbalance=4, imbalance_law="power")  # 16 / (c + 1): 16, 8, 5.33, 4
+    train, test = data.load(path, imbalance=4, imbalance_law="power")
+    # 16 / (c + 1): 16, 8, 5.33, 4
     assert train.y.bincount().tolist() == [16, 8, 5, 4] and test.y.bincount().tolist() == [2] * 4
     assert train.classes == list("abcd") and train.paths == sorted(train.paths)
     again, other = (data.load(path, imbalance=4, imbalance_law="power", seed=s)[0] for s in (0, 1))
@@ -281,8 +361,9 @@ def test_imbalance_by_a_power_law(tmp_path):
     for law in ("exp", "power"):  # the two ends agree, whatever lies between
         sizes = data.load("shapes", imbalance=50, imbalance_law=law)[0].y.bincount().tolist()
         assert (sizes[0], sizes[-1]) == (400, 8) and sizes == sorted(sizes, reverse=True)
-        assert sizes == [round(400 * 50 ** -(c / 24 if law == "exp" else math.log(c + 1) / math.log(25)))
-                         for c in range(25)]
+        for c, size in enumerate(sizes):
+            place = c / 24 if law == "exp" else math.log(c + 1) / math.log(25)
+            assert size == round(400 * 50 ** -place)
 
 
 def test_imbalance_of_one_class_and_of_single_images():
@@ -295,38 +376,43 @@ def test_imbalance_of_one_class_and_of_single_images():
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_imbalance_and_damaged_images(tmp_path, monkeypatch, in_memory):
-    """The stand-in of a damaged image is looked for in its own class also in what the long tail leaves."""
+    """The stand-in of a damaged image is of its class, also in what the long tail leaves."""
     if not in_memory:
         monkeypatch.setattr(data, "IN_MEMORY", 0)
     path = tree(tmp_path, {"train/a": 150, "train/b": 150, "val/a": 1, "val/b": 1})
-    kept = data.load(path, imbalance=10)[0].paths
-    damage(kept[150])  # the first image of class b that stays
+    paths = data.load(path, imbalance=10)[0].paths
+    damage(paths[150])  # the first image of class b that stays
     train, _ = data.load(path, imbalance=10)
-    assert train.paths == kept and train.y.bincount().tolist() == [150, 15]
-    got = torch.cat(list(data.eval_batches(train, 8)))
-    assert train.broken == [kept[150]] and not torch.equal(got[150], got[149])
+    assert train.paths == paths and train.y.bincount().tolist() == [150, 15]
+    got = torch.cat(list(views.eval_batches(train, 8)))
+    assert train.broken == [paths[150]] and not torch.equal(got[150], got[149])
 
 
-# ---- iNaturalist-2018 ------------------------------------------------------------------------------------------------
+# ---- iNaturalist-2018 ----------------------------------------------------------------------------
 
 def inat(root, train, val):
-    """Folders 2018/<group>/<class number> with so many images of each class, and the list of those for validation."""
-    listed = []
-    for c, (n, held) in enumerate(zip(train, val)):
-        group = ("Aves", "Plantae", "Insecta")[c % 3]
-        for i in range(n + held):
-            picture(f"{root}/2018/{group}/{c}/{i:03d}.jpg", 100 * c + i)
-        listed += [{"id": len(listed), "file_name": f"train_val2018/{group}/{c}/{i:03d}.jpg"} for i in range(held)]
-    (root / "val2018.json").write_text(json.dumps({"images": listed, "annotations": []}))
+    """Folders 2018/<group>/<class number> with so many images of each class, and the list of those
+    for validation."""
+    val_list = []
+    for c, (n_train, n_val) in enumerate(zip(train, val)):
+        folder = f"{('Aves', 'Plantae', 'Insecta')[c % 3]}/{c}"
+        for i in range(n_train + n_val):
+            picture(f"{root}/2018/{folder}/{i:03d}.jpg", 100 * c + i)
+        for i in range(n_val):
+            name = f"train_val2018/{folder}/{i:03d}.jpg"
+            val_list.append({"id": len(val_list), "file_name": name})
+    (root / "val2018.json").write_text(json.dumps({"images": val_list, "annotations": []}))
 
 
 def test_inat18_through_torchvision(tmp_path, monkeypatch):
     monkeypatch.setattr(groups, "INAT18", {"head": 1, "medium": 1, "tail": 11})
-    inat(tmp_path, [101, 30] + [3] * 9 + [1, 2], [3] * 13)  # class 10 and 11 sort after 9, not after 1
+    sizes = [101, 30] + [3] * 9 + [1, 2]  # class 10 and 11 sort after 9, not after 1
+    inat(tmp_path, sizes, [3] * 13)
     (tmp_path / "2018/Aves/0/notes.txt").write_text("not an image")
     train, test = data.load("inat18", root=str(tmp_path), img_size=8)
-    assert isinstance(train, data.Files) and train.y.bincount().tolist() == [101, 30] + [3] * 9 + [1, 2]
-    assert test.y.bincount().tolist() == [3] * 13 and len(train.classes) == 13 and test.name == "inat18"
+    assert isinstance(train, data.Files) and train.y.bincount().tolist() == sizes
+    assert test.y.bincount().tolist() == [3] * 13 and test.name == "inat18"
+    assert len(train.classes) == len(test.classes) == 13
     assert not set(train.paths) & set(test.paths)
     for images in (train, test):
         for path, c in zip(images.paths, images.y.tolist()):
@@ -339,7 +425,8 @@ def test_inat18_through_torchvision(tmp_path, monkeypatch):
         f.write("}")
     with pytest.raises(ValueError, match="inat18 is expected as .*2018/<group>.*val2018.json"):
         data.load("inat18", root=str(tmp_path))
-    (tmp_path / "val2018.json").write_text(json.dumps({"images": [{"file_name": "train_val2018/Aves/0/absent.jpg"}]}))
+    absent = {"images": [{"file_name": "train_val2018/Aves/0/absent.jpg"}]}
+    (tmp_path / "val2018.json").write_text(json.dumps(absent))
     with pytest.raises(ValueError, match="names 1 images, and 0 of them"):
         data.load("inat18", root=str(tmp_path))
     (tmp_path / "val2018.json").unlink()
@@ -351,11 +438,12 @@ def test_inat18_through_torchvision(tmp_path, monkeypatch):
 
 def test_inat18_counts_of_the_classes_are_asserted(tmp_path):
     inat(tmp_path, [3, 3, 3], [1, 1, 1])
-    with pytest.raises(ValueError, match="842 head, 3701 medium, 3599 tail classes .* got 0 head, 0 medium, 3 tail"):
+    words = "842 head, 3701 medium, 3599 tail classes .* got 0 head, 0 medium, 3 tail"
+    with pytest.raises(ValueError, match=words):
         data.load("inat18", root=str(tmp_path))
 
 
-# ---- transfer sets: a small copy of each layout, read by torchvision's own class -------------------------------------
+# ---- transfer sets: a small copy of each layout, read by torchvision's own class -----------------
 
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -378,13 +466,16 @@ def agrees(name, root, lengths, classes):
 def test_transfer_aircraft(tmp_path):
     base, n = tmp_path / "fgvc-aircraft-2013b/data", itertools.count()
     write(base / "variants.txt", "707-320\nA380 heavy\n")
-    for split, labels in {"train": ("707-320", "A380 heavy"), "val": ("A380 heavy",), "test": ("707-320",) * 3}.items():
+    labels_of = {"train": ("707-320", "A380 heavy"), "val": ("A380 heavy",),
+                 "test": ("707-320",) * 3}
+    for split, labels in labels_of.items():
         names = [f"{next(n):07d}" for _ in labels]
         for name in names:
             picture(f"{base}/images/{name}.jpg", int(name))
-        write(base / f"images_variant_{split}.txt", "".join(f"{a} {b}\n" for a, b in zip(names, labels)))
+        rows = [f"{name} {label}\n" for name, label in zip(names, labels)]
+        write(base / f"images_variant_{split}.txt", "".join(rows))
     train, val, test = agrees("aircraft", tmp_path, (2, 1, 3), ["707-320", "A380 heavy"])
-    assert (train.y.tolist(), val.y.tolist(), test.y.tolist()) == ([0, 1], [1], [0, 0, 0])
+    assert [s.y.tolist() for s in (train, val, test)] == [[0, 1], [1], [0, 0, 0]]
     assert test.paths[0].endswith("0000003.jpg")
     write(base / "images_variant_val.txt", "")
     with pytest.raises(ValueError, match="aircraft is expected in .*a split is empty"):
@@ -410,14 +501,18 @@ def test_transfer_food(tmp_path):
             picture(f"{base}/images/{row}.jpg", n)
         write(base / f"meta/{split}.json", json.dumps(rows))
     train, val, test = agrees("food", tmp_path, (6, None, 4), ["apple_pie", "tacos"])
-    assert val is None and train.y.tolist() == [1, 1, 1, 0, 0, 0] and test.y.tolist() == [1, 1, 0, 0]
-    assert all(f"/{s.classes[y]}/" in p for s in (train, test) for p, y in zip(s.paths, s.y))
+    assert val is None
+    assert train.y.tolist() == [1, 1, 1, 0, 0, 0] and test.y.tolist() == [1, 1, 0, 0]
+    for s in (train, test):
+        assert all(f"/{s.classes[y]}/" in p for p, y in zip(s.paths, s.y))
 
 
 def test_transfer_pets(tmp_path):
     base = tmp_path / "oxford-iiit-pet"
-    for split, rows in {"trainval": ["Abyssinian_1 1 1 1", "great_pyrenees_2 2 2 1", "Abyssinian_3 1 1 1"],
-                        "test": ["great_pyrenees_9 2 2 1", "Abyssinian_8 1 1 1"]}.items():
+    rows_of = {
+        "trainval": ["Abyssinian_1 1 1 1", "great_pyrenees_2 2 2 1", "Abyssinian_3 1 1 1"],
+        "test": ["great_pyrenees_9 2 2 1", "Abyssinian_8 1 1 1"]}
+    for split, rows in rows_of.items():
         write(base / f"annotations/{split}.txt", "\n".join(rows) + "\n")
         for row in rows:
             picture(f"{base}/images/{row.split()[0]}.jpg")
@@ -428,13 +523,15 @@ def test_transfer_pets(tmp_path):
 def test_transfer_sun397_reads_the_first_partition(tmp_path):
     base = tmp_path / "SUN397"
     write(base / "ClassName.txt", "/a/abbey\n/c/church/indoor\n")
-    rows = [f"/a/abbey/sun_a{i}.jpg" for i in range(4)] + [f"/c/church/indoor/sun_b{i}.jpg" for i in range(4)]
+    rows = [f"/a/abbey/sun_a{i}.jpg" for i in range(4)]
+    rows += [f"/c/church/indoor/sun_b{i}.jpg" for i in range(4)]
     for i, row in enumerate(rows):
         picture(f"{base}{row}", i)
     with pytest.raises(ValueError, match="sun397 is expected in .*SUN397/.*Training_01.txt"):
         transfer.load("sun397", str(tmp_path))
     write(base / "Training_01.txt", "\n".join(rows[:2] + rows[4:5]) + "\n")
-    write(base / "Testing_01.txt", "\n".join(rows[6:] + rows[3:4]) + "\n\n")  # two images are in neither list
+    # two images are in neither list
+    write(base / "Testing_01.txt", "\n".join(rows[6:] + rows[3:4]) + "\n\n")
     train, _, test = agrees("sun397", tmp_path, (3, None, 3), ["abbey", "church/indoor"])
     assert train.y.tolist() == [0, 0, 1] and test.y.tolist() == [1, 1, 0]
     assert test.paths == [f"{base}{row}" for row in rows[6:] + rows[3:4]]
@@ -442,21 +539,26 @@ def test_transfer_sun397_reads_the_first_partition(tmp_path):
 
 def test_transfer_caltech_takes_thirty_of_each_class(tmp_path):
     base = tmp_path / "caltech101/101_ObjectCategories"
-    for c, (name, n) in enumerate({"BACKGROUND_Google": 35, "accordion": 40, "yin_yang": 4}.items()):
+    sizes = {"BACKGROUND_Google": 35, "accordion": 40, "yin_yang": 4}
+    for c, (name, n) in enumerate(sizes.items()):
         for i in range(1, n + 1):
             picture(f"{base}/{name}/image_{i:04d}.jpg", 100 * c + i)
     (base / "BACKGROUND_Google/tmp").write_text("as in the archive")
-    train, _, test = agrees("caltech101", tmp_path, (63, None, 16), ["BACKGROUND_Google", "accordion", "yin_yang"])
+    train, _, test = agrees("caltech101", tmp_path, (63, None, 16), list(sizes))
     assert train.y.bincount().tolist() == [30, 30, 3] and test.y.bincount().tolist() == [5, 10, 1]
-    assert all(f"/{s.classes[y]}/" in p for s in (train, test) for p, y in zip(s.paths, s.y))
-    assert transfer.load("caltech101", str(tmp_path))[0].paths == train.paths  # the same for everybody
-    assert test.paths[5:15] != sorted(p for p in train.paths + test.paths if "accordion" in p)[-10:]
+    for s in (train, test):
+        assert all(f"/{s.classes[y]}/" in p for p, y in zip(s.paths, s.y))
+    again = transfer.load("caltech101", str(tmp_path))[0]
+    assert again.paths == train.paths  # the same for everybody
+    accordions = sorted(p for p in train.paths + test.paths if "accordion" in p)
+    assert test.paths[5:15] != accordions[-10:]
 
 
 def test_transfer_flowers(tmp_path, monkeypatch):
     io = pytest.importorskip("scipy.io")
     from torchvision.datasets import Flowers102
-    monkeypatch.setattr(Flowers102, "_file_dict", {k: (v[0], None) for k, v in Flowers102._file_dict.items()})
+    without_checksums = {k: (v[0], None) for k, v in Flowers102._file_dict.items()}
+    monkeypatch.setattr(Flowers102, "_file_dict", without_checksums)
     base = tmp_path / "flowers-102"
     for i in range(1, 8):
         picture(f"{base}/jpg/image_{i:05d}.jpg", i)
@@ -464,7 +566,7 @@ def test_transfer_flowers(tmp_path, monkeypatch):
     io.savemat(base / "setid.mat", {"trnid": np.array([[3, 1]]), "valid": np.array([[2, 7]]),
                                     "tstid": np.array([[6, 5, 4]])})
     train, val, test = agrees("flowers", tmp_path, (2, 2, 3), list(Flowers102.classes))
-    assert (train.y.tolist(), val.y.tolist(), test.y.tolist()) == ([101, 4], [0, 1], [1, 0, 4])
+    assert [s.y.tolist() for s in (train, val, test)] == [[101, 4], [0, 1], [1, 0, 4]]
     assert train.paths[0].endswith("image_00003.jpg")
 
 
@@ -472,16 +574,19 @@ def test_transfer_cars(tmp_path):
     io = pytest.importorskip("scipy.io")
     base = tmp_path / "stanford_cars"
     kinds = [("fname", "O"), ("class", "O")]
-    for split, path, rows in (("train", "devkit/cars_train_annos.mat", [("00001.jpg", 2), ("00002.jpg", 1)]),
-                              ("test", "cars_test_annos_withlabels.mat", [("00001.jpg", 1), ("00002.jpg", 2),
-                                                                          ("00003.jpg", 2)])):
+    train_rows = [("00001.jpg", 2), ("00002.jpg", 1)]
+    test_rows = [("00001.jpg", 1), ("00002.jpg", 2), ("00003.jpg", 2)]
+    for split, path, rows in (("train", "devkit/cars_train_annos.mat", train_rows),
+                              ("test", "cars_test_annos_withlabels.mat", test_rows)):
         for name, c in rows:
             picture(f"{base}/cars_{split}/{name}", c)
         (base / path).parent.mkdir(exist_ok=True)
         io.savemat(base / path, {"annotations": np.array(rows, dtype=kinds)[None]})
-    io.savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([["AM General Hummer", "Acura RL"]], dtype="O")})
-    train, _, test = agrees("cars", tmp_path, (2, None, 3), ["AM General Hummer", "Acura RL"])
-    assert train.y.tolist() == [1, 0] and test.y.tolist() == [0, 1, 1] and "/cars_test/" in test.paths[0]
+    classes = ["AM General Hummer", "Acura RL"]
+    io.savemat(base / "devkit/cars_meta.mat", {"class_names": np.array([classes], dtype="O")})
+    train, _, test = agrees("cars", tmp_path, (2, None, 3), classes)
+    assert train.y.tolist() == [1, 0] and test.y.tolist() == [0, 1, 1]
+    assert "/cars_test/" in test.paths[0]
 
 
 def test_transfer_voc2007_difficult_objects(tmp_path):
@@ -491,16 +596,22 @@ def test_transfer_voc2007_difficult_objects(tmp_path):
               "000003": [("aeroplane", 0), ("aeroplane", 1)], "000004": []}
     for name, objects in things.items():
         picture(f"{base}/JPEGImages/{name}.jpg", int(name))
-        rows = "".join(f"<object><name>{escape(c)}</name><difficult>{d}</difficult><part><name>head</name></part>"
-                       "</object>" for c, d in objects)
-        write(base / f"Annotations/{name}.xml", f"<annotation><filename>{name}.jpg</filename>{rows}</annotation>")
-    for split, names in (("train", ["000001", "000004"]), ("val", ["000002"]), ("test", ["000003"])):
+        rows = "".join(f"<object><name>{escape(c)}</name><difficult>{d}</difficult>"
+                       "<part><name>head</name></part></object>" for c, d in objects)
+        write(base / f"Annotations/{name}.xml",
+              f"<annotation><filename>{name}.jpg</filename>{rows}</annotation>")
+    names_of = {"train": ["000001", "000004"], "val": ["000002"], "test": ["000003"]}
+    for split, names in names_of.items():
         write(base / f"ImageSets/Main/{split}.txt", "\n".join(names) + "\n")
     train, val, test = agrees("voc2007", tmp_path, (2, 1, 1), list(transfer.VOC))
-    assert train.y.shape == (2, 20) and len(set(transfer.VOC)) == 20 and sorted(transfer.VOC) == list(transfer.VOC)
-    y = {s: {transfer.VOC[c]: int(row[c]) for row in t.y for c in range(20) if row[c]}
-         for s, t in (("train", train), ("val", val), ("test", test))}
-    assert y == {"train": {"dog": 1, "person": -1}, "val": {"tvmonitor": 1}, "test": {"aeroplane": 1}}
+    assert train.y.shape == (2, 20)
+    assert len(set(transfer.VOC)) == 20 and sorted(transfer.VOC) == list(transfer.VOC)
+
+    def labels(images):
+        return {transfer.VOC[c]: int(row[c]) for row in images.y for c in range(20) if row[c]}
+
+    assert labels(train) == {"dog": 1, "person": -1}
+    assert labels(val) == {"tvmonitor": 1} and labels(test) == {"aeroplane": 1}
     damage(train.paths[0])  # a stand-in must have all its labels
     with pytest.raises(ValueError, match="the images around it cannot be read"):
         train.read(0)
@@ -509,28 +620,35 @@ def test_transfer_voc2007_difficult_objects(tmp_path):
 
 
 def test_transfer_cifar_has_no_validation_split(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(data, "named", lambda name, root, train: asked.append((name, root, train)) or f"set {train}")
-    assert transfer.load("cifar100", str(tmp_path)) == ("set True", None, "set False")
-    assert asked == [("cifar100", str(tmp_path), True), ("cifar100", str(tmp_path), False)]
+    from torchvision import datasets
+    monkeypatch.setattr(datasets, "CIFAR100", lambda root, train: SimpleNamespace(
+        data=np.full((3 if train else 2, 32, 32, 3), 7, np.uint8), classes=["a", "b"],
+        targets=[0, 1, 1] if train else [1, 0]))
+    train, val, test = transfer.load("cifar100", str(tmp_path))
+    assert val is None and train.y.tolist() == [0, 1, 1] and test.y.tolist() == [1, 0]
+    assert train.name == "cifar100" and train.x.shape == (3, 3, 32, 32)
 
 
 @pytest.mark.parametrize("name", sorted(set(transfer.SETS) - {"cifar10", "cifar100"}))
 def test_transfer_says_where_missing_files_are_expected(tmp_path, name):
     if name in ("cars", "flowers"):
         pytest.importorskip("scipy.io")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         transfer.load(name, str(tmp_path))
-    text, (kind, _, _, where) = str(caught.value), transfer.SETS[name]
-    assert text.startswith(f"--data {name} is expected in {tmp_path}") and where in text and kind in text
-    assert "\n" not in text
+    text = str(error.value)
+    kind, _, _, where = transfer.SETS[name]
+    assert text.startswith(f"--data {name} is expected in {tmp_path}")
+    assert where in text and kind in text and "\n" not in text
 
 
 def test_transfer_names_and_metrics(tmp_path):
-    with pytest.raises(ValueError, match="--data birdsnap is not one of the transfer sets aircraft, caltech101, cars"):
+    words = "--data birdsnap is not one of the transfer sets aircraft, caltech101, cars"
+    with pytest.raises(ValueError, match=words):
         transfer.load("birdsnap", str(tmp_path))
-    assert {n for n, m in transfer.METRIC.items() if m == "per_class"} == {"aircraft", "caltech101", "flowers", "pets"}
-    assert {n for n, m in transfer.METRIC.items() if m == "map11"} == {"voc2007"} and len(transfer.METRIC) == 11
+    names = {metric: {n for n, m in transfer.METRIC.items() if m == metric}
+             for metric in ("top1", "per_class", "map11")}
+    assert names["per_class"] == {"aircraft", "caltech101", "flowers", "pets"}
+    assert names["map11"] == {"voc2007"} and len(names["top1"]) == 6 and len(transfer.METRIC) == 11
 
 
 def test_subset(tmp_path, monkeypatch):
@@ -543,21 +661,21 @@ def test_subset(tmp_path, monkeypatch):
     assert data.subset(files, 2).paths == files.paths[::2] and data.subset(files, 2).y is None
 
 
-# ---- order and seeds -------------------------------------------------------------------------------------------------
+# ---- order and seeds -----------------------------------------------------------------------------
 
 def test_indices_cover_an_epoch_once():
     n, B = 103, 10  # 10 steps an epoch, 3 images dropped
-    epochs = [torch.cat([data.indices(n, B, 4, e * 10 + k) for k in range(10)]) for e in range(3)]
+    epochs = [torch.cat([views.indices(n, B, 4, e * 10 + k) for k in range(10)]) for e in range(3)]
     for order in epochs:
         assert len(order) == 100 == len(order.unique()) and 0 <= order.min() and order.max() < n
     assert not torch.equal(epochs[0], epochs[1])
     assert len({frozenset(range(n)) - set(o.tolist()) for o in epochs}) > 1  # not always the same 3
-    assert not torch.equal(data.indices(n, B, 4, 0), data.indices(n, B, 5, 0))
+    assert not torch.equal(views.indices(n, B, 4, 0), views.indices(n, B, 5, 0))
 
 
 def test_seed_of_tells_tuples_apart():
     tuples = [t for n in (1, 2, 3, 4) for t in itertools.product((0, 1, 2, 2 ** 33), repeat=n)]
-    seeds = {data.seed_of(*t) for t in tuples}
+    seeds = {views.seed_of(*t) for t in tuples}
     assert len(seeds) == len(tuples) and all(0 <= s < 2 ** 63 for s in seeds)
 
 
@@ -569,12 +687,13 @@ def some(request, tmp_path):
         return data.Images(x, torch.arange(40), [str(i) for i in range(40)], "x")
     for i, image in enumerate(x):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02d}.png")
-    return data.Files(sorted(str(p) for p in tmp_path.iterdir()), torch.arange(40), [str(i) for i in range(40)], "x")
+    paths = sorted(str(p) for p in tmp_path.iterdir())
+    return data.Files(paths, torch.arange(40), [str(i) for i in range(40)], "x")
 
 
 def run(images, start, stop, recipe=TINY, **flags):
     flags = dict(batch_size=8, seed=3) | flags
-    return list(data.batches(images, recipe, start=start, stop=stop, **flags))
+    return list(views.batches(images, recipe, start=start, stop=stop, **flags))
 
 
 def same(a, b):
@@ -583,9 +702,11 @@ def same(a, b):
 
 def test_batches_have_the_views_of_the_recipe(some):
     out = run(some, 0, 2)
-    assert len(out) == 2 and [tuple(v.shape) for v in out[0]] == [(8, 3, 32, 32)] * 2 + [(8, 3, 16, 16)] * 4
-    assert all(v.dtype == torch.float32 and ((unnormalise(v) - 0.5).abs() < 0.5 + 1e-5).all() for v in out[0])
-    assert len(run(some, 0, 1, data.Recipe(16, 8, 0))[0]) == 2  # no local crops
+    shapes_of_views = [tuple(v.shape) for v in out[0]]
+    assert len(out) == 2 and shapes_of_views == [(8, 3, 32, 32)] * 2 + [(8, 3, 16, 16)] * 4
+    for v in out[0]:
+        assert v.dtype == torch.float32 and ((unnormalise(v) - 0.5).abs() < 0.5 + 1e-5).all()
+    assert len(run(some, 0, 1, views.Recipe(16, 8, 0))[0]) == 2  # no local crops
 
 
 def test_batches_do_not_depend_on_ranks_or_the_step_they_start_at(some):
@@ -609,23 +730,24 @@ def test_batches_differ_by_step_view_and_seed():
 
 
 def test_batches_show_the_images_of_indices(some):
-    """Every image one colour of its own: without colour changes, its crops tell which image they come from."""
+    """Every image has one colour of its own, so its crops tell which image they come from."""
     if isinstance(some, data.Files):
         for i, p in enumerate(some.paths):
             Image.new("RGB", (32, 32), (6 * i, 255 - 6 * i, 40)).save(p)
     else:
         colours = torch.tensor([[6 * i, 255 - 6 * i, 40] for i in range(40)], dtype=torch.uint8)
         some.x = colours[..., None, None].repeat(1, 1, 32, 32)
-    out = run(some, 2, 3, PLAIN)[0]
-    for v in out:
-        assert torch.equal((unnormalise(v)[:, 0].mean((1, 2)) * 255 / 6).round().long(), data.indices(40, 8, 3, 2))
+    for v in run(some, 2, 3, PLAIN)[0]:
+        red = unnormalise(v)[:, 0].mean((1, 2)) * 255  # (8,)
+        assert torch.equal((red / 6).round().long(), views.indices(40, 8, 3, 2))
 
 
 def test_batches_refuse_what_cannot_work(some):
-    for flags, words in ((dict(batch_size=41), "--batch-size 41 .* 40 images"), (dict(batch_size=0), "--batch-size 0"),
+    for flags, words in ((dict(batch_size=41), "--batch-size 41 .* 40 images"),
+                         (dict(batch_size=0), "--batch-size 0"),
                          (dict(batch_size=9, world=2), "--batch-size 9 .* 2 processes")):
         with pytest.raises(ValueError, match=words):  # at the call, not at the first batch
-            data.batches(some, TINY, seed=0, start=0, stop=1, **flags)
+            views.batches(some, TINY, seed=0, start=0, stop=1, **flags)
 
 
 def test_files_give_the_same_pixels_with_any_number_of_workers(some):
@@ -639,29 +761,40 @@ def test_files_and_memory_agree_on_the_statistics(tmp_path):
     """Two implementations of one recipe: mean and spread over many smooth images."""
     yy, xx = np.mgrid[0:32, 0:32] / 31
     rng = np.random.default_rng(0)
-    smooth = [np.stack([a + b * xx + c * yy for a, b, c in rng.uniform(0, .33, (3, 3))]) for _ in range(100)]
-    x = torch.from_numpy((np.stack(smooth) * 255).round().astype(np.uint8))
+    a, b, c = rng.uniform(0, .33, (3, 100, 3, 1, 1))  # of each image and channel
+    x = torch.from_numpy(((a + b * xx + c * yy) * 255).round().astype(np.uint8))  # (100, 3, 32, 32)
 
     class Disk:
-        __len__, read, note_broken = lambda _: 100, lambda _, i: (x[i], None), lambda *_: None
-    recipe = data.Recipe(16, 8, 2, jitter=(0.4, 0.4, 0.2, 0.1))
+        def __len__(self):
+            return 100
+
+        def read(self, i):
+            return x[i], None
+
+        def note_broken(self, paths):
+            assert not paths
+
+    recipe = views.Recipe(16, 8, 2, jitter=(0.4, 0.4, 0.2, 0.1))
     a, b = ([unnormalise(torch.cat(v)) for v in zip(*run(s, 0, 4, recipe, batch_size=100))]
             for s in (data.Images(x, None, [], "x"), Disk()))
     for v, w in zip(a, b):
-        assert abs(v.mean() - w.mean()) < 0.03 and abs(v.mean((1, 2, 3)).std() - w.mean((1, 2, 3)).std()) < 0.02
+        assert abs(v.mean() - w.mean()) < 0.03
+        assert abs(v.mean((1, 2, 3)).std() - w.mean((1, 2, 3)).std()) < 0.02
         chroma = [t.mean((2, 3)).std(1).mean() for t in (v, w)]
         assert abs(chroma[0] / chroma[1] - 1) < 0.15
 
 
-# ---- operations against torchvision ----------------------------------------------------------------------------------
+# ---- operations against torchvision --------------------------------------------------------------
 
 def test_crop_of_the_whole_image_is_the_image():
     x = noise(5, 20, 28).float() / 255
-    box, no = torch.tensor([0., 0., 20., 28.]).expand(2, 5, 4), torch.zeros(2, 5, dtype=torch.bool)
-    square = torch.nn.functional.interpolate(x, (24, 24), mode="bilinear", align_corners=False)
+    box = torch.tensor([0., 0., 20., 28.]).expand(2, 5, 4)
+    no = torch.zeros(2, 5, dtype=torch.bool)
+    square = F.interpolate(x, (24, 24), mode="bilinear", align_corners=False)
     assert torch.allclose(views.crop(x, box, no, 24), square.repeat(2, 1, 1, 1), atol=1e-4)
     x = noise(5).float() / 255
-    box, flip = torch.tensor([0., 0., 32., 32.]).expand(2, 5, 4), torch.tensor([[False] * 5, [True] * 5])
+    box = torch.tensor([0., 0., 32., 32.]).expand(2, 5, 4)
+    flip = torch.tensor([[False] * 5, [True] * 5])
     out = views.crop(x, box, flip, 32).view(2, 5, 3, 32, 32)
     assert torch.allclose(out[0], x, atol=1e-4) and torch.allclose(out[1], x.flip(-1), atol=1e-4)
 
@@ -672,14 +805,15 @@ def test_crop_of_a_box_is_its_pixels():
     out = views.crop(x, box, torch.tensor([[False, True, False]]), 16)
     want = [x[0, :, 4:20, 6:22], x[1, :, 0:16, 14:30].flip(-1), x[2, :, 24:40, 0:16]]
     assert torch.allclose(out, torch.stack(want), atol=1e-4)
-    halved = views.crop(x, box[:, :, :], torch.tensor([[False] * 3]), 4, taps=4)  # every pixel once: the block mean
-    assert torch.allclose(halved[0], torch.nn.functional.avg_pool2d(x[0, :, 4:20, 6:22], 4), atol=1e-4)
+    # every pixel is sampled once: the mean of each block
+    small = views.crop(x, box, torch.tensor([[False] * 3]), 4, taps=4)
+    assert torch.allclose(small[0], F.avg_pool2d(x[0, :, 4:20, 6:22], 4), atol=1e-4)
 
 
 def test_large_images_do_not_alias():
     stripes = torch.zeros(4, 3, 256, 256, dtype=torch.uint8)
     stripes[..., (torch.arange(256) % 5) < 2] = 255  # finer than 16 pixels can show; mean .4
-    recipe = data.Recipe(16, 8, 0, (0.9, 1.0), (0.1, 0.2), (0, 0, 0, 0), 0, 0, (0, 0, 0), (0, 0, 0))
+    recipe = views.Recipe(16, 8, 0, (0.9, 1.0), (0.1, 0.2), **ONLY_CROPS)
     out = unnormalise(run(data.Images(stripes, None, [], "x"), 0, 1, recipe, batch_size=4)[0][0])
     box = torch.tensor([[[3., 4., 246., 246.]]])
     naive = views.crop(stripes[:1].float() / 255, box, torch.tensor([[False]]), 16)
@@ -687,23 +821,26 @@ def test_large_images_do_not_alias():
 
 
 def test_crop_boxes_are_distributed_as_in_torchvision():
-    for (H, W), scale in (((32, 32), (0.4, 1.0)), ((240, 800), (0.3, 1.0)), ((800, 240), (0.3, 1.0))):
-        box = views.crop_boxes(torch.rand(20_000, 22, generator=torch.Generator().manual_seed(0)), scale, H, W)
+    for H, W, scale in ((32, 32, (0.4, 1.0)), (240, 800, (0.3, 1.0)), (800, 240, (0.3, 1.0))):
+        u = torch.rand(20_000, 22, generator=torch.Generator().manual_seed(0))
+        box = views.crop_boxes(u, scale, H, W)
         top, left, h, w = box.T
-        assert (top >= 0).all() and (left >= 0).all() and (top + h <= H + 1e-3).all() and (left + w <= W + 1e-3).all()
+        assert (top >= 0).all() and (top + h <= H + 1e-3).all()
+        assert (left >= 0).all() and (left + w <= W + 1e-3).all()
         torch.manual_seed(0)
         crop, blank = v2.RandomResizedCrop(8, scale), torch.empty(3, H, W)
         theirs = np.array([[p[k] for k in ("top", "left", "height", "width")]
                            for p in (crop.make_params([blank]) for _ in range(4000))])
         q = np.linspace(0.05, 0.95, 19)
         for ours, other, unit in zip((top, left, h, w), theirs.T, (H, W, H, W)):
-            assert np.abs(np.quantile(ours.numpy(), q) - np.quantile(other, q)).max() / unit < 0.03
+            difference = np.abs(np.quantile(ours.numpy(), q) - np.quantile(other, q)).max()
+            assert difference / unit < 0.03
 
 
 def one_colour(x, **factors):
     n = len(x)
-    default = dict(brightness=torch.ones(n), contrast=torch.ones(n), saturation=torch.ones(n), hue=torch.zeros(n),
-                   grey=torch.zeros(n, dtype=torch.bool))
+    default = dict(brightness=torch.ones(n), contrast=torch.ones(n), saturation=torch.ones(n),
+                   hue=torch.zeros(n), grey=torch.zeros(n, dtype=torch.bool))
     return views.colour(x, **(default | factors))
 
 
@@ -727,23 +864,29 @@ def test_hue_turns_the_colours_about_grey():
     soft = 0.4 + 0.2 * x  # nothing to cut off: grey and chroma are kept
     out = one_colour(soft, hue=torch.tensor([0.1, -0.05, 0.02, 0.3]))
     assert torch.allclose(out.mean(1), soft.mean(1), atol=1e-5)
-    assert torch.allclose(out.std(1), soft.std(1), atol=1e-5) and not torch.allclose(out, soft, atol=1e-2)
+    assert torch.allclose(out.std(1), soft.std(1), atol=1e-5)
+    assert not torch.allclose(out, soft, atol=1e-2)
 
 
 def test_colour_is_the_operations_in_their_order():
     """Against a float64 loop over images; soft colours, so that nothing is cut off on the way."""
     g = torch.Generator().manual_seed(1)
     x = 0.45 + 0.1 * torch.rand(5, 3, 6, 7, generator=g)
-    b, c, s, hue = 0.8 + 0.4 * torch.rand(5, generator=g), torch.tensor([.6, .9, 1., 1.2, 1.4]), \
-        torch.tensor([.8, 1.2, 1., 1.1, .9]), torch.tensor([.1, -.1, .05, 0., .02])
+    b = 0.8 + 0.4 * torch.rand(5, generator=g)
+    c = torch.tensor([.6, .9, 1., 1.2, 1.4])
+    s = torch.tensor([.8, 1.2, 1., 1.1, .9])
+    hue = torch.tensor([.1, -.1, .05, 0., .02])
     grey = torch.tensor([False, False, True, False, False])
-    out, luma, axis = views.colour(x, b, c, s, hue, grey), np.array([.299, .587, .114]), np.ones(3) / np.sqrt(3)
+    out = views.colour(x, b, c, s, hue, grey)
+    luma = np.array([.299, .587, .114])
+    axis = np.ones(3) / np.sqrt(3)
     for i in range(5):
         p = x[i].double().numpy().reshape(3, -1) * float(b[i])
         p = float(c[i]) * p + (1 - float(c[i])) * (luma @ p).mean()
         p = float(s[i]) * p + (1 - float(s[i])) * (luma @ p)
         a = 2 * np.pi * float(hue[i])  # Rodrigues' formula
-        p = p * np.cos(a) + np.cross(axis, p.T).T * np.sin(a) + axis[:, None] * (axis @ p) * (1 - np.cos(a))
+        along_axis = axis[:, None] * (axis @ p)
+        p = p * np.cos(a) + np.cross(axis, p.T).T * np.sin(a) + along_axis * (1 - np.cos(a))
         p = np.repeat((luma @ p)[None], 3, 0) if grey[i] else p
         assert np.allclose(out[i].reshape(3, -1).numpy(), p, atol=1e-5)
 
@@ -758,37 +901,42 @@ def test_blur_equals_torchvision():
 
 
 def test_probabilities_of_the_recipe():
-    """Each switch alone: the share of images that it changes, per view, against what the recipe says."""
+    """Each switch alone: the share of images that it changes in a view, against the recipe."""
     n = 400
     images = data.Images(noise(n, 8, 8), None, [], "x")
-    off = dict(global_size=8, local_size=8, n_local=1, global_scale=(1.0, 1.0), local_scale=(1.0, 1.0),
-               jitter=(.4, .4, .2, .1), jitter_p=0, gray_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0), flip_p=0)
-    x = images.x[data.indices(n, n, 3, 0)].float() / 255
+    off = dict(global_size=8, local_size=8, n_local=1, global_scale=(1.0, 1.0),
+               local_scale=(1.0, 1.0)) | ONLY_CROPS | dict(jitter=(.4, .4, .2, .1))
+    x = images.x[views.indices(n, n, 3, 0)].float() / 255
     for switch, p in (("jitter_p", .8), ("gray_p", .2), ("flip_p", .5), ("blur_p", (1, .1, .5)),
                       ("solarize_p", (0, .2, .6))):
-        out = run(images, 0, 1, data.Recipe(**(off | {switch: p})), batch_size=n)[0]
-        base = run(images, 0, 1, data.Recipe(**off), batch_size=n)[0]
+        out = run(images, 0, 1, views.Recipe(**(off | {switch: p})), batch_size=n)[0]
+        base = run(images, 0, 1, views.Recipe(**off), batch_size=n)[0]
         for v, (view, plain) in enumerate(zip(out, base)):
             share = ((view - plain).abs().amax((1, 2, 3)) > 1e-3).float().mean()
             want = p if isinstance(p, float) else p[v]
             want *= 0.95 if switch == "blur_p" else 1  # a sigma of .1 to .2 shows nothing
             assert abs(share - want) < 4 * math.sqrt(want * (1 - want) / n) + 0.03, (switch, v)
-    assert torch.allclose(unnormalise(base[0]), x, atol=1e-4)  # scale 1 of a square: no other box fits
+    # at scale 1 of a square, no box but the whole fits
+    assert torch.allclose(unnormalise(base[0]), x, atol=1e-4)
 
 
 def test_jitter_spans_its_range():
-    n, soft = 300, torch.tensor([120, 100, 110], dtype=torch.uint8).view(1, 3, 1, 1).repeat(300, 1, 8, 8)
+    n = 300
+    left = torch.tensor([120, 100, 110], dtype=torch.uint8).view(1, 3, 1, 1)
+    soft = left.repeat(n, 1, 8, 8)
     soft[..., 4:] = 150
-    crop = (8, 8, 0, (1.0, 1.0), (1.0, 1.0))
     x = soft[0].float() / 255
 
     def jittered(*jitter):
-        recipe = data.Recipe(*crop, jitter, 1.0, 0.0, (0, 0, 0), (0, 0, 0), 0.0)
+        switches = ONLY_CROPS | dict(jitter=jitter, jitter_p=1.0)
+        recipe = views.Recipe(8, 8, 0, (1.0, 1.0), (1.0, 1.0), **switches)
         return unnormalise(run(data.Images(soft, None, [], "x"), 0, 1, recipe, batch_size=n)[0][0])
 
     def spans(values, low, high):
         edge = 0.1 * (high - low)
-        return low - 1e-4 <= values.min() < low + edge and high - edge < values.max() <= high + 1e-4
+        at_low_end = low - 1e-4 <= values.min() < low + edge
+        return at_low_end and high - edge < values.max() <= high + 1e-4
+
     assert spans(jittered(0.3, 0, 0, 0)[:, 0, 0, 0] / x[0, 0, 0], 0.7, 1.3)
     grey = torch.tensor([0.299, 0.587, 0.114])
     step = (x[:, 0, 7] - x[:, 0, 0]) @ grey
@@ -802,21 +950,26 @@ def test_jitter_spans_its_range():
     assert spans((angle[1:] - angle[0] + 0.5) % 1 - 0.5, -0.1, 0.1)
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
 
 def test_eval_batches_in_order_and_only_normalised():
     images = data.Images(noise(10), None, [], "x")
-    parts = list(data.eval_batches(images, 32, batch_size=4))
+    parts = list(views.eval_batches(images, 32, batch_size=4))
     assert [len(p) for p in parts] == [4, 4, 2] and parts[0].dtype == torch.float32
     assert torch.allclose(unnormalise(torch.cat(parts)), images.x / 255, atol=1e-6)
 
 
 def test_eval_batches_resize_and_crop_like_dino(some, tmp_path):
-    out = torch.cat(list(data.eval_batches(some, 28, batch_size=16)))  # 28 * 256 / 224 = 32: no resize
-    x = some.x if isinstance(some, data.Images) else torch.stack([some.read(i)[0] for i in range(40)])
+    out = torch.cat(list(views.eval_batches(some, 28, batch_size=16)))
+    if isinstance(some, data.Images):
+        x = some.x
+    else:
+        x = torch.stack([some.read(i)[0] for i in range(40)])  # (40, 3, 32, 32)
+    # 28 * 256 / 224 = 32: not resized
     assert torch.allclose(unnormalise(out), x[:, :, 2:30, 2:30] / 255, atol=1e-6)
-    out = unnormalise(torch.cat(list(data.eval_batches(some, 14))))  # shorter side to 16, by PIL
+    out = unnormalise(torch.cat(list(views.eval_batches(some, 14))))  # shorter side to 16, by PIL
     for i in (0, 39):
-        small = Image.fromarray(x[i].permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BICUBIC)
+        image = Image.fromarray(x[i].permute(1, 2, 0).numpy())
+        small = image.resize((16, 16), Image.Resampling.BICUBIC)
         want = torch.from_numpy(np.array(small)[1:15, 1:15]).permute(2, 0, 1) / 255
         assert (out[i] - want).abs().max() < 2.5 / 255

@@ -1,5 +1,6 @@
-"""Tests of features.py, probes.py and eval_linear.py: solvers against scikit-learn and torch.optim, cache, foreign files,
-protocols through main([...]). Images and networks are tiny; nothing is downloaded."""
+"""Tests of features.py, probes.py and eval_linear.py: solvers against scikit-learn and torch.optim,
+cache, foreign files, protocols through main([...]). Images and networks are tiny; nothing is
+downloaded."""
 import csv
 import math
 import os
@@ -63,7 +64,7 @@ def go(*flags):
     return eval_linear.main([*map(str, flags), "--device", "cpu"])
 
 
-# ---- L-BFGS ----------------------------------------------------------------------------------------------------------
+# ---- L-BFGS --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("weight_decay", [1e-3, 1e-1])
 def test_lbfgs_is_scikit_learns_logistic_regression(weight_decay):
@@ -71,7 +72,8 @@ def test_lbfgs_is_scikit_learns_logistic_regression(weight_decay):
     x, y = sample(700)
     q, truth = sample(2000, seed=1)
     W, b, loss = probes.lbfgs(x, y, 4, weight_decay=weight_decay)
-    # scikit-learn minimises |W|^2 / 2 + C sum of losses: divided by C N that is ours with weight decay 1 / (C N)
+    # scikit-learn minimises |W|^2 / 2 + C sum of losses: divided by C N that is ours with weight
+    # decay 1 / (C N)
     theirs = linear_model.LogisticRegression(C=1 / (weight_decay * len(x)), max_iter=2000, tol=1e-8).fit(x.double().numpy(), y)
     p = theirs.predict_proba(x.double().numpy())
     wanted = -np.log(p[np.arange(len(y)), y]).mean() + weight_decay / 2 * (theirs.coef_ ** 2).sum()
@@ -117,7 +119,7 @@ def test_features_that_are_not_finite_are_refused():
             probes.finite(torch.tensor([[1., bad]]))
 
 
-# ---- the grid --------------------------------------------------------------------------------------------------------
+# ---- the grid ------------------------------------------------------------------------------------
 
 def test_the_grid_is_capis():
     assert len(probes.GRID) == len(set(probes.GRID)) == 30
@@ -186,7 +188,7 @@ def test_the_grid_holds_out_the_same_tenth_and_trains_on_the_rest(monkeypatch):
     assert "lr 0.01 with wd 0.05" in note and "29.00 %" in note
 
 
-# ---- SGD -------------------------------------------------------------------------------------------------------------
+# ---- SGD -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lr", [0.3, 0.02])
 def test_sgd_is_torchs_with_a_cosine_per_epoch(lr):
@@ -211,11 +213,11 @@ def test_sgd_is_torchs_with_a_cosine_per_epoch(lr):
     assert len(ours) == 5 and net.weight.abs().max() > 0.05
 
 
-# ---- logistic regression and its measures ----------------------------------------------------------------------------
+# ---- logistic regression and its measures --------------------------------------------------------
 
 def test_eleven_point_average_precision_by_hand():
-    # in order of score: + - + + -; precision at the hits 1, 2/3, 3/4; recall 1/3, 2/3, 1
-    # recalls 0 .1 .2 .3 -> 1, .4 .5 .6 -> 3/4 (the best at that recall or beyond), .7 .8 .9 1 -> 3/4
+    # in order of score: + - + + -; precision at the hits 1, 2/3, 3/4; recall 1/3, 2/3, 1 recalls 0
+    # .1 .2 .3 -> 1, .4 .5 .6 -> 3/4 (the best at that recall or beyond), .7 .8 .9 1 -> 3/4
     score, truth = torch.tensor([[.9], [.8], [.7], [.6], [.5]]), torch.tensor([[1], [0], [1], [1], [0]])
     assert probes.map11(score, truth) == pytest.approx(100 * (4 + 7 * .75) / 11)
     shuffle = torch.tensor([3, 0, 4, 1, 2])
@@ -310,7 +312,7 @@ def test_without_scikit_learn_one_sentence(monkeypatch):
         probes.fit_logistic(*sample(20), 1.0)
 
 
-# ---- features --------------------------------------------------------------------------------------------------------
+# ---- features ------------------------------------------------------------------------------------
 
 def test_layers_and_pools():
     torch.manual_seed(0)
@@ -365,7 +367,7 @@ def test_ericsson_resizes_to_the_crop_itself(tmp_path, on_disk):
     assert (torch.cat(list(data.eval_batches(images, 32))) - wanted).abs().max() > 0.1  # DINO cuts more off
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 class Counting(nn.Module):
     """Counts the images that go through it."""
@@ -436,7 +438,7 @@ def test_files_on_disk_are_known_by_path_size_and_time(tmp_path):
     assert features.identity(images) != first
 
 
-# ---- backbones of others ---------------------------------------------------------------------------------------------
+# ---- backbones of others -------------------------------------------------------------------------
 
 def nano(seed=0):
     torch.manual_seed(seed)
@@ -524,7 +526,7 @@ def test_timms_vit_small_in_dinos_format_gives_timms_features(tmp_path):
     assert (got - wanted).abs().max() < 1e-4 and wanted.std() > 0.1
 
 
-# ---- the file of results ---------------------------------------------------------------------------------------------
+# ---- the file of results -------------------------------------------------------------------------
 
 def rows(path):
     with open(path, newline="") as f:
@@ -556,7 +558,7 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path):
     assert [r["a"] for r in rows(path)] == ["1"]
 
 
-# ---- protocols through the command line ------------------------------------------------------------------------------
+# ---- protocols through the command line ----------------------------------------------------------
 
 SHORT = {"lbfgs": [], "grid": ["--steps", "40"], "sgd": ["--epochs", "3", "--lr", "0.01", "0.5"], "transfer": []}
 
@@ -643,7 +645,8 @@ def test_sgd_crops_anew_for_each_epoch(tmp_path, small, monkeypatch):
 
 @pytest.mark.parametrize("protocol", SHORT)
 def test_a_folder_of_images_of_many_sizes(tmp_path, monkeypatch, protocol):
-    """Not in memory: decoded when needed, cropped by torchvision, known in the cache by path, size and time."""
+    """Not in memory: decoded when needed, cropped by torchvision, known in the cache by path, size
+    and time."""
     monkeypatch.setattr(probes, "CS", probes.CS[::15])
     for split, n in (("train", 10), ("val", 3)):
         for c in range(2):
@@ -684,7 +687,8 @@ def test_one_class_alone(tmp_path, monkeypatch, protocol):
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("protocol", SHORT)
 def test_a_class_with_a_single_image(tmp_path, monkeypatch, protocol, held):
-    """Among the images that train, or among those held out for choosing, so that a refit meets a class more."""
+    """Among the images that train, or among those held out for choosing, so that a refit meets a
+    class more."""
     monkeypatch.setattr(probes, "CS", probes.CS[::15])
     order = {"grid": torch.randperm(31, generator=torch.Generator().manual_seed(42)).tolist()}.get(
         protocol, np.random.RandomState(0).permutation(31).tolist())

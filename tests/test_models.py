@@ -1,4 +1,5 @@
-"""Tests of models.py: names and numbers of ViTs (against timm and a NumPy float64 ViT), ResNets, multi-crop wrapper."""
+"""models.py: names and numbers of ViTs (against timm and a NumPy float64 ViT), ResNets, and the
+multi-crop wrapper."""
 import math
 
 import numpy as np
@@ -10,16 +11,24 @@ from torch import nn
 
 import models
 
-# A ViT-S/16 in timm's (and DINO's) layout. {i} runs over the 12 blocks.
-VIT_SMALL = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "patch_embed.proj.weight": (384, 3, 16, 16),
-             "patch_embed.proj.bias": (384,), "norm.weight": (384,), "norm.bias": (384,)}
-BLOCK = {"norm1.weight": (384,), "norm1.bias": (384,), "attn.qkv.weight": (1152, 384), "attn.qkv.bias": (1152,),
-         "attn.proj.weight": (384, 384), "attn.proj.bias": (384,), "norm2.weight": (384,), "norm2.bias": (384,),
-         "mlp.fc1.weight": (1536, 384), "mlp.fc1.bias": (1536,), "mlp.fc2.weight": (384, 1536), "mlp.fc2.bias": (384,)}
+# The tensors of a ViT-S/16 in timm's (and DINO's) layout.
+VIT_SMALL = {
+    "cls_token": (1, 1, 384), "pos_embed": (1, 197, 384),
+    "patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,),
+    "norm.weight": (384,), "norm.bias": (384,)}
+BLOCK = {
+    "norm1.weight": (384,), "norm1.bias": (384,),
+    "attn.qkv.weight": (1152, 384), "attn.qkv.bias": (1152,),
+    "attn.proj.weight": (384, 384), "attn.proj.bias": (384,),
+    "norm2.weight": (384,), "norm2.bias": (384,),
+    "mlp.fc1.weight": (1536, 384), "mlp.fc1.bias": (1536,),
+    "mlp.fc2.weight": (384, 1536), "mlp.fc2.bias": (384,)}
+for i in range(12):
+    VIT_SMALL |= {f"blocks.{i}.{name}": shape for name, shape in BLOCK.items()}
 
 
 def small(arch="vit_tiny", **kwargs):
-    """A ViT with few tokens, in eval mode, with every parameter moved off its initial 0, 1 or .02."""
+    """A ViT with few patches, in eval mode, none of whose parameters is at its initial 0 or 1."""
     torch.manual_seed(0)
     kwargs = {"patch_size": 8, "img_size": 32, **kwargs}
     net = models.build(arch, **kwargs).eval()
@@ -34,19 +43,21 @@ def images(*shape, seed=1):
 
 
 def numpy_vit(net, x, heads):
-    """Final tokens (N, T, dim) of a ViT without conv stem, from its state dict, in float64 loops."""
+    """The output (N, T, dim) of a ViT without conv stem, from its state dict, in float64 loops."""
     w = {key: value.double().numpy() for key, value in net.state_dict().items()}
     erf = np.vectorize(math.erf)
 
     def norm(z, name):
         z = z - z.mean(-1, keepdims=True)
-        return z / np.sqrt((z ** 2).mean(-1, keepdims=True) + 1e-6) * w[name + ".weight"] + w[name + ".bias"]
+        z = z / np.sqrt((z ** 2).mean(-1, keepdims=True) + 1e-6)
+        return z * w[name + ".weight"] + w[name + ".bias"]
 
     def linear(z, name):
         return z @ w[name + ".weight"].T + w[name + ".bias"]
 
     kernel = w["patch_embed.proj.weight"]
-    p, out = kernel.shape[-1], []
+    p = kernel.shape[-1]
+    out = []
     for image in x.double().numpy():
         tokens = [w["cls_token"][0, 0]]
         for row in range(image.shape[1] // p):
@@ -60,9 +71,9 @@ def numpy_vit(net, x, heads):
             q, k, v = np.split(qkv, 3, axis=1)
             mixed = np.zeros_like(q)
             for head in range(heads):
-                own = slice(head * d, (head + 1) * d)
-                weights = np.exp(q[:, own] @ k[:, own].T / math.sqrt(d))
-                mixed[:, own] = weights / weights.sum(1, keepdims=True) @ v[:, own]
+                part = slice(head * d, (head + 1) * d)
+                weights = np.exp(q[:, part] @ k[:, part].T / math.sqrt(d))
+                mixed[:, part] = weights / weights.sum(1, keepdims=True) @ v[:, part]
             z = z + linear(mixed, f"blocks.{i}.attn.proj")
             u = linear(norm(z, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1")
             z = z + linear(u * (1 + erf(u / math.sqrt(2))) / 2, f"blocks.{i}.mlp.fc2")
@@ -70,12 +81,11 @@ def numpy_vit(net, x, heads):
     return np.stack(out)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ViT
+# ---- ViT -----------------------------------------------------------------------------------------
 
 def test_vit_small_has_timm_names_and_shapes():
-    expected = VIT_SMALL | {f"blocks.{i}.{name}": shape for i in range(12) for name, shape in BLOCK.items()}
     net = models.build("vit_small")
-    assert {key: tuple(value.shape) for key, value in net.state_dict().items()} == expected
+    assert {key: tuple(value.shape) for key, value in net.state_dict().items()} == VIT_SMALL
     assert (net.dim, net.arch) == (384, "vit_small")
 
 
@@ -91,7 +101,8 @@ def test_timm_loads_strictly_and_gives_the_same_features(arch, dim, millions):
         cls, patches = ours(x)
         torch.testing.assert_close(cls, theirs(x), atol=1e-5, rtol=0)
         torch.testing.assert_close(patches, theirs.forward_features(x)[:, 1:], atol=1e-5, rtol=0)
-    assert ours.dim == dim and sum(p.numel() for p in ours.parameters()) == round(millions * 1e6)
+    assert ours.dim == dim
+    assert sum(p.numel() for p in ours.parameters()) == round(millions * 1e6)
 
 
 def test_vit_against_numpy_float64():
@@ -106,18 +117,20 @@ def test_vit_against_numpy_float64():
 
 def test_vit_nano_is_the_documented_size_and_sees_patches_of_8():
     net = small("vit_nano")
-    assert net.dim == 96 and len(net.blocks) == 3 and sum(p.numel() for p in net.parameters()) == 354_912
+    assert net.dim == 96 and len(net.blocks) == 3
+    assert sum(p.numel() for p in net.parameters()) == 354_912
     assert [m.stride[0] for m in net.patch_embed.proj if isinstance(m, nn.Conv2d)] == [2, 2, 2]
     x = images(1, 3, 32, 32)
     with torch.no_grad():
         cls, patches = net(x)
         assert cls.shape == (1, 96) and patches.shape == (1, 16, 96)
         assert net(images(1, 3, 16, 16))[1].shape == (1, 4, 96)
-        # tokens are in row-major order: a change at the lower left corner reaches token 12, the first of the last row
+        # Patches are in row-major order: a change at the lower left corner reaches patch 12, the
+        # first of the last row.
         y = x.clone()
         y[0, :, -1, 0] += 1
-        moved = (net.patch_embed(y) - net.patch_embed(x)).abs().sum(-1)[0].nonzero().flatten().tolist()
-    assert moved == [12]
+        change = (net.patch_embed(y) - net.patch_embed(x)).abs().sum(-1)[0]  # (16,)
+    assert change.nonzero().flatten().tolist() == [12]
 
 
 def test_initial_weights():
@@ -125,33 +138,42 @@ def test_initial_weights():
     net = models.build("vit_tiny", img_size=64, patch_size=8)
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
-            assert module.bias.abs().max() == 0 and abs(module.weight.std().item() - 0.02) < 1e-3, name
+            assert module.bias.abs().max() == 0, name
+            assert abs(module.weight.std().item() - 0.02) < 1e-3, name
     assert abs(net.pos_embed.std().item() - 0.02) < 2e-3 and net.cls_token.std() > 0.01
 
 
-def test_position_embedding_is_itself_at_the_native_size():
-    net = small()
-    assert net.positions(4, 4) is net.pos_embed
+def test_position_embedding_is_itself_at_its_own_size():
+    pos_embed = small().pos_embed
+    assert models.resize_positions(pos_embed, 4, 4) is pos_embed
 
 
 def test_position_embedding_is_interpolated_for_other_sizes():
     net = small()
     grid = net.pos_embed[:, 1:].reshape(1, 4, 4, 192).permute(0, 3, 1, 2)
     for h, w in [(2, 2), (7, 5), (3, 6)]:
-        got = net.positions(h, w)
-        assert got.shape == (1, 1 + h * w, 192)
-        assert torch.equal(got[:, 0], net.pos_embed[:, 0])
+        resized = models.resize_positions(net.pos_embed, h, w)
+        assert resized.shape == (1, 1 + h * w, 192)
+        assert torch.equal(resized[:, 0], net.pos_embed[:, 0])
         wanted = F.interpolate(grid, size=(h, w), mode="bicubic", antialias=False)[0]  # (dim, h, w)
         for row in range(h):
             for col in range(w):
-                torch.testing.assert_close(got[0, 1 + row * w + col], wanted[:, row, col])
+                torch.testing.assert_close(resized[0, 1 + row * w + col], wanted[:, row, col])
     with torch.no_grad():  # rows and columns are not mixed up: a ramp along the columns stays one
         net.pos_embed[:, 1:] = torch.arange(4.).repeat(4)[None, :, None]
-        ramp = net.positions(6, 8)[0, 1:, 0].view(6, 8)
+        ramp = models.resize_positions(net.pos_embed, 6, 8)[0, 1:, 0].view(6, 8)
     assert torch.allclose(ramp, ramp[:1].expand(6, 8), atol=1e-5) and (ramp[0].diff() > 0).all()
+
+
+def test_forward_resizes_the_position_embedding_to_the_image():
+    net = small()
+    x = images(2, 3, 24, 40)
     with torch.no_grad():
-        cls, patches = net(images(2, 3, 24, 40))
-    assert cls.shape == (2, 192) and patches.shape == (2, 15, 192)
+        cls, patches = net(x)
+        assert cls.shape == (2, 192) and patches.shape == (2, 15, 192)
+        z = torch.cat([net.cls_token.expand(2, -1, -1), net.patch_embed(x)], 1)
+        z = net.norm(nn.Sequential(*net.blocks)(z + models.resize_positions(net.pos_embed, 3, 5)))
+    assert torch.equal(cls, z[:, 0]) and torch.equal(patches, z[:, 1:])
 
 
 def test_gradient_reaches_every_parameter_at_another_size():
@@ -163,15 +185,14 @@ def test_gradient_reaches_every_parameter_at_another_size():
 
 def test_intermediate_gives_the_last_blocks_through_the_final_norm():
     net, x = small(), images(2, 3, 32, 32)
-    seen = []
-    handles = [block.register_forward_hook(lambda module, inputs, output: seen.append(output)) for block in net.blocks]
+    of_blocks = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda module, inputs, output: of_blocks.append(output))
     with torch.no_grad():
         outputs = net.intermediate(x, 4)
-        for handle in handles:
-            handle.remove()
-        assert len(outputs) == 4 and len(seen) == 12
-        for (cls, patches), tokens in zip(outputs, seen[-4:]):
-            torch.testing.assert_close(torch.cat([cls[:, None], patches], 1), net.norm(tokens))
+        assert len(outputs) == 4 and len(of_blocks) == 12
+        for (cls, patches), z in zip(outputs, of_blocks[-4:]):
+            torch.testing.assert_close(torch.cat([cls[:, None], patches], 1), net.norm(z))
         cls, patches = net(x)
     assert torch.equal(outputs[-1][0], cls) and torch.equal(outputs[-1][1], patches)
     assert not torch.allclose(outputs[0][0], cls)
@@ -183,7 +204,8 @@ def test_intermediate_gives_the_last_blocks_through_the_final_norm():
 def test_drop_path_rates_grow_linearly():
     net = models.build("vit_nano", patch_size=8, img_size=32, drop_path=0.2)
     assert [block.drop_path for block in net.blocks] == pytest.approx([0, 0.1, 0.2])
-    assert {block.drop_path for block in models.build("vit_nano", patch_size=8, img_size=32).blocks} == {0}
+    net = models.build("vit_nano", patch_size=8, img_size=32)
+    assert [block.drop_path for block in net.blocks] == [0, 0, 0]
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
@@ -203,7 +225,8 @@ def test_drop_path_acts_on_both_branches_and_only_in_training():
     with torch.no_grad():
         assert torch.equal(net(x)[0], plain(x)[0])
         torch.manual_seed(0)
-        net.train(), plain.train()
+        net.train()
+        plain.train()
         assert not torch.allclose(net(x)[0], plain(x)[0])
         assert torch.equal(plain(x)[0], plain.eval()(x)[0])
         block, z = net.blocks[-1], images(4000, 2, 96)
@@ -214,7 +237,7 @@ def test_drop_path_acts_on_both_branches_and_only_in_training():
     assert abs(is_attn.float().mean().item() - 0.09) < 0.02  # attention kept, MLP dropped
 
 
-# ------------------------------------------------------------------------------------------------------------- ResNet
+# ---- ResNet --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch, dim", [("resnet18", 512), ("resnet50", 2048)])
 def test_resnet_has_torchvision_names_and_features(arch, dim):
@@ -228,11 +251,12 @@ def test_resnet_has_torchvision_names_and_features(arch, dim):
     with torch.no_grad():
         cls, patches = ours(x)
         torch.testing.assert_close(cls, theirs(x), atol=1e-5, rtol=1e-4)
-    assert (ours.dim, ours.arch) == (dim, arch) and cls.shape == (2, dim) and patches.shape == (2, 2 * 3, dim)
-    last = [m for m in ours.modules() if isinstance(m, (torchvision.models.resnet.BasicBlock,
-                                                        torchvision.models.resnet.Bottleneck))]
-    ends = [block.bn3 if arch == "resnet50" else block.bn2 for block in last]
-    assert all(bn.weight.abs().max() == 0 for bn in ends)  # zero-init residual
+    assert (ours.dim, ours.arch) == (dim, arch)
+    assert cls.shape == (2, dim) and patches.shape == (2, 2 * 3, dim)
+    last_norm = "bn3.weight" if arch == "resnet50" else "bn2.weight"
+    gains = [p for name, p in ours.named_parameters() if name.endswith(last_norm)]
+    assert len(gains) == {"resnet18": 8, "resnet50": 16}[arch]
+    assert all(gain.abs().max() == 0 for gain in gains)  # every residual branch starts at zero
 
 
 def test_resnet_small_stem():
@@ -243,10 +267,11 @@ def test_resnet_small_stem():
             cls, patches = net(images(2, 3, side, side))
             assert cls.shape == (2, 512) and patches.shape == (2, n, 512)
             torch.testing.assert_close(cls, patches.mean(1))
-        assert models.build("resnet18")(images(2, 3, 32, 32))[1].shape == (2, 1, 512)  # the large stem leaves 1
+        large_stem = models.build("resnet18")
+        assert large_stem(images(2, 3, 32, 32))[1].shape == (2, 1, 512)
 
 
-# --------------------------------------------------------------------------------------------------------- multi-crop
+# ---- multi-crop ----------------------------------------------------------------------------------
 
 class Counting(nn.Module):
     """A backbone stand-in that notes the shape of each call."""
@@ -287,9 +312,11 @@ def test_multicrop_calls_the_backbone_once_per_resolution_and_the_head_once():
 
 def test_multicrop_keeps_the_order_of_views_that_do_not_stand_together():
     backbone = Counting()
-    views = [images(2, 3, h, w, seed=i) for i, (h, w) in enumerate([(16, 16), (32, 32), (16, 16), (16, 32), (8, 32)])]
+    sizes = [(16, 16), (32, 32), (16, 16), (16, 32), (8, 32)]
+    views = [images(2, 3, h, w, seed=i) for i, (h, w) in enumerate(sizes)]
     h = models.MultiCrop(backbone, nn.Identity())(views)
-    assert torch.equal(h, torch.cat([view.mean((2, 3)) for view in views])) and len(backbone.calls) == 5
+    assert torch.equal(h, torch.cat([view.mean((2, 3)) for view in views]))
+    assert len(backbone.calls) == 5
 
 
 def test_multicrop_head_batchnorm_sees_all_views():
@@ -299,7 +326,7 @@ def test_multicrop_head_batchnorm_sees_all_views():
     assert h[:8].mean(0).abs().max() > 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kwargs, words", [
     (dict(arch="vit_huge"), "vit_huge.*vit_small.*resnet50"),

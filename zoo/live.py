@@ -42,6 +42,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from heads import Decoupled, Frozen
+
 
 class LiveMixture(nn.Module):
     """K means of unit vectors in D dimensions, updated once per training step.
@@ -162,3 +164,42 @@ class LiveMixture(nn.Module):
         """(h, True), or (zeros, False) if a value of h is not finite; no branch on the values, no synchronisation."""
         sane = torch.isfinite(h).all()
         return torch.where(sane, h.float(), 0.), sane
+
+
+class Live(Decoupled):
+    """Means of a LiveMixture as a prototype set: --prototypes live.
+
+    Logits are (h - m) . mu_k / |mu_k|, for student and teacher, before the start as after it. m is the
+    running mean of the teacher's vectors.
+    """
+
+    @classmethod
+    def from_args(cls, args, begin=0):
+        K, D = args.num_prototypes, args.bottleneck_dim
+        gmm = LiveMixture(K, D, eta=args.live_eta, patience=args.live_patience,
+                          apart=args.live_apart, seed=args.seed)
+        return cls(K, D, args.logit_scale, args.seed, gmm=gmm, begin=begin)
+
+    @property
+    def origin(self):
+        return self.gmm.m
+
+    def step(self, h, step, beta=None):
+        self.gmm.centre(h)
+        if not self.started:
+            self.collect(h, step)
+        if not self.started:
+            return {}
+        report = self.gmm.update(h)
+        return {"mixture_used": report["used"], "resurrected": report["resurrected"]}
+
+    def assign(self, h, beta=None, tau=1.0, centre=0.0):
+        if self.started:
+            return self.gmm.responsibilities(h)
+        return Frozen.assign(self, h, beta, tau, centre)
+
+    def memory(self):
+        return self.gmm.mu
+
+    def start_from(self, h, mass):
+        self.gmm.init_from(h)

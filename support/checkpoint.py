@@ -1,0 +1,208 @@
+"""The checkpoints of a run, in its folder OUT beside args.json, log.csv and lock
+
+    ckpt.pt        the newest            ckpt-STEP.pt       kept for good (--keep-every)
+    ckpt.prev.pt   the one before        ckpt.damaged.pt    one that could not be read, put aside
+
+A checkpoint holds tensors and plain values alone: torch.load(weights_only=True) reads it anywhere.
+
+    student, teacher   state dicts: backbone.*, head.*
+    prototypes         vectors (K, D) as counted, start (K, D), state of the student's and teacher's set
+    gmm                the mixture, or {}
+    loss, optimizer    state dicts
+    step, rng, args, version
+    trail              values of the steps since the last row of the log
+
+Randomness is a function of (seed, step or sample, process), so a run goes on from its step and nothing
+else has to be restored.
+"""
+import os
+import re
+
+import torch
+
+import config
+import heads
+import losses
+import models
+from support import checkpoints, ddp
+from support.files import write
+from support.log import Record
+
+VERSION = 3  # 1: without trail; 2: a mixture without its floor
+
+
+# ---- writing -----------------------------------------------------------------------------------
+def save(args, step, record, parts, protos_s, protos_t):
+    """Write OUT/ckpt.pt, on the first process. parts: {"student": module, ...}.
+
+    OSError: no space; ValueError: weights that are not finite. The old checkpoint is then untouched.
+    """
+    if ddp.RANK == 0:
+        for net in ("student", "teacher"):
+            for name, v in parts[net].state_dict().items():
+                if not torch.isfinite(v).all():
+                    raise ValueError(f"step {step} is not saved: {net}.{name} is not finite; lower "
+                                     "--lr. The last checkpoint is untouched")
+        state = {
+            "version": VERSION, "step": step, "args": vars(args),
+            "rng": {"seed": args.seed, "step": step}, "trail": record.state(),
+            **{name: part.state_dict() for name, part in parts.items()},
+            "gmm": mixture_state(protos_t),
+            "prototypes": {"vectors": protos_t.vectors(), "start": protos_t.start,
+                           "student": state_without_mixture(protos_s),
+                           "teacher": state_without_mixture(protos_t)}}
+        path = os.path.join(args.out, "ckpt.pt")
+        previous = os.path.join(args.out, "ckpt.prev.pt")
+        write(path, lambda f: torch.save(state, f), old_name=previous)
+        if args.keep_every and step % args.keep_every == 0:
+            kept = os.path.join(args.out, f"ckpt-{step}.pt")
+            write(kept, lambda f: torch.save(state, f))
+    ddp.barrier()
+
+
+def mixture_state(protos):
+    """The mixture of a prototype set, {} without one; mu and var too, for who reads the file."""
+    gmm = {k[4:]: v for k, v in protos.state_dict().items() if k.startswith("gmm.")}
+    if "S_mu" in gmm:
+        gmm |= {"mu": protos.gmm.mu, "var": protos.gmm.var}
+    return gmm
+
+
+def state_without_mixture(protos):
+    return {k: v for k, v in protos.state_dict().items() if not k.startswith("gmm.")}
+
+
+# ---- reading -----------------------------------------------------------------------------------
+def saved(out):
+    """Paths of the checkpoints in a folder: ckpt.pt first, then the one that was written last."""
+    names = os.listdir(out) if os.path.isdir(out) else []
+    paths = [os.path.join(out, n) for n in names if re.fullmatch(r"ckpt(\.prev|-\d+)?\.pt", n)]
+    return sorted(paths, key=lambda p: (p.endswith("ckpt.pt"), os.path.getmtime(p)), reverse=True)
+
+
+def load(path):
+    """A checkpoint of ours as a dict; ValueError if it is damaged, unsafe or something else."""
+    ckpt = checkpoints.read(path, mmap=False)
+    needed = {"version", "step", "args", "student", "optimizer"}
+    if not isinstance(ckpt, dict) or needed - ckpt.keys():
+        raise ValueError(f"{path}: not a checkpoint of ours")
+    return ckpt
+
+
+def start_or_resume(args, parts, protos_s, protos_t):
+    """(step to go on from, Record): 0 and an empty one for a new run, else what the folder holds.
+
+    ValueError where OUT holds a run and --resume is not given, or does not fit this one.
+    """
+    paths = ddp.from_rank0(saved(args.out))
+    if paths and not args.resume:
+        raise ValueError(f"--out {args.out} already holds a run; go on with --resume, or name another "
+                         "folder")
+    if paths:
+        return resume(args, paths, parts, protos_s, protos_t)
+    if args.resume:
+        ddp.print0(f"nothing to resume in {args.out}: starting at step 0")
+    return 0, Record()
+
+
+def resume(args, paths, parts, protos_s, protos_t):
+    """Load the newest complete one of the checkpoints at `paths` into everything."""
+    path, ckpt, refused = None, None, []
+    for candidate in paths if ddp.RANK == 0 else []:
+        try:
+            path, ckpt = candidate, load(candidate)
+            break
+        except ValueError as error:
+            refused.append(str(error))
+            print(f"not used: {error}", flush=True)
+    if ddp.RANK == 0 and ckpt is None:
+        raise ValueError(f"--resume: {args.out} holds no complete checkpoint of ours: "
+                         f"{'; '.join(refused)}")
+    path = ddp.from_rank0(path)  # one process chooses, whatever the others see
+    ckpt = ckpt or load(path)
+    if ckpt["version"] not in (1, 2, VERSION):
+        raise ValueError(f"--resume: {path} is of version {ckpt['version']}, and this code reads 1 to "
+                         f"{VERSION}: use the code that wrote it")
+    if ckpt["version"] == 1:
+        ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages steps "
+                   "from it on")
+    if changed := config.differences(ckpt["args"], vars(args)):
+        raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}")
+    gmm = read_mixture(ckpt)
+    for name, part in parts.items():
+        load_part(path, name, part, ckpt.get(name, {}))
+    for name, protos in (("student", protos_s), ("teacher", protos_t)):
+        load_part(path, f"prototypes.{name}", protos, ckpt["prototypes"][name] | gmm)
+    ddp.barrier()
+    newest = os.path.join(args.out, "ckpt.pt")
+    if ddp.RANK == 0 and path != newest and os.path.exists(newest):
+        # damaged; if it stayed, the next checkpoint would push out ckpt.prev.pt for it
+        os.replace(newest, os.path.join(args.out, "ckpt.damaged.pt"))
+    ddp.print0(f"resumed {path} at step {ckpt['step']}")
+    return ckpt["step"], Record(ckpt.get("trail"))
+
+
+def read_mixture(ckpt):
+    """The state of a checkpoint's mixture, {gmm.NAME: value}."""
+    gmm = dict(ckpt["gmm"])
+    if {"S_mu", "mu", "var"} <= gmm.keys():
+        mu, var = gmm.pop("mu"), gmm.pop("var")  # they follow from S
+        if ckpt["version"] < 3:
+            gmm["floor"] = var.min()
+            if not ckpt["prototypes"]["teacher"]["_extra_state"]["started"]:
+                gmm["S_mu"] = mu.double()  # not means yet, but the vectors that wait for the start
+    return {f"gmm.{k}": v for k, v in gmm.items()}
+
+
+def load_part(path, name, part, state):
+    """part.load_state_dict(state); ValueError with one sentence that names what does not fit."""
+    here = part.state_dict()
+    missing = [k for k in here if k not in state]
+    unexpected = [k for k in state if k not in here]
+    shared = [k for k in here if k in state and torch.is_tensor(here[k])]
+    shapes = [k for k in shared if here[k].shape != state[k].shape]
+    if missing or unexpected or shapes:
+        raise ValueError(f"--resume: {path}: {name} does not fit; missing: {shorten(missing)}; "
+                         f"unexpected: {shorten(unexpected)}; of another shape: {shorten(shapes)}")
+    try:
+        part.load_state_dict(state)
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--resume: {path}: {name} does not fit ({reason})") from error
+
+
+def shorten(names, most=5):
+    """"a, b, c" and how many more; "none"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "none"
+
+
+# ---- networks ----------------------------------------------------------------------------------
+def network(args, drop_path=0.0):
+    """Backbone and head as the flags say, a function of the seed."""
+    torch.manual_seed(args.seed)
+    backbone = models.build(args.arch, patch_size=args.patch_size, img_size=args.img_size,
+                            drop_path=drop_path, in_small=args.img_size <= 64)
+    head = heads.Head(backbone.dim, args.head_hidden, args.bottleneck_dim, args.head_bn,
+                      args.head_norm)
+    return models.MultiCrop(backbone, head)
+
+
+def load_run(path):
+    """(net, prototypes, loss, args dict) of the teacher in a run folder or its ckpt.pt.
+
+    net([x]) -> h (N, D) in evaluation mode; prototypes.assign(h, tau=loss.tau,
+    centre=loss.centre_over_tau()) -> (N, K). ValueError if it is no checkpoint of a run of ours.
+    """
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        args = config.completed(ckpt["args"])
+        net, protos, loss = network(args), heads.prototypes(args), losses.loss(args)
+        net.load_state_dict(ckpt["teacher"])
+        protos.load_state_dict(ckpt["prototypes"]["teacher"] | read_mixture(ckpt))
+        loss.load_state_dict(ckpt["loss"])
+    except Exception as error:  # whatever a damaged or foreign file can raise
+        reason = type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of a run of ours ({reason})") from error
+    return net.eval(), protos, loss, ckpt["args"]

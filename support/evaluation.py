@@ -1,0 +1,207 @@
+"""What the evaluation commands share: their flags, the checkpoint and the images they open, the
+features they cache, and where their numbers go.
+
+A command shows its numbers before it writes anything that can fail: first `append_results`, which
+says so where it cannot write and goes on, then `dump`.
+"""
+import csv
+import io
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import data
+from support import features
+from support import groups
+from support.files import write
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+def add_common_flags(parser):
+    """The checkpoint and the flags that all evaluation commands have."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CKPT|RUN_DIR",
+        help="a ckpt.pt, the directory it lies in, or a foreign file with --arch")
+    add("--arch", help="architecture of a foreign file: DINO's, torchvision's, timm's; None: a run "
+        "of ours")
+    add("--img-size", type=int, metavar="PX",
+        help="side of the images; None: what the backbone was made for")
+    add("--data", metavar="NAME|FOLDER",
+        help="labelled images; None: those the run was trained on")
+    add("--data-root", metavar="DIR", help="where named data sets lie; None: as in the run")
+    add("--which", choices=["teacher", "student"], default="teacher",
+        help="papers report the teacher")
+    add("--head", type=int, default=100, metavar="N",
+        help="head classes have more training images than this")
+    add("--tail", type=int, default=20, metavar="N",
+        help="tail classes have fewer training images than this")
+    add("--batch-size", type=int, default=512, help="images per forward pass; changes speed only")
+    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
+    add("--dump", metavar="FILE", help="torch.save {train_x, train_y, test_x, test_y} there: the "
+        "features of plain images; those of k-NN have length one")
+    add("--no-cache", action="store_true",
+        help="neither read nor write features/ next to the checkpoint")
+    add("--results", metavar="FILE",
+        help="csv file to append to; None: results.csv next to the checkpoint")
+
+
+def check_common_flags(flags):
+    """ValueError, before the long work, for flags that cannot be. Sets flags.device to a device."""
+    if flags.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {flags.batch_size}")
+    groups.members([], flags.head, flags.tail)
+    if flags.dump:
+        path = Path(flags.dump).absolute()
+        if not path.parent.is_dir() or path.exists() and not path.is_file():
+            raise ValueError(f"--dump {flags.dump} must be a file in a folder that exists")
+    flags.device = features.choose_device(flags.device)
+
+
+@contextmanager
+def errors_as_sentences(script):
+    """A ValueError or OSError inside ends the process: one sentence on stderr, exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---- what is evaluated ---------------------------------------------------------------------------
+
+def open_backbone(flags, patch_size=None):
+    """(backbone on the CPU, args dict of its run), as features.load_backbone gives them; a line
+    that describes it is printed. patch_size: refuse a ViT of other patches."""
+    backbone, args, description = features.load_backbone(
+        flags.checkpoint, flags.which, flags.arch, patch_size, flags.img_size)
+    print(description)
+    return backbone, args
+
+
+def data_name(flags, args):
+    """--data, or else the name or folder of the images that the run was trained on. ValueError
+    where there is neither."""
+    name = args.get("data") if flags.data is None else flags.data
+    if name is None:
+        raise ValueError(f"{flags.checkpoint} does not say on what data it was trained: give "
+                         "--data")
+    return name
+
+
+def is_own_data(name, args):
+    """Whether `name`, a named set or a folder, is what the run with these args was trained on. Two
+    paths of one folder are the same data."""
+    trained_on = args.get("data")
+    if trained_on is None or name == trained_on:
+        return name == trained_on
+    if name in data.SETS or trained_on in data.SETS:
+        return False
+    folder, own_folder = (os.path.realpath(os.path.expanduser(path)) for path in (name, trained_on))
+    return folder == own_folder
+
+
+def load_images(name, args, root=None):
+    """(train, test) of the set or folder `name`, for the run with these args; see data.load.
+
+    Of its own data a run has seen one seed's draw of a long tail, if it had one: the same images
+    come back here. Other data is whole. root: where named sets lie; None: as in the run.
+    """
+    own = is_own_data(name, args)
+    return data.load(name, root=root or args.get("data_root", "data"), seed=args.get("seed", 0),
+                     img_size=args["img_size"],
+                     imbalance=args.get("imbalance", 1.0) if own else 1.0,
+                     imbalance_law=args.get("imbalance_law", "exp") if own else "exp")
+
+
+def open_images(flags, args):
+    """(name, train, test) of --data, or of the data that the run was trained on."""
+    name = data_name(flags, args)
+    return name, *load_images(name, args, flags.data_root)
+
+
+def run_folder(checkpoint):
+    """The folder of a run, given that folder or a file in it."""
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
+
+
+def features_of(images, backbone, flags, img_size, layers=1, pool="cls", crop=True):
+    """Features (N, D) float32 on the CPU of plain images, from features/ next to the checkpoint
+    where they are there, unless --no-cache. layers, pool, crop: see features.features."""
+    folder = None if flags.no_cache else run_folder(flags.checkpoint) / "features"
+    return features.cached(backbone, images, img_size, folder, layers=layers, pool=pool, crop=crop,
+                           device=flags.device, batch_size=flags.batch_size, progress=True)
+
+
+# ---- what comes out ------------------------------------------------------------------------------
+
+def groups_with_classes(tables):
+    """Those of groups.NAMES that have classes, where tables holds what groups.report returned."""
+    classes = next(iter(tables.values()))["classes"]
+    return [name for name in groups.NAMES if classes[name]]
+
+
+def result_row(tool, protocol, flags, backbone, args, name):
+    """The first columns of results.csv: which weights were evaluated, on the data `name`."""
+    return {"tool": tool, "protocol": protocol, "checkpoint": flags.checkpoint,
+            "weights": features.fingerprint(backbone), "which": flags.which, "arch": backbone.arch,
+            "method": args.get("method", ""), "prototypes": args.get("prototypes", ""),
+            "num_prototypes": args.get("num_prototypes", ""), "data": name}
+
+
+def append_results(flags, row, tables):
+    """Append one line for each {result: {column: value}} of tables, with the columns of row before
+    it, to --results or results.csv next to the checkpoint. Where that cannot be, say so."""
+    path = flags.results or run_folder(flags.checkpoint) / "results.csv"
+    try:
+        for result, table in tables.items():
+            line = row | {"result": result}
+            for column, value in table.items():
+                if value is None:
+                    line[column] = ""
+                elif column != "classes":
+                    line[column] = round(value, 4) if isinstance(value, float) else value
+            record(path, line)
+    except (OSError, ValueError, csv.Error) as error:
+        print(f"the numbers are not kept: {error}")
+
+
+def record(path, row):
+    """Append row, {column: value}, to the csv file at path, with the time in front.
+
+    One line is appended where the header has every column. Otherwise the file is written anew with
+    the new columns in its header, whole or not at all. OSError if it cannot be written.
+    """
+    path = Path(path)
+    row = {"time": time.strftime("%Y-%m-%d %H:%M:%S")} | row
+    text = path.read_text() if path.exists() else ""
+    header = next(csv.reader(io.StringIO(text)), [])
+    new_columns = [column for column in row if column not in header]
+    out = io.StringIO(newline="")
+    table = csv.DictWriter(out, header + new_columns, lineterminator="\n", extrasaction="ignore")
+    if header and not new_columns:
+        if not text.endswith("\n"):
+            out.write("\n")  # the last line was cut off: it must not swallow this one
+        table.writerow(row)
+        with open(path, "a", newline="") as file:
+            file.write(out.getvalue())
+        return
+    table.writeheader()
+    table.writerows([*csv.DictReader(io.StringIO(text)), row])
+    write(str(path), lambda file: file.write(out.getvalue().encode()))
+
+
+def dump(path, train_x, train_y, test_x, test_y):
+    """torch.save features (N, D) and (M, D) with their labels at path, whole or not at all. OSError
+    if it cannot be written."""
+    parts = {"train_x": train_x.cpu(), "train_y": train_y, "test_x": test_x.cpu(), "test_y": test_y}
+    write(str(path), lambda file: torch.save(parts, file))
+    print(f"features written to {path}")

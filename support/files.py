@@ -1,0 +1,84 @@
+"""Files that are whole or not there, and one run per folder."""
+import contextlib
+import json
+import os
+import socket
+import time
+
+from support import ddp
+
+
+def write(path, put, old_name=None):
+    """Write a file that is there whole or not at all: put(f) fills it, then it takes its name.
+
+    old_name: where the file of that name goes that was there before; None: it is replaced.
+    OSError if it cannot be written, for lack of space for instance. The old file is then as it was.
+    """
+    unfinished = f"{path}.tmp"
+    try:
+        with open(unfinished, "wb") as f:
+            put(f)
+            f.flush()
+            os.fsync(f.fileno())  # on the disk before it takes the name, in case of a power cut
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
+        # torch.save hides the system's error behind one of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        sentence = f"{cause.strerror}; what was there before is untouched"
+        raise OSError(cause.errno, sentence, path) from error
+    if old_name and os.path.exists(path):
+        os.replace(path, old_name)
+    os.replace(unfinished, path)
+    if os.name == "posix":
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)  # the names too
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(out):
+    """The folder `out` belongs to this run while it lasts: OUT/lock, written by the first process.
+
+    ValueError if another run has it. A lock that a dead process of this host left is taken over.
+    """
+    if ddp.RANK:
+        yield
+        return
+    path, host = os.path.join(out, "lock"), socket.gethostname()
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    text = json.dumps({"host": host, "pid": os.getpid(), "time": now})
+    os.makedirs(out, exist_ok=True)
+    try:
+        with open(path, "x") as f:  # looks and creates in one operation
+            f.write(text)
+    except FileExistsError:
+        owner = {}
+        with contextlib.suppress(ValueError, OSError), open(path) as f:
+            owner = json.load(f)
+        here = owner.get("host") == host
+        if not here or owner["pid"] != os.getpid() and is_alive(owner["pid"]):
+            pid, where, since = (owner.get(k, "?") for k in ("pid", "host", "time"))
+            raise ValueError(f"--out {out} is in use by process {pid} on {where} since {since}; "
+                             f"if that run is gone, delete {path}") from None
+        print(f"took over {path}: process {owner['pid']} of {owner['time']} is gone", flush=True)
+        write(path, lambda f: f.write(text.encode()))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError), open(path) as f:
+            if f.read() == text:
+                os.remove(path)
+
+
+def is_alive(pid):
+    """Whether a process with this number runs on this host."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

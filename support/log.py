@@ -1,0 +1,225 @@
+"""What a run prints and writes: OUT/log.csv, OUT/args.json, the values of each step, its speed."""
+import contextlib
+import csv
+import ctypes
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from support import ddp
+from support.files import write
+
+# Columns that every run has, in order. What a loss, a prototype set or an evaluation adds comes after
+# "loss_over_ln_k" (terms of the loss) or at the end.
+COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "raw_knn", "knn", "unique_0.025", "unique_0.5",
+           "ceiling_0.025", "ceiling_0.5", "used", "perplexity", "drift", "h_norm", "skipped", "lr",
+           "beta", "grad_norm", "images_per_s", "data_share", "memory_mb"]
+# those that stand only in rows of an evaluation
+MEASURED = COLUMNS[COLUMNS.index("knn"):COLUMNS.index("h_norm") + 1]
+
+
+class Log:
+    """OUT/log.csv, one row for each printed line, and OUT/args.json; written by the first process.
+
+    start: the step at which this process goes on. Rows after it are dropped, so that the log of a
+    resumed run is, speed and memory aside, that of a run which never stopped. drop_last: drop the row
+    of that step too, since the run stopped between two regular rows.
+    """
+
+    def __init__(self, args, start, drop_last=False):
+        self.path = os.path.join(args.out, "log.csv")
+        self.columns, self.rows = list(COLUMNS), []
+        if ddp.RANK:
+            return
+        if start and os.path.exists(self.path):
+            self.read_rows(start, drop_last, args.eval_every)
+        self.write_all()
+        about = vars(args) | {"torch": torch.__version__, "processes": ddp.WORLD}
+        path = os.path.join(args.out, "args.json")
+        write(path, lambda f: f.write(json.dumps(about, indent=1).encode()))
+
+    def read_rows(self, start, drop_last, eval_every):
+        with open(self.path, newline="") as f:
+            whole = [line for line in f if line.endswith("\n")]  # a kill can cut a line short
+        table = csv.DictReader(whole)
+        self.columns += [c for c in table.fieldnames or [] if c not in self.columns]
+        for row in table:
+            if int(row["step"]) < start or int(row["step"]) == start and not drop_last:
+                self.rows.append(row)
+        if self.rows and int(self.rows[-1]["step"]) == start and start % eval_every:
+            self.rows[-1].update(dict.fromkeys(MEASURED, ""))  # measured because the run stopped there
+
+    def write_all(self):
+        text = io.StringIO()
+        table = csv.DictWriter(text, self.columns, restval="")
+        table.writeheader()
+        table.writerows(self.rows)
+        write(self.path, lambda f: f.write(text.getvalue().encode()))
+
+    def row(self, step, values, terms=()):
+        """Add a row {column: number or None}. terms: columns that are terms of the loss."""
+        values = {k: f"{float(v):.6g}" for k, v in values.items() if v is not None}
+        self.rows.append({"step": step} | values)
+        new = [c for c in [*terms, *values] if c not in self.columns]
+        new = list(dict.fromkeys(new))
+        if new:
+            place = self.columns.index("loss_over_ln_k") + 1
+            of_loss = [c for c in new if c in terms]
+            self.columns[place:place] = of_loss
+            self.columns += [c for c in new if c not in terms]
+            self.write_all()
+            return
+        with open(self.path, "a", newline="") as f:
+            csv.DictWriter(f, self.columns, restval="").writerow(self.rows[-1])
+
+    def first(self, column):
+        """A value of row 0, a control of the untrained network; NaN if there is none."""
+        if not self.rows or int(self.rows[0]["step"]) != 0:
+            return math.nan
+        return float(self.rows[0].get(column) or "nan")
+
+
+def line(step, total, row):
+    """A row of the log as one printed line."""
+    text = f"step {step:>{len(str(total))}}/{total}  loss {row['loss']:.3f}"
+    if row.get("loss_over_ln_k") is not None:
+        text += f" ({row['loss_over_ln_k']:.3f} of uniform)"
+    if "used" in row:
+        text += "" if row["knn"] is None else f"  k-NN {row['knn']:.1f}"
+        text += (f"  unique(.025) {row['unique_0.025']:.3f}  unique(.5) {row['unique_0.5']:.3f} "
+                 f"(ceiling {row['ceiling_0.5']:.3f})  used {row['used']:.3f}  "
+                 f"perplexity {row['perplexity']:.3f}  drift {row['drift']:.3f}  "
+                 f"|h| {row['h_norm']:.2f}")
+    return text + f"  {row['images_per_s']:.0f} images/s"
+
+
+class Record:
+    """The terms of the loss and the gradient norm of every step since the last row of the log.
+
+    A step with a value that is not finite is skipped on the device (optim.CheckedStep), where its
+    values already are the mean over all processes: all of them skip it, and nobody waits. Only `read`
+    waits for the device: at every step on a CPU; on a GPU where a row or a checkpoint is due anyway.
+    """
+
+    def __init__(self, state=None):
+        state = state or {"names": [], "rows": []}
+        self.names, self.rows = state["names"], state["rows"]
+        self.terms, self.sum = [], 0
+        self.unread, self.bad_in_a_row, self.first_bad = [], 0, ""
+
+    def add(self, terms, share):
+        """The terms {name: scalar} of a micro-batch that is this share of the batch."""
+        self.terms = list(terms)
+        self.sum = self.sum + share * torch.stack([v.detach() for v in terms.values()])  # (terms,)
+
+    def take(self):
+        """Terms of the step so far (terms,)."""
+        values, self.sum = self.sum, 0
+        return values
+
+    def append(self, step, lr, values):
+        """values (terms + 1,): what `take` gave, as a mean over the processes, and gradient norm."""
+        self.names = [*self.terms, "grad_norm"]
+        self.unread.append((step, lr, values))
+
+    def read(self):
+        """Print the first of several steps that are not finite; ValueError at the third in a row."""
+        if not self.unread:
+            return
+        rows = torch.stack([values for _, _, values in self.unread]).tolist()  # (steps, terms + 1)
+        for (step, lr, _), row in zip(self.unread, rows):
+            self.rows.append(row)
+            bad = [f"{name} {v}" for name, v in zip(self.names, row) if not math.isfinite(v)]
+            self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+            if self.bad_in_a_row == 1:
+                self.first_bad = (f"step {step} is not finite: {', '.join(bad)} (lr {lr:.3g}, "
+                                  f"gradient norm {row[-1]:.3g})")
+                ddp.print0(f"{self.first_bad}; skipped on all processes")
+            if self.bad_in_a_row == 3:
+                raise ValueError(f"three steps in a row, up to {step}, were skipped; "
+                                 f"{self.first_bad}. The last checkpoint is untouched; lower --lr or "
+                                 "--logit-scale, or raise --warmup-epochs")
+        self.unread = []
+
+    def means(self):
+        """{name: mean over the steps that were not skipped}, and "skipped": how many were."""
+        good = [row for row in self.rows if all(map(math.isfinite, row))]
+        if good:
+            means = [sum(column) / len(good) for column in zip(*good)]
+        else:
+            means = [math.nan] * len(self.names)
+        return dict(zip(self.names, means)) | {"skipped": len(self.rows) - len(good)}
+
+    def clear(self):
+        self.rows = []
+
+    def state(self):
+        return {"names": self.names, "rows": self.rows} if self.rows else {}
+
+
+class Clock:
+    """Speed since the last row of the log."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.begin, self.steps, self.waiting = time.perf_counter(), 0, 0.0
+
+    def next(self, batches):
+        """The next batch, and how long the loop waited for it."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        self.waiting += time.perf_counter() - begin
+        self.steps += 1
+        return batch
+
+    def speed(self, batch_size):
+        seconds = time.perf_counter() - self.begin
+        return {"images_per_s": self.steps * batch_size / seconds, "data_share": self.waiting / seconds}
+
+
+@dataclass
+class Due:
+    """What is due after a step."""
+    row: bool  # a row of the log
+    regular: bool  # one that is not there only because the run stops here: the next row starts anew
+    evaluation: bool
+    checkpoint: bool
+
+
+def due(args, done, stop, total, leaving):
+    """done: steps done; stop: the last step of this process; total: of the run; leaving: by a signal."""
+    regular = done == total or done % args.log_every == 0 or done % args.eval_every == 0
+    evaluation = done == stop or done % args.eval_every == 0
+    often = [n for n in (args.save_every, args.keep_every) if n and done % n == 0]
+    return Due(regular or evaluation, regular, evaluation, bool(evaluation or leaving or often))
+
+
+def peak_memory(device):
+    """Peak memory so far, MB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    import resource  # not there on Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def keep_freed_memory():
+    """Ask glibc to keep freed memory: on a CPU this saves a tenth of the time.
+
+    Otherwise it gives memory back to the kernel and fetches it again, page by page and zeroed, at
+    every step. Does nothing on other systems.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another libc
+            M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+            libc.mallopt(M_MMAP_THRESHOLD, 2 ** 30)

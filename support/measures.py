@@ -1,0 +1,96 @@
+"""What an evaluation during training measures: k-NN beside its controls, and the prototype set."""
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+
+import collapse
+import eval_knn
+import views
+from support import ddp
+from support.features import features
+
+EPS = (0.025, 0.5)  # Def. 2.1: the threshold of the literature, and the strict one
+
+
+@torch.no_grad()
+def coming_vectors(teacher, images, recipe, step, args, device, autocast):
+    """Teacher vectors h (N, D) of all processes, of the global crops of the next steps.
+
+    About --eval-bank of them, made as training makes them, batch norm on batch statistics included: a
+    mixture knows no others.
+    """
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+    steps = max(1, min(args.eval_bank, 2 * len(images)) // (2 * args.batch_size))
+    crops = views.batches(images, replace(recipe, n_local=0), batch_size=args.batch_size,
+                          seed=args.seed, start=step, stop=step + steps, rank=ddp.RANK,
+                          world=ddp.WORLD, device=device, workers=args.workers)
+    with autocast:
+        h = ddp.all_gather(torch.cat([teacher(pair) for pair in crops]))  # (N, D)
+    for name, buffer in teacher.named_buffers():  # to measure must not move running averages
+        buffer.copy_(before[name])
+    return h
+
+
+def prototype_measures(protos, loss, h, beta, seed):
+    """A prototype set beside teacher vectors h (N, D): unique shares, and what they need beside them."""
+    C, centre = protos.vectors(), loss.centre_over_tau()  # (K, D) (K,) or 0
+    assigned = (protos.assign(part, beta, loss.tau, centre) for part in h.split(128))
+    used, perplexity = collapse.usage(assigned)
+    measures = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
+                "h_norm": float(h.norm(dim=1).median())}
+    for eps, count in collapse.unique_counts(C, EPS).items():
+        measures[f"unique_{eps}"] = count / len(C)
+        measures[f"ceiling_{eps}"] = collapse.ceiling(h - protos.origin, len(C), eps, seed)
+    return measures
+
+
+def knn(bank, queries, args, of_images):
+    """k-NN accuracy in percent (k 20, T 0.07); None without labels.
+
+    of_images(images) -> features (N, dim).
+    """
+    if queries is None or bank.y is None:
+        return None
+    x, q = of_images(bank), of_images(queries)  # (N, dim) (M, dim)
+    return eval_knn.knn_accuracy(x, bank.y, q, queries.y, ks=(20,))[20]
+
+
+def controls(bank, queries, args, teacher, device):
+    """k-NN of the untrained backbone and of raw pixels: row 0 of the log."""
+    return {"knn": teacher_knn(bank, queries, args, teacher, device),
+            "raw_knn": knn(bank, queries, args, lambda images: pixels(images, args.img_size))}
+
+
+def teacher_knn(bank, queries, args, teacher, device):
+    return knn(bank, queries, args,
+               lambda images: features(teacher.backbone, images, args.img_size, device=device))
+
+
+def pixels(images, img_size):
+    """Raw pixels (N, 3 s s), s at most 32: what no learning has touched."""
+    batches = views.eval_batches(images, img_size)
+    return torch.cat([F.adaptive_avg_pool2d(x, min(32, img_size)).flatten(1) for x in batches])
+
+
+def summary(args, log, metrics, bank, queries, step):
+    """Print the last evaluation beside its controls, and return it."""
+    if metrics["knn"] is not None:
+        metrics.update(raw_knn=log.first("raw_knn"), untrained_knn=log.first("knn"))
+        untrained = "--init, at step 0" if args.init else "untrained backbone"
+        print(f"\nk-NN (k 20, T 0.07, {len(bank)} images in the bank, {len(queries)} queries), percent\n"
+              f"  raw pixels          {metrics['raw_knn']:6.1f}\n"
+              f"  {untrained:<19} {metrics['untrained_knn']:6.1f}\n"
+              f"  teacher at step {step:<5d}{metrics['knn']:5.1f}")
+    print(f"prototypes ({args.prototypes}, K {args.num_prototypes}, D {args.bottleneck_dim}), "
+          "shares of K")
+    for eps, name in ((0.025, "unique(.025)"), (0.5, "unique(.5)  ")):
+        print(f"  {name} {metrics[f'unique_{eps}']:.3f}   "
+              f"as many random features: {metrics[f'ceiling_{eps}']:.3f}")
+    print(f"  used {metrics['used']:.3f}   perplexity {metrics['perplexity']:.3f}   "
+          f"drift {metrics['drift']:.3f}   |h| {metrics['h_norm']:.2f}\n"
+          "a unique share alone means little: run --prototypes frozen for the control, then "
+          f"python collapse.py {args.out} ...")
+    for name in ("unique", "ceiling"):
+        metrics[name] = {eps: metrics.pop(f"{name}_{eps}") for eps in EPS}
+    return metrics | {"step": step, "out": args.out}
