@@ -1,23 +1,23 @@
-"""Speed and memory: ours, the plain way, and the floor (the matrix products alone), measured beside each other.
+"""Speed and memory of ours, of the plain way, and of the floor, which is the matrix products alone.
 
-    python bench.py                                  all items at sizes for 2 cores, a few minutes
-    python bench.py gmm loss --K 65536 --reps 5      some of them, at your sizes
-    python bench.py --paper                          all at the paper's size; plan an hour on 2 cores
+    python -m lab.bench                                all items at sizes for 2 cores, some minutes
+    python -m lab.bench gmm loss --K 65536 --reps 5    some of them, at your sizes
+    python -m lab.bench --paper                        the paper's sizes; plan an hour on 2 cores
 
-Every side of a comparison lives in a process of its own, and the sides take turns, so that a busy machine slows all of
-them alike. A ratio is the middle of the ratios within the --reps turns, and a time is the middle of the turns: the
-fastest ones would compare two lucky moments. Peak: the most memory a turn took beyond what the process held before
-it (resident memory on a CPU, where Linux can reset its high-water mark; allocated memory on a GPU). `step`, `loop` and
-`ranks` start train.py itself and read its log.
+Start it in the folder of train.py. The contestants of an item (contestants.py) live in a process
+each and take turns, so that a busy machine slows all of them alike. A ratio is the median of the
+ratios within the --reps rounds, and a time is the median over the rounds: the fastest turns would
+compare two lucky moments. Memory is the most that a turn took beyond what the process had before it:
+resident memory on a CPU, where Linux can restart its high-water mark; allocated memory on a GPU. The
+items `step`, `loop` and `ranks` start train.py itself and read its log.
 """
 import argparse
 import csv
 import ctypes
 import datetime
-import multiprocessing as mp
+import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,235 +26,326 @@ import time
 
 import torch
 
-from lab import sides
-from support.run import keep_freed_memory
+from lab import contestants
+from support.evaluation import errors_as_sentences
+from support.log import keep_freed_memory
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-#             default                                                          --paper
-SIZES = dict(K=(16384, 65536), D=(256, 256), N=([512], [512, 2048]), V=(8, 8), B=(64, 64), P=(512, 512),
-             unique=(16384, 65536), bank=(20000, 100000), queries=(2000, 10000), batch=(64, 64), steps=(6, 6))
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SIZES = {  # name: (default, with --paper)
+    "K": (16384, 65536),  # prototypes
+    "D": (256, 256),  # their dimensions
+    "N": ([512], [512, 2048]),  # vectors of an update of the mixture
+    "V": (8, 8),  # views
+    "B": (64, 64),  # images of the losses
+    "P": (512, 512),  # prototypes of a partition of CARP
+    "unique": (16384, 65536),  # prototypes of the item unique
+    "bank": (20000, 100000),  # images of the item knn
+    "queries": (2000, 10000),  # images of the item knn
+    "batch": (64, 64),  # images of a step of the item step
+    "steps": (6, 6),  # of the item step; the item loop takes ten times as many
+}
 
 
-# ---- one side, one process -------------------------------------------------------------------------------------------
-def resident(key):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(key))  # MB
+def with_sizes(options, **sizes):
+    """A copy of the options in which these sizes are other ones."""
+    return argparse.Namespace(**{**vars(options), **sizes})
 
 
-def turn(run, device, first):
-    """(seconds, peak MB beyond what was held before) of one call."""
-    linux = sys.platform == "linux" and device == "cpu"
-    if linux:
-        if first:
-            ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what this turn needs
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")  # the high-water mark starts again from here
-    elif device != "cpu":
-        torch.cuda.synchronize()
+# ---- one contestant, one process ---------------------------------------------------------------
+def memory(device, peak=False):
+    """MB that this process has now; peak: the most that it had since restart_peak."""
+    if device != "cpu":
+        used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        return used / 2 ** 20
+    if sys.platform == "linux":
+        key = "VmHWM" if peak else "VmRSS"
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) / 1024 for line in f if line.startswith(key))
+    import resource  # not there on Windows
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of all turns so far
+    return most / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def restart_peak(device):
+    if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resident("VmRSS") if linux else torch.cuda.memory_allocated() / 2 ** 20 if device != "cpu" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
+    elif sys.platform == "linux":
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+
+
+def turn(work, device, trim):
+    """(seconds, MB beyond what the process had before) of one call of work().
+
+    trim: give freed memory back to the system first. Else it would hide what this turn needs.
+    """
+    if trim and device == "cpu" and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    restart_peak(device)
+    before = memory(device)
     start = time.perf_counter()
-    run()
+    work()
     if device != "cpu":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    after = resident("VmHWM") if linux else torch.cuda.max_memory_allocated() / 2 ** 20 if device != "cpu" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20
-    return seconds, after - before
+    return seconds, memory(device, peak=True) - before
 
 
-def serve(pipe, item, side, a, threads):
-    keep_freed_memory()  # as train.py does, for all sides
+def serve(pipe, item, way, options, threads):
+    """The process of one contestant: it receives `trim`, does its turn and sends what `turn` gives."""
+    keep_freed_memory()  # as train.py does
     torch.set_num_threads(threads)
-    small = argparse.Namespace(**{**vars(a), "K": 2 * a.P, "N": 8, "B": 2, "unique": 64, "bank": 64, "queries": 8})
-    getattr(sides, item)(side, small)()  # loads the code, which is nobody's extra memory
-    run = getattr(sides, item)(side, a)
-    while (order := pipe.recv()) is not None:
-        pipe.send(turn(run, a.device, order == 0))
+    prepare = getattr(contestants, item)
+    # a first call at small sizes loads the libraries, whose memory and time belong to nobody's turn
+    small = with_sizes(options, K=2 * options.P, N=8, B=2, unique=64, bank=64, queries=8)
+    prepare(way, small)()
+    work = prepare(way, options)
+    while (trim := pipe.recv()) is not None:
+        pipe.send(turn(work, options.device, trim))
 
 
-def race(item, names, a, reps=None):
-    """{side: (seconds of every turn, MB)}: the sides take turns. One more, the first, shows the memory."""
-    context, lanes = mp.get_context("spawn"), {}
-    for side in names:
-        ours, theirs = context.Pipe()
-        child = context.Process(target=serve, args=(theirs, item, side, a, torch.get_num_threads()), daemon=True)
-        child.start()
-        lanes[side] = ours, child, []
-        theirs.close()
-    for order in range((reps or a.reps) + 1):
-        for side in names[order % len(names):] + names[:order % len(names)]:  # the one before leaves its mark
-            pipe, _, turns = lanes[side]
-            pipe.send(order)
-            turns.append(pipe.recv())
-    for pipe, child, _ in lanes.values():
-        pipe.send(None)
-        child.join()
-    return {side: ([t for t, _ in turns[1:]], turns[0][1]) for side, (_, _, turns) in lanes.items()}
+def race(item, ways, options, reps=None):
+    """{way: (seconds of each turn, MB)}: the contestants `ways` of an item take turns.
+
+    One round more, the first, measures the memory. ValueError if a contestant's process ends, for
+    lack of memory for instance.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, {}
+    for way in ways:
+        pipes[way], other_end = context.Pipe()
+        arguments = (other_end, item, way, options, torch.get_num_threads())
+        processes[way] = context.Process(target=serve, args=arguments, daemon=True)
+        processes[way].start()
+        other_end.close()
+    turns = {way: [] for way in ways}
+    for n in range(1 + (reps or options.reps)):
+        # another one begins each round, since each finds the caches as the one before left them
+        begin = n % len(ways)
+        for way in ways[begin:] + ways[:begin]:
+            try:
+                pipes[way].send(n == 0)
+                turns[way].append(pipes[way].recv())
+            except (EOFError, OSError):
+                processes[way].join()
+                code = processes[way].exitcode
+                raise ValueError(f"{item}: the process of '{way}' ended with code {code}") from None
+    for way in ways:
+        pipes[way].send(None)
+        processes[way].join()
+    return {way: ([s for s, _ in turns[way][1:]], turns[way][0][1]) for way in ways}
 
 
-def ratio(t, a, b):
-    """How much more side a has than b (seconds, images/s): the middle over the turns."""
-    return statistics.median(x / y for x, y in zip(t[a], t[b]))
+# ---- what is printed ---------------------------------------------------------------------------
+def ratio(values, a, b):
+    """Median over the rounds of a's value (seconds, images/s) divided by b's."""
+    return statistics.median(x / y for x, y in zip(values[a], values[b]))
 
 
-def verdict(text, value, limit, more=False):
-    """One line: a ratio, its target, and whether it is met."""
-    met, sign = (value >= limit, ">=") if more else (value <= limit, "<=")
-    print(f"    {text} {value:.3g}   target {sign} {limit:g}: {'met' if met else 'NOT MET'}", flush=True)
-    return met
+def verdict(text, value, limit, at_least=False):
+    """Print a ratio or a number, its target, and whether the target is met."""
+    met = value >= limit if at_least else value <= limit
+    sign = ">=" if at_least else "<="
+    print(f"    {text} {value:.3g}   target {sign} {limit:g}: {'met' if met else 'NOT MET'}",
+          flush=True)
 
 
-def table(title, got, unit="MB extra"):
+def show(title, measured, unit="MB extra"):
+    """Print what race measured. Returns {way: seconds of each turn} and {way: MB}."""
     print(f"\n{title}")
-    for side, (seconds, peak) in got.items():
-        print(f"    {side:12} {statistics.median(seconds):9.3f} s {peak:9.0f} {unit}", flush=True)
-    return {s: t for s, (t, _) in got.items()}, {s: m for s, (_, m) in got.items()}
+    for way, (seconds, peak) in measured.items():
+        print(f"    {way:12} {statistics.median(seconds):9.3f} s {peak:9.0f} {unit}", flush=True)
+    times = {way: seconds for way, (seconds, _) in measured.items()}
+    peaks = {way: peak for way, (_, peak) in measured.items()}
+    return times, peaks
 
 
-# ---- whole runs: train.py as a user starts it ------------------------------------------------------------------------
+# ---- items that race ---------------------------------------------------------------------------
+def bench_gmm(options):
+    ways = ("ours", "streaming", "readable", "plain", "floor")
+    for N in options.N:
+        measured = race("gmm", ways, with_sizes(options, N=N))
+        times, peaks = show(f"gmm: K {options.K}, D {options.D}, N {N}", measured)
+        verdict("ours / floor", ratio(times, "ours", "floor"), 1.3)
+        verdict("streaming / floor", ratio(times, "streaming", "floor"), 1.9)
+        verdict("streaming, MB", peaks["streaming"], 1024)
+        verdict("plain / ours", ratio(times, "plain", "ours"), 1.5, at_least=True)
+        print(f"    readable / ours {ratio(times, 'readable', 'ours'):.3g}")
+
+
+def bench_loss(options):
+    bench_one_loss("loss", "CARP", ("ours", "plain", "floor"), options)
+    bench_one_loss("dino", "DINO", ("ours", "plain"), options)
+
+
+def bench_one_loss(item, name, ways, options):
+    for joint in (False, True):
+        measured = race(item, ways, with_sizes(options, joint=joint))
+        times, peaks = show(f"{name} loss, {'joint' if joint else 'decoupled'} prototypes: "
+                            f"K {options.K}, {options.V} views x {options.B}", measured)
+        verdict("time, ours / plain", ratio(times, "ours", "plain"), 1)
+        share = peaks["ours"] / peaks["plain"]
+        if joint:
+            gradient = options.K * options.D * 4 / 2 ** 20
+            print(f"    memory, ours / plain {share:.3g}   (the gradient of C, which both return, "
+                  f"has {gradient:.0f} MB)")
+        else:
+            verdict("memory, ours / plain", share, 0.1)
+
+
+def bench_unique(options):
+    reps = 1 if options.unique > 20000 else None  # the plain way then takes minutes
+    measured = race("unique", ("ours", "plain", "floor"), options, reps)
+    times, _ = show(f"unique: {options.unique} x {options.D}, all distinct", measured)
+    verdict("ours / floor", ratio(times, "ours", "floor"), 2)
+    verdict("plain / ours", ratio(times, "plain", "ours"), 20, at_least=True)
+
+
+def bench_knn(options):
+    measured = race("knn", ("ours", "plain", "floor"), options)
+    times, peaks = show(f"knn: bank {options.bank} x 384, {options.queries} queries", measured)
+    verdict("ours / floor", ratio(times, "ours", "floor"), 1.5)
+    verdict("ours, MB", peaks["ours"], 1024)
+
+
+def bench_data(options):
+    times, _ = show("data: 32 images, 2 + 4 crops", race("data", ("ours", "plain"), options))
+    verdict("plain / ours", ratio(times, "plain", "ours"), 5, at_least=True)
+
+
+# ---- items that are whole runs of train.py -----------------------------------------------------
 def train(*flags, processes=1, threads=None):
-    """(rows of the log, vectors of the prototypes) of a run of train.py in a folder that is thrown away."""
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    """(rows of the log, vectors of the prototypes) of a run of train.py with these flags.
+
+    threads: of each process; None: as many as torch takes. ValueError if the run fails.
+    """
+    flags = [str(flag) for flag in flags]
+    env = dict(os.environ)
+    if threads:
+        env["OMP_NUM_THREADS"] = str(threads)
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     with tempfile.TemporaryDirectory() as out:
-        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] * (processes > 1)
-        run = subprocess.run([sys.executable, *launch, os.path.join(HERE, "train.py"), "--out", out, *map(str, flags)],
-                             capture_output=True, text=True, env=env)
-        if run.returncode:
-            raise ValueError(f"train.py {' '.join(map(str, flags))} ended with {run.returncode}: {run.stderr[-500:]}")
+        command = [sys.executable, *launcher, os.path.join(ROOT, "train.py"), "--out", out, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        if done.returncode:
+            raise ValueError(f"train.py {' '.join(flags)} ended with exit code {done.returncode}: "
+                             f"{done.stderr[-500:]}")
         with open(os.path.join(out, "log.csv"), newline="") as f:
             rows = [row for row in csv.DictReader(f) if row["loss"]]
         ckpt = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
         return rows, ckpt["prototypes"]["vectors"]
 
 
-def step(a):
-    """Decoupled against joint: whole steps of train.py, 12 crops, the mixture at work from the first step."""
-    flags = ["--device", a.device, "--local-crops", 10, "--num-prototypes", a.K, "--partition-size", a.P,
-             "--bottleneck-dim", a.D, "--batch-size", a.batch, "--steps", a.steps, "--gmm-start", 0, "--log-every", 1,
-             "--eval-every", 10 ** 6, "--eval-bank", 64, "--eval-queries", 8, *a.step_flags]
-    got = {"joint": ([], 0), "decoupled": ([], 0)}
-    for _ in range(a.reps):
-        for kind, (seconds, peak) in got.items():
-            rows = train(*flags, "--prototypes", kind)[0]
-            seconds.append(statistics.median(a.batch / float(row["images_per_s"]) for row in rows[1:]))
-            got[kind] = seconds, max(peak, *(float(row["memory_mb"]) for row in rows))
-    t, m = table(f"step: K {a.K}, D {a.D}, 12 crops, batch {a.batch}", got, "MB in all")
-    verdict("decoupled / joint, time", ratio(t, "decoupled", "joint"), 1.0)
-    verdict("decoupled / joint, memory", m["decoupled"] / m["joint"], 1.0)
+NO_EVALUATION = ["--eval-every", 10 ** 6, "--eval-bank", 64, "--eval-queries", 8]
 
 
-def ranks(a):
-    """The same global batch on 1, 2 and 4 gloo processes: losses, and the mixture's means; and how much one process
-    differs from itself on one thread, by rounding alone. Batch norm, which takes a mean off, enlarges rounding."""
-    flags = ["--device", "cpu", "--stop-at", 8, "--log-every", 1, "--eval-every", 10 ** 6, "--gmm-start", 3,
-             "--eval-bank", 64, "--eval-queries", 8, *a.step_flags]
-    for title, more in (("no batch norm in the head", ["--no-head-bn"]), ("as it is", [])):
-        print(f"\nranks: the first 8 steps of the default run, {title}, the mixture from step 3")
-        ways = {"1 thread": dict(threads=1), "2 processes": dict(processes=2), "4 processes": dict(processes=4)}
-        rows, means = train(*flags, *more)
-        for way, options in ways.items():
-            other, vectors = train(*flags, *more, **options)
-            verdict(f"{way}, largest difference of a loss",
-                    max(abs(float(p["loss"]) - float(q["loss"])) for p, q in zip(rows, other)), 1e-6)
-            verdict(f"{way}, largest difference of a mean, relative",
-                    float((vectors - means).abs().max() / means.abs().max()), 1e-6)
+def bench_step(options):
+    """Decoupled against joint prototypes: whole steps with 12 crops, with the mixture from step 0."""
+    flags = ["--device", options.device, "--local-crops", 10, "--num-prototypes", options.K,
+             "--partition-size", options.P, "--bottleneck-dim", options.D,
+             "--batch-size", options.batch, "--steps", options.steps, "--gmm-start", 0,
+             "--log-every", 1, *NO_EVALUATION, *options.step_flags]
+    measured = {"joint": ([], 0), "decoupled": ([], 0)}
+    for _ in range(options.reps):
+        for kind, (seconds, peak) in measured.items():
+            rows, _ = train(*flags, "--prototypes", kind)
+            of_steps = [options.batch / float(row["images_per_s"]) for row in rows[1:]]
+            seconds.append(statistics.median(of_steps))
+            measured[kind] = seconds, max(peak, *(float(row["memory_mb"]) for row in rows))
+    title = f"step: K {options.K}, D {options.D}, 12 crops, batch {options.batch}"
+    times, peaks = show(title, measured, "MB in all")
+    verdict("decoupled / joint, time", ratio(times, "decoupled", "joint"), 1.0)
+    verdict("decoupled / joint, memory", peaks["decoupled"] / peaks["joint"], 1.0)
 
 
-def loop(a):
-    """images/s of the default run, ours and lightly's DINO in turns, and the share of its time that the data take."""
-    threads, ours, shares, other = torch.get_num_threads(), [], [], {0: [], 1: []}
-    for _ in range(a.reps):
-        rows = train("--device", "cpu", "--steps", a.steps * 10, "--log-every", 10, "--eval-every", 10 ** 6,
-                     "--gmm-start", 5, "--eval-bank", 64, "--eval-queries", 8)[0]
+def bench_loop(options):
+    """images/s of the default run beside lightly's DINO, and the share of the time for the data."""
+    flags = ["--device", "cpu", "--steps", options.steps * 10, "--log-every", 10, "--gmm-start", 5,
+             *NO_EVALUATION]
+    threads = torch.get_num_threads()
+    ours, data_shares, lightly = [], [], {0: [], 1: []}
+    for _ in range(options.reps):
+        rows, _ = train(*flags)
         ours.append(max(float(row["images_per_s"]) for row in rows))
-        shares.append(min(float(row["data_share"]) for row in rows))
-        for workers, speeds in other.items():  # its crops in the same process, or in another one beside it
+        data_shares.append(min(float(row["data_share"]) for row in rows))
+        for workers, speeds in lightly.items():  # 0: its crops are made in the training process
             torch.set_num_threads(max(1, threads - workers))
-            speeds.append(sides.lightly_loop(workers))
+            speeds.append(contestants.lightly_loop(workers))
         torch.set_num_threads(threads)
-    print(f"\nloop: default preset {statistics.median(ours):.0f} images/s")
-    verdict("share of the data in a step", statistics.median(shares), 0.2)
-    if other[0][0] is None:
+    print(f"\nloop: default run {statistics.median(ours):.0f} images/s")
+    verdict("share of the data in a step", statistics.median(data_shares), 0.2)
+    if lightly[0][0] is None:
         print("    lightly is not installed")
         return
-    for workers, speeds in other.items():
-        print(f"    lightly's DINO, {workers} processes for its crops, {statistics.median(speeds):.0f} images/s")
-        verdict("ours / lightly", ratio({"ours": ours, "lightly": speeds}, "ours", "lightly"), 3, more=True)
+    for workers, speeds in lightly.items():
+        print(f"    lightly's DINO, {workers} processes for its crops, "
+              f"{statistics.median(speeds):.0f} images/s")
+        both = {"ours": ours, "lightly": speeds}
+        verdict("ours / lightly", ratio(both, "ours", "lightly"), 3, at_least=True)
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
-def race_gmm(a):
-    for a.N in a.N:
-        t, m = table(f"gmm: K {a.K}, D {a.D}, N {a.N}", race("gmm", ("ours", "streaming", "plain", "floor"), a))
-        verdict("ours / floor", ratio(t, "ours", "floor"), 1.3)
-        verdict("streaming / floor", ratio(t, "streaming", "floor"), 1.9)
-        verdict("streaming, MB", m["streaming"], 1024)
-        verdict("plain / ours", ratio(t, "plain", "ours"), 1.5, more=True)
+def bench_ranks(options):
+    """The same global batch on 1, 2 and 4 processes: losses, and means of the mixture.
+
+    A process on one thread is compared too: it differs by rounding alone. Batch norm, which takes a
+    mean off, enlarges rounding, so the head is tried without it as well.
+    """
+    flags = ["--device", "cpu", "--stop-at", 8, "--log-every", 1, "--gmm-start", 3, *NO_EVALUATION,
+             *options.step_flags]
+    launches = {"1 thread": {"threads": 1}, "2 processes": {"processes": 2},
+                "4 processes": {"processes": 4}}
+    for title, head in (("no batch norm in the head", ["--no-head-bn"]), ("as it is", [])):
+        print(f"\nranks: the first 8 steps of the default run, {title}, the mixture from step 3")
+        rows, means = train(*flags, *head)
+        for name, launch in launches.items():
+            other_rows, other_means = train(*flags, *head, **launch)
+            losses = [(float(a["loss"]), float(b["loss"])) for a, b in zip(rows, other_rows)]
+            verdict(f"{name}, largest difference of a loss", max(abs(a - b) for a, b in losses), 1e-6)
+            difference = (other_means - means).abs().max() / means.abs().max()
+            verdict(f"{name}, largest difference of a mean, relative", float(difference), 1e-6)
 
 
-def race_loss(a):
-    for item, a.joint in ((i, j) for i in ("loss", "dino") for j in (False, True)):
-        names = ("ours", "plain") + ("floor",) * (item == "loss")
-        t, m = table(f"{'CARP' if item == 'loss' else 'DINO'} loss, {'joint' if a.joint else 'decoupled'}: K {a.K}, "
-                     f"{a.V} views x {a.B}", race(item, names, a))
-        verdict("time, ours / plain", ratio(t, "ours", "plain"), 1)
-        verdict("memory, ours / plain", m["ours"] / m["plain"], 0.1)
-        if a.joint:  # K x D floats that both have to return
-            grad = a.K * a.D * 4 / 2 ** 20
-            print(f"    of which the gradient of C, which both return: {grad:.0f} MB; "
-                  f"without it {(m['ours'] - grad) / (m['plain'] - grad):.3f}")
+# ---- command line ------------------------------------------------------------------------------
+ITEMS = {"gmm": bench_gmm, "loss": bench_loss, "step": bench_step, "unique": bench_unique,
+         "knn": bench_knn, "data": bench_data, "loop": bench_loop, "ranks": bench_ranks}
 
 
-def race_unique(a):
-    got = race("unique", ("ours", "plain", "floor"), a, reps=1 if a.unique > 20000 else None)
-    t, m = table(f"unique: {a.unique} x {a.D}, all distinct", got)
-    verdict("ours / floor", ratio(t, "ours", "floor"), 2)
-    verdict("plain / ours", ratio(t, "plain", "ours"), 20, more=True)
-
-
-def race_knn(a):
-    t, m = table(f"knn: bank {a.bank} x 384, {a.queries} queries", race("knn", ("ours", "plain", "floor"), a))
-    verdict("ours / floor", ratio(t, "ours", "floor"), 1.5)
-    verdict("ours, MB", m["ours"], 1024)
-
-
-def race_data(a):
-    t, _ = table("data: 32 images, 2 + 4 crops", race("data", ("ours", "plain"), a))
-    verdict("plain / ours", ratio(t, "plain", "ours"), 5, more=True)
-
-
-ITEMS = {"gmm": race_gmm, "loss": race_loss, "step": step, "unique": race_unique, "knn": race_knn, "data": race_data,
-         "loop": loop, "ranks": ranks}
+def parser():
+    p = argparse.ArgumentParser("python -m lab.bench", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("items", nargs="*", help=f"of {', '.join(ITEMS)}; none: all")
+    p.add_argument("--paper", action="store_true", help="the paper's sizes")
+    p.add_argument("--reps", type=int, default=3, help="turns of each contestant; 3 by default")
+    p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--step-flags", nargs=argparse.REMAINDER, default=[],
+                   help="all that follows goes to train.py (step, ranks)")
+    for name, (default, _) in SIZES.items():
+        several = "+" if isinstance(default, list) else None
+        p.add_argument(f"--{name}", type=int, nargs=several, help=f"default {default}")
+    return p
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser("bench.py", description=__doc__.split("\n")[0])
-    p.add_argument("items", nargs="*", help=f"of {', '.join(ITEMS)}; none: all")
-    p.add_argument("--paper", action="store_true", help="the paper's sizes")
-    p.add_argument("--reps", type=int, default=3, help="turns of each side; the middle counts")
-    p.add_argument("--device", default="cpu", help="cpu or cuda")
-    p.add_argument("--step-flags", nargs=argparse.REMAINDER, default=[], help="the rest goes to train.py (step, ranks)")
-    for name, (small, _) in SIZES.items():
-        p.add_argument(f"--{name}", type=int, nargs="+" if isinstance(small, list) else None, help=f"default {small}")
-    a = p.parse_args(argv)
-    try:
-        if unknown := [i for i in a.items if i not in ITEMS]:
-            raise ValueError(f"{unknown[0]} is none of the items {', '.join(ITEMS)}")
-        for name, pair in SIZES.items():
-            if getattr(a, name) is None:
-                setattr(a, name, pair[a.paper])
-        if a.K % a.P:
-            raise ValueError(f"--K {a.K} must be a multiple of --P {a.P}")
-        print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} "
-              f"threads, {a.device}, torch {torch.__version__}, {datetime.date.today()}")
-        for item in a.items or ITEMS:
-            ITEMS[item](argparse.Namespace(**vars(a)))
-    except ValueError as e:
-        print(f"bench.py: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    """Run the items. Bad input is one sentence on stderr and exit code 2."""
+    options = parser().parse_args(argv)
+    with errors_as_sentences("lab.bench"):
+        for item in options.items:
+            if item not in ITEMS:
+                raise ValueError(f"{item} is none of the items {', '.join(ITEMS)}")
+        for name, (default, paper) in SIZES.items():
+            if getattr(options, name) is None:
+                setattr(options, name, paper if options.paper else default)
+        if options.K % options.P:
+            raise ValueError(f"--K {options.K} must be a multiple of --P {options.P}")
+        print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+              f"{torch.get_num_threads()} threads, {options.device}, torch {torch.__version__}, "
+              f"{datetime.date.today()}")
+        for item in options.items or ITEMS:
+            ITEMS[item](options)
 
 
 if __name__ == "__main__":

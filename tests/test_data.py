@@ -721,8 +721,26 @@ def test_batches_do_not_depend_on_ranks_or_the_step_they_start_at(some):
     assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is not touched
 
 
-def test_batches_differ_by_step_view_and_seed():
-    one = data.Images(noise(1).expand(8, 3, 32, 32).clone(), None, [], "the same image eight times")
+class Disk:
+    """A set that is read image by image: x (N, 3, H, W)."""
+
+    def __init__(self, x):
+        self.images = x
+
+    def __len__(self):
+        return len(self.images)
+
+    def read(self, i):
+        return self.images[i], None
+
+    def note_broken(self, paths):
+        assert not paths
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_batches_differ_by_step_view_and_seed(in_memory):
+    x = noise(1).expand(8, 3, 32, 32).clone()  # the same image eight times
+    one = data.Images(x, None, [], "x") if in_memory else Disk(x)
     a, b = run(one, 0, 2)
     flat = [v for v in torch.cat([a[0], a[1], b[0], b[1]])] + list(run(one, 0, 1, seed=4)[0][0])
     assert len({bytes(v.numpy()) for v in flat}) == len(flat)
@@ -764,19 +782,9 @@ def test_files_and_memory_agree_on_the_statistics(tmp_path):
     a, b, c = rng.uniform(0, .33, (3, 100, 3, 1, 1))  # of each image and channel
     x = torch.from_numpy(((a + b * xx + c * yy) * 255).round().astype(np.uint8))  # (100, 3, 32, 32)
 
-    class Disk:
-        def __len__(self):
-            return 100
-
-        def read(self, i):
-            return x[i], None
-
-        def note_broken(self, paths):
-            assert not paths
-
     recipe = views.Recipe(16, 8, 2, jitter=(0.4, 0.4, 0.2, 0.1))
     a, b = ([unnormalise(torch.cat(v)) for v in zip(*run(s, 0, 4, recipe, batch_size=100))]
-            for s in (data.Images(x, None, [], "x"), Disk()))
+            for s in (data.Images(x, None, [], "x"), Disk(x)))
     for v, w in zip(a, b):
         assert abs(v.mean() - w.mean()) < 0.03
         assert abs(v.mean((1, 2, 3)).std() - w.mean((1, 2, 3)).std()) < 0.02

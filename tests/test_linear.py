@@ -1,10 +1,11 @@
-"""Tests of features.py, probes.py and eval_linear.py: solvers against scikit-learn and torch.optim,
-cache, foreign files, protocols through main([...]). Images and networks are tiny; nothing is
-downloaded."""
+"""support/probes.py, support/features.py, support/evaluation.py and eval_linear.py: solvers against
+scikit-learn and torch.optim, cache, foreign files, protocols through main([...]). Images and
+networks are tiny; nothing is downloaded."""
 import csv
 import math
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,16 +18,17 @@ from torchvision.transforms import InterpolationMode, v2
 
 import data
 import eval_linear
-from support import features
 import models
+from support import evaluation
+from support import features
 from support import probes
-from support import shapes
 
 
 def sample(N, D=12, C=4, seed=0, noise=1.5):
     """Random features around class centres: x (N, D) float32, y (N,)."""
     g = torch.Generator().manual_seed(seed)
-    centres, y = torch.randn(C, D, generator=torch.Generator().manual_seed(99)), torch.randint(C, (N,), generator=g)
+    centres = torch.randn(C, D, generator=torch.Generator().manual_seed(99))  # (C, D)
+    y = torch.randint(C, (N,), generator=g)  # (N,)
     return centres[y] + noise * torch.randn(N, D, generator=g), y
 
 
@@ -34,12 +36,13 @@ def checkpoint(folder, arch="vit_nano", seed=0, img_size=32, **args):
     """A run directory as train.py leaves it, with random weights; returns its path as text."""
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
-    nets = [models.build(arch, patch_size=8, img_size=img_size, in_small=True) for _ in range(2)]
-    args = dict(arch=arch, patch_size=8, img_size=img_size, method="carp", prototypes="joint", num_prototypes=64,
-                data="shapes", data_root="data", seed=seed, imbalance=1.0) | args
+    args = dict(arch=arch, patch_size=8, img_size=img_size, method="carp", prototypes="joint",
+                num_prototypes=64, data="shapes", data_root="data", seed=seed, imbalance=1.0) | args
     ckpt = {"version": 1, "step": 7, "args": args}
-    for name, net in zip(("student", "teacher"), nets):
-        ckpt[name] = {f"backbone.{k}": w for k, w in net.state_dict().items()} | {"head.0.weight": torch.zeros(2, 2)}
+    for name in ("student", "teacher"):
+        net = models.build(arch, patch_size=8, img_size=img_size, in_small=True)
+        ckpt[name] = {f"backbone.{key}": w for key, w in net.state_dict().items()}
+        ckpt[name]["head.0.weight"] = torch.zeros(2, 2)
     torch.save(ckpt, folder / "ckpt.pt")
     return str(folder)
 
@@ -55,9 +58,9 @@ def pictures(labels, seed=0, names=("a", "b", "c")):
 @pytest.fixture
 def small(monkeypatch):
     """--data shapes is 60 training and 30 test pictures of three classes."""
-    sets = pictures([0, 1, 2] * 20), pictures([0, 1, 2] * 10, seed=1)
-    monkeypatch.setattr(eval_linear, "load", lambda name, **kw: sets)
-    return sets
+    images = pictures([0, 1, 2] * 20), pictures([0, 1, 2] * 10, seed=1)
+    monkeypatch.setattr(data, "load", lambda name, **kw: images)
+    return images
 
 
 def go(*flags):
@@ -74,9 +77,12 @@ def test_lbfgs_is_scikit_learns_logistic_regression(weight_decay):
     W, b, loss = probes.lbfgs(x, y, 4, weight_decay=weight_decay)
     # scikit-learn minimises |W|^2 / 2 + C sum of losses: divided by C N that is ours with weight
     # decay 1 / (C N)
-    theirs = linear_model.LogisticRegression(C=1 / (weight_decay * len(x)), max_iter=2000, tol=1e-8).fit(x.double().numpy(), y)
+    strength = 1 / (weight_decay * len(x))
+    theirs = linear_model.LogisticRegression(C=strength, max_iter=2000, tol=1e-8)
+    theirs.fit(x.double().numpy(), y)
     p = theirs.predict_proba(x.double().numpy())
-    wanted = -np.log(p[np.arange(len(y)), y]).mean() + weight_decay / 2 * (theirs.coef_ ** 2).sum()
+    wanted = -np.log(p[np.arange(len(y)), y]).mean()
+    wanted += weight_decay / 2 * (theirs.coef_ ** 2).sum()
     assert abs(loss - wanted) < 1e-3
     ours = float((probes.predict(q, W, b) == truth).float().mean())
     assert abs(ours - theirs.score(q.double().numpy(), truth)) < 0.005 and 0.5 < ours < 0.99
@@ -84,16 +90,16 @@ def test_lbfgs_is_scikit_learns_logistic_regression(weight_decay):
 
 
 def test_lbfgs_has_the_settings_of_appendix_B12(monkeypatch):
-    seen = {}
+    settings = {}
 
     class Spy(torch.optim.LBFGS):
         def __init__(self, params, **kwargs):
-            seen.update(kwargs)
+            settings.update(kwargs)
             super().__init__(params, **kwargs)
     monkeypatch.setattr(torch.optim, "LBFGS", Spy)
     probes.lbfgs(*sample(50), 4)
-    assert seen == dict(lr=1, max_iter=150, tolerance_grad=1e-5, tolerance_change=1e-9, history_size=10,
-                        line_search_fn="strong_wolfe")
+    assert settings == dict(lr=1, max_iter=150, tolerance_grad=1e-5, tolerance_change=1e-9,
+                            history_size=10, line_search_fn="strong_wolfe")
 
 
 def test_lbfgs_takes_the_whole_set_whatever_the_chunk(monkeypatch):
@@ -104,7 +110,8 @@ def test_lbfgs_takes_the_whole_set_whatever_the_chunk(monkeypatch):
     torch.testing.assert_close(parts[0], whole[0], atol=1e-4, rtol=1e-4)
     assert parts[2] == pytest.approx(whole[2], abs=1e-8)
     h = x.double() @ whole[0].T + whole[1]
-    assert whole[2] == pytest.approx(float(F.cross_entropy(h, y) + 0.005 * whole[0].square().sum()), abs=1e-9)
+    loss = F.cross_entropy(h, y) + 0.005 * whole[0].square().sum()
+    assert whole[2] == pytest.approx(float(loss), abs=1e-9)
 
 
 def test_standardise_uses_the_training_set_alone_and_survives_a_constant_column():
@@ -123,7 +130,8 @@ def test_features_that_are_not_finite_are_refused():
 
 def test_the_grid_is_capis():
     assert len(probes.GRID) == len(set(probes.GRID)) == 30
-    assert {lr for lr, _ in probes.GRID} == {m * 10 ** e for e in (-5, -4, -3) for m in (1, 2, 5)} | {1e-2}
+    rates = {1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2}
+    assert {lr for lr, _ in probes.GRID} == rates
     assert {wd for _, wd in probes.GRID} == {5e-4, 1e-3, 5e-2}
 
 
@@ -144,8 +152,8 @@ def test_a_head_of_the_grid_is_torchs_adamw(lr, wd):
     x, y = sample(200)
     x, (start, _) = x.double(), probes.grid(x.double(), y, 4, [(0.0, 0.0)], steps=1, batch_size=64)
     W, b = nn.Parameter(start[0].clone()), nn.Parameter(torch.zeros(4, dtype=torch.double))
-    solver = torch.optim.AdamW([{"params": [W], "weight_decay": wd}, {"params": [b], "weight_decay": 0}], lr=lr * 64 / 256,
-                               betas=(0.9, 0.95))
+    decayed, free = {"params": [W], "weight_decay": wd}, {"params": [b], "weight_decay": 0}
+    solver = torch.optim.AdamW([decayed, free], lr=lr * 64 / 256, betas=(0.9, 0.95))
     rate = torch.optim.lr_scheduler.LambdaLR(
         solver, lambda t: t / 4 if t < 4 else 0.5 * (1 + math.cos(math.pi * (t - 4) / 36)))
     for step in range(40):
@@ -162,29 +170,42 @@ def test_a_head_of_the_grid_is_torchs_adamw(lr, wd):
 
 def test_accuracy_of_all_heads_is_that_of_each():
     x, y = sample(2100)
-    W, b = torch.randn(5, 4, 12, generator=torch.Generator().manual_seed(0)), torch.randn(5, 4)
-    wanted = [100 * float((probes.predict(x, W[j], b[j]) == y).double().mean()) for j in range(5)]
+    W = torch.randn(5, 4, 12, generator=torch.Generator().manual_seed(0))
+    b = torch.randn(5, 4)
+    wanted = []
+    for j in range(5):
+        right = (x @ W[j].T + b[j]).argmax(1) == y  # (N,)
+        wanted.append(100 * float(right.double().mean()))
     assert probes.grid_accuracy(x, y, W, b).tolist() == pytest.approx(wanted, abs=1e-3)
 
 
-def test_what_is_held_out_is_a_tenth_and_at_least_one():
+def test_for_validation_there_is_a_tenth_and_at_least_one():
     order = torch.randperm(1005)
-    kept, held = probes.hold_out(1005, 0.1, order)
-    assert torch.equal(held, order[:100]) and torch.equal(kept, order[100:])
-    assert [len(part) for part in probes.hold_out(3, 0.1, np.arange(3))] == [2, 1]
+    train, val = probes.split(1005, 0.1, order)
+    assert torch.equal(val, order[:100]) and torch.equal(train, order[100:])
+    assert [len(part) for part in probes.split(3, 0.1, np.arange(3))] == [2, 1]
     with pytest.raises(ValueError, match="1 training image.*too few"):
-        probes.hold_out(1, 0.1, [0])
+        probes.split(1, 0.1, [0])
 
 
 def test_the_grid_holds_out_the_same_tenth_and_trains_on_the_rest(monkeypatch):
-    seen = {}
-    images = data.Images(*sample(200, C=3), list("abc"), "")
-    monkeypatch.setattr(probes, "grid", lambda x, y, C, **kw: seen.update(train=x) or (torch.zeros(30, C, 12), torch.zeros(30, C)))
-    monkeypatch.setattr(probes, "grid_accuracy", lambda x, y, W, b: seen.update(held=x) or torch.arange(30.))
-    flags = type("Flags", (), dict(steps=1, seed=5))
-    _, note = eval_linear.grid(None, images, images, torch.arange(3), images.y, keep, flags)
+    trained_on, chosen_on = [], []
+
+    def train(x, y, C, **kw):
+        trained_on.append(x)
+        return torch.zeros(30, C, 12), torch.zeros(30, C)
+
+    def accuracy(x, y, W, b):
+        chosen_on.append(x)
+        return torch.arange(30.)
+    monkeypatch.setattr(probes, "grid", train)
+    monkeypatch.setattr(probes, "grid_accuracy", accuracy)
+    x, y = sample(200, C=3)
+    flags = SimpleNamespace(steps=1, seed=5)
+    _, note = eval_linear.grid(x, y, x, torch.arange(3), flags)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(42))
-    assert torch.equal(seen["held"], images.x[order[:20]]) and torch.equal(seen["train"], images.x[order[20:]])
+    assert torch.equal(chosen_on[0], x[order[:20]])
+    assert torch.equal(trained_on[0], x[order[20:]])
     assert "lr 0.01 with wd 0.05" in note and "29.00 %" in note
 
 
@@ -218,16 +239,24 @@ def test_sgd_is_torchs_with_a_cosine_per_epoch(lr):
 def test_eleven_point_average_precision_by_hand():
     # in order of score: + - + + -; precision at the hits 1, 2/3, 3/4; recall 1/3, 2/3, 1 recalls 0
     # .1 .2 .3 -> 1, .4 .5 .6 -> 3/4 (the best at that recall or beyond), .7 .8 .9 1 -> 3/4
-    score, truth = torch.tensor([[.9], [.8], [.7], [.6], [.5]]), torch.tensor([[1], [0], [1], [1], [0]])
-    assert probes.map11(score, truth) == pytest.approx(100 * (4 + 7 * .75) / 11)
+    score = torch.tensor([[.9], [.8], [.7], [.6], [.5]])
+    truth = torch.tensor([[1], [0], [1], [1], [0]])
+    wanted = (4 + 7 * .75) / 11
+    assert probes.map11(score, truth) == pytest.approx(100 * wanted)
     shuffle = torch.tensor([3, 0, 4, 1, 2])
-    assert probes.map11(score[shuffle], truth[shuffle]) == pytest.approx(100 * (4 + 7 * .75) / 11)
-    hard = torch.cat([truth, torch.tensor([[-1]])])  # a difficult object on top counts for nothing
-    assert probes.map11(torch.cat([score, torch.tensor([[5.]])]), hard) == pytest.approx(100 * (4 + 7 * .75) / 11)
-    both = probes.map11(torch.cat([score, -score], 1), torch.cat([truth, truth], 1))  # reversed: - + + - +
-    assert both == pytest.approx(100 * ((4 + 7 * .75) / 11 + (2 / 3 * 7 + 3 / 5 * 4) / 11) / 2)
-    none = probes.map11(torch.cat([score, score], 1), torch.cat([truth, torch.zeros(5, 1, dtype=int)], 1))
-    assert none == pytest.approx(100 * (4 + 7 * .75) / 11)  # a class without positives is left out
+    assert probes.map11(score[shuffle], truth[shuffle]) == pytest.approx(100 * wanted)
+    # a difficult object on top counts for nothing
+    more_scores = torch.cat([score, torch.tensor([[5.]])])
+    with_difficult = torch.cat([truth, torch.tensor([[-1]])])
+    assert probes.map11(more_scores, with_difficult) == pytest.approx(100 * wanted)
+    # a second class with the scores reversed: - + + - +
+    both = probes.map11(torch.cat([score, -score], 1), torch.cat([truth, truth], 1))
+    reversed_wanted = (2 / 3 * 7 + 3 / 5 * 4) / 11
+    assert both == pytest.approx(100 * (wanted + reversed_wanted) / 2)
+    # a class without positives is left out
+    none = torch.zeros(5, 1, dtype=int)
+    one_of_two = probes.map11(torch.cat([score, score], 1), torch.cat([truth, none], 1))
+    assert one_of_two == pytest.approx(100 * wanted)
     with pytest.raises(ValueError, match="positive"):
         probes.map11(score, torch.zeros(5, 1, dtype=int))
 
@@ -240,62 +269,68 @@ def test_a_recall_of_exactly_three_tenths_counts():
 
 
 def test_mean_per_class_by_hand():
-    pred, y = torch.tensor([0, 0, 1, 1, 2, 0]), torch.tensor([0, 0, 0, 0, 1, 2])  # 2 of 4, 0 of 1, 0 of 1
-    assert eval_linear.value("per_class", pred, y) == pytest.approx(100 * .5 / 3)
-    assert eval_linear.value("top1", pred, y) == pytest.approx(100 * 2 / 6)
+    pred = torch.tensor([0, 0, 1, 1, 2, 0])
+    y = torch.tensor([0, 0, 0, 0, 1, 2])  # right: 2 of 4, 0 of 1, 0 of 1
+    assert eval_linear.percent("per_class", pred, y) == pytest.approx(100 * .5 / 3)
+    assert eval_linear.percent("top1", pred, y) == pytest.approx(100 * 2 / 6)
 
 
 def test_strengths_are_those_of_ericsson():
-    assert len(probes.CS) == 45 and probes.CS[0] == pytest.approx(1e6) and probes.CS[-1] == pytest.approx(1e-5)
-    assert np.allclose(np.diff(np.log10(probes.CS)), -11 / 44)
-
-
-def keep(x):
-    """`get` for sets whose x are features already."""
-    return x.x
+    assert len(probes.STRENGTHS) == 45
+    assert probes.STRENGTHS[0] == pytest.approx(1e6)
+    assert probes.STRENGTHS[-1] == pytest.approx(1e-5)
+    assert np.allclose(np.diff(np.log10(probes.STRENGTHS)), -11 / 44)
 
 
 def test_the_strength_is_chosen_on_val_and_refitted_on_both(monkeypatch):
     linear_model = pytest.importorskip("sklearn.linear_model")
-    monkeypatch.setattr(probes, "CS", np.array([1e3, 1e-1, 1e-3]))
-    parts = [data.Images(*sample(n, seed=s, noise=2.5), list("abcd"), "") for n, s in ((60, 0), (300, 1), (400, 2))]
-    out, note = eval_linear.path_of_C(*parts, "top1", keep)
+    monkeypatch.setattr(probes, "STRENGTHS", np.array([1e3, 1e-1, 1e-3]))
+    train_x, train_y = sample(60, seed=0, noise=2.5)
+    val_x, val_y = sample(300, seed=1, noise=2.5)
+    q, _ = sample(400, seed=2, noise=2.5)
+    results, note = eval_linear.best_strength(train_x, train_y, val_x, val_y, q, "top1")
 
-    def fitted(c, *sets):
-        return linear_model.LogisticRegression(C=c, max_iter=1000).fit(torch.cat([s.x for s in sets]), torch.cat([s.y for s in sets]))
-    score = {c: fitted(c, parts[0]).score(parts[1].x, parts[1].y) for c in probes.CS}
+    def fitted(C, x, y):
+        return linear_model.LogisticRegression(C=C, max_iter=1000).fit(x, y)
+    score = {C: fitted(C, train_x, train_y).score(val_x, val_y) for C in probes.STRENGTHS}
     best = max(score, key=score.get)
     assert f"C = {best:.3g} " in note and best != 1e3 and "300 validation" in note
-    wanted = torch.from_numpy(fitted(best, *parts[:2]).predict(parts[2].x))
-    assert (out == wanted).float().mean() > 0.99
-    assert (out == torch.from_numpy(fitted(best, parts[0]).predict(parts[2].x))).float().mean() < 0.95  # one without val
+    both = fitted(best, torch.cat([train_x, val_x]), torch.cat([train_y, val_y])).predict(q)
+    alone = fitted(best, train_x, train_y).predict(q)
+    out = results["test"].numpy()
+    assert (out == both).mean() > 0.99 and (out == alone).mean() < 0.95
 
 
 def test_without_a_validation_split_a_fifth_is_held_out_as_numpy_draws_it(monkeypatch):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(probes, "CS", np.array([1.0]))
-    seen, real = [], probes.fit_logistic
-    monkeypatch.setattr(probes, "fit_logistic", lambda x, *rest: seen.append(x) or real(x, *rest))
-    train = data.Images(*sample(101), list("abcd"), "")
-    eval_linear.path_of_C(train, None, train, "top1", keep)
+    monkeypatch.setattr(probes, "STRENGTHS", np.array([1.0]))
+    fitted_to, fit_logistic = [], probes.fit_logistic
+
+    def spy(x, *rest):
+        fitted_to.append(x)
+        return fit_logistic(x, *rest)
+    monkeypatch.setattr(probes, "fit_logistic", spy)
+    x, y = sample(101)
+    eval_linear.best_strength(x, y, None, None, x, "top1")
     order = list(range(101))
     np.random.RandomState(0).shuffle(order)  # as the official code
-    assert torch.equal(seen[0], train.x[order[20:]]) and torch.equal(seen[1], train.x)
+    assert torch.equal(fitted_to[0], x[order[20:]]) and torch.equal(fitted_to[1], x)
 
 
 def test_voc_is_a_binary_problem_per_class_without_difficult_objects(monkeypatch):
     linear_model = pytest.importorskip("sklearn.linear_model")
-    monkeypatch.setattr(probes, "CS", np.array([1.0]))
+    monkeypatch.setattr(probes, "STRENGTHS", np.array([1.0]))
     x, y = sample(400, C=3)
     hot = F.one_hot(y, 4)  # the fourth class occurs nowhere
     hot[:50, 0] = -1
-    parts = [data.Images(x[a:b], hot[a:b], list("abcd"), "") for a, b in ((0, 200), (200, 300), (300, 400))]
-    scores, note = eval_linear.path_of_C(*parts, "map11", keep)
+    results, note = eval_linear.best_strength(x[:200], hot[:200], x[200:300], hot[200:300], x[300:],
+                                              "map11")
+    scores = results["test"]  # (100, 4)
     assert scores.shape == (100, 4) and "100 validation" in note
     for c in range(3):
-        rows = slice(50 if c == 0 else 0, 300)
-        theirs = linear_model.LogisticRegression().fit(x[rows], hot[rows, c]).decision_function(x[300:])
-        np.testing.assert_allclose(scores[:, c], theirs, atol=5e-2)
+        easy = slice(50 if c == 0 else 0, 300)
+        theirs = linear_model.LogisticRegression().fit(x[easy], hot[easy, c])
+        np.testing.assert_allclose(scores[:, c], theirs.decision_function(x[300:]), atol=5e-2)
     assert scores[:, 3].unique().tolist() == [0]
 
 
@@ -316,11 +351,14 @@ def test_without_scikit_learn_one_sentence(monkeypatch):
 
 def test_layers_and_pools():
     torch.manual_seed(0)
-    net, x = models.build("vit_nano", patch_size=8, img_size=32).eval(), torch.randn(5, 3, 32, 32)
+    net = models.build("vit_nano", patch_size=8, img_size=32).eval()
+    x = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
-        blocks = net.intermediate(x, 3)
-        for layers, pool, wanted in [(1, "cls", [blocks[2][0]]), (3, "cls", [b[0] for b in blocks]), (2, "mean", [blocks[2][1].mean(1)]),
-                                     (2, "cls+mean", [blocks[1][0], blocks[2][0], blocks[2][1].mean(1)])]:
+        blocks = net.intermediate(x, 3)  # [(cls (5, 96), patches (5, 16, 96))] * 3
+        cls = [block[0] for block in blocks]
+        mean = blocks[2][1].mean(1)  # (5, 96)
+        for layers, pool, wanted in [(1, "cls", cls[2:]), (3, "cls", cls), (2, "mean", [mean]),
+                                     (2, "cls+mean", [*cls[1:], mean])]:
             got = features.embed(net, x, layers, pool)
             torch.testing.assert_close(got, torch.cat(wanted, 1), atol=1e-6, rtol=1e-6)
             assert got.shape[1] == features.width(net, layers, pool)
@@ -329,23 +367,30 @@ def test_layers_and_pools():
     for layers, pool in [(2, "cls"), (1, "cls+mean")]:
         with pytest.raises(ValueError, match="needs a ViT"):
             features.width(small, layers, pool)
-    for layers, pool, words in [(4, "cls", "--layers 4 must lie in 1..3"), (1, "max", "--pool max")]:
+    for layers, pool, words in [(4, "cls", "--layers 4 must lie in 1..3"),
+                                (1, "max", "--pool max")]:
         with pytest.raises(ValueError, match=words):
             features.width(net, layers, pool)
 
 
 def test_defaults_are_the_papers():
-    nets = {arch: models.build(arch, patch_size=8 if arch == "vit_nano" else 16) for arch in ("vit_nano", "vit_small", "resnet18")}
-    nets["vit_base"] = type("ViT", (), dict(arch="vit_base", blocks=range(12)))
+    nets = {"vit_nano": models.build("vit_nano", patch_size=8),
+            "vit_small": models.build("vit_small"),
+            "resnet18": models.build("resnet18"),
+            "vit_base": SimpleNamespace(arch="vit_base", blocks=range(12))}
     for protocol in ("grid", "sgd"):
-        assert {a: eval_linear.tokens(protocol, n) for a, n in nets.items()} == {
-            "vit_nano": (3, "cls"), "vit_small": (4, "cls"), "resnet18": (1, "cls"), "vit_base": (1, "cls+mean")}
-    assert {eval_linear.tokens(p, n) for p in ("lbfgs", "transfer") for n in nets.values()} == {(1, "cls")}
+        chosen = {arch: eval_linear.default_feature(protocol, net) for arch, net in nets.items()}
+        assert chosen == {"vit_nano": (3, "cls"), "vit_small": (4, "cls"), "resnet18": (1, "cls"),
+                          "vit_base": (1, "cls+mean")}
+    for protocol in ("lbfgs", "transfer"):
+        for net in nets.values():
+            assert eval_linear.default_feature(protocol, net) == (1, "cls")
 
 
 def test_normalised_or_not():
     torch.manual_seed(0)
-    net, images = models.build("vit_nano", patch_size=8, img_size=32).eval(), pictures([0, 1, 2])
+    net = models.build("vit_nano", patch_size=8, img_size=32).eval()
+    images = pictures([0, 1, 2])
     raw, unit = (features.features(net, images, 32, normalize=n) for n in (False, True))
     torch.testing.assert_close(unit, raw / raw.norm(dim=1, keepdim=True))
     assert (raw.norm(dim=1) - 1).abs().min() > 1
@@ -353,25 +398,28 @@ def test_normalised_or_not():
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_ericsson_resizes_to_the_crop_itself(tmp_path, on_disk):
-    x = torch.randint(256, (3, 3, 60, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (3, 3, 60, 48), generator=g, dtype=torch.uint8)
     images = data.Images(x, None, [], "")
     if on_disk:
         for i in range(3):
             Image.fromarray(x[i].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
         images = data.Files([str(tmp_path / f"{i}.png") for i in range(3)], None, [], "")
-    wanted = v2.functional.center_crop(v2.functional.resize(x, [32], InterpolationMode.BICUBIC, antialias=True), [32, 32])
-    wanted = (wanted / 255 - torch.tensor(data.MEAN)[:, None, None]) / torch.tensor(data.STD)[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.MEAN, data.STD))
+    wanted = v2.functional.resize(x, [32], InterpolationMode.BICUBIC, antialias=True)
+    wanted = (v2.functional.center_crop(wanted, [32, 32]) / 255 - mean) / std  # (3, 3, 32, 32)
     got = list(features.uncropped(images, 32, batch_size=2))
     assert [len(b) for b in got] == [2, 1]
     torch.testing.assert_close(torch.cat(got), wanted, atol=1e-5, rtol=0)
-    assert (torch.cat(list(data.eval_batches(images, 32))) - wanted).abs().max() > 0.1  # DINO cuts more off
+    dino = torch.cat(list(data.eval_batches(images, 32)))  # which cuts more off
+    assert (dino - wanted).abs().max() > 0.1
 
 
 # ---- the cache -----------------------------------------------------------------------------------
 
 class Counting(nn.Module):
     """Counts the images that go through it."""
-    dim, arch, seen = 4, "tiny", 0
+    dim, arch, calls = 4, "tiny", 0
 
     def __init__(self, seed=0):
         super().__init__()
@@ -379,28 +427,29 @@ class Counting(nn.Module):
         self.fc = nn.Linear(3, 4)
 
     def forward(self, x):
-        self.seen += len(x)
+        self.calls += len(x)
         return self.fc(x.mean((2, 3))), None
 
 
 def test_cached_features_are_computed_once_and_belong_to_what_made_them(tmp_path, capsys):
     net, images = Counting(), pictures([0, 1, 2, 0, 1])
     x = features.cached(net, images, 32, tmp_path / "features")
-    assert net.seen == 5 and torch.equal(x, features.features(net, images, 32, normalize=False))
-    net.seen = 0
+    assert net.calls == 5 and torch.equal(x, features.features(net, images, 32, normalize=False))
+    net.calls = 0
     again = features.cached(net, images, 32, tmp_path / "features")
-    assert net.seen == 0 and torch.equal(again, x) and "read from" in capsys.readouterr().out
-    others = dict(weights=(Counting(1), images, 32), pixels=(net, pictures([0, 1, 2, 0, 1], seed=1), 32), size=(net, images, 16),
-                  fewer=(net, data.subset(images, 4), 32))
-    for name, what in others.items():
-        what[0].seen = 0
-        features.cached(*what, tmp_path / "features")
-        assert what[0].seen == len(what[1]), name
-    net.seen = 0
+    assert net.calls == 0 and torch.equal(again, x) and "read from" in capsys.readouterr().out
+    others = {"weights": (Counting(1), images, 32), "size": (net, images, 16),
+              "pixels": (net, pictures([0, 1, 2, 0, 1], seed=1), 32),
+              "fewer": (net, data.subset(images, 4), 32)}
+    for name, (backbone, part, img_size) in others.items():
+        backbone.calls = 0
+        features.cached(backbone, part, img_size, tmp_path / "features")
+        assert backbone.calls == len(part), name
+    net.calls = 0
     features.cached(net, images, 32, tmp_path / "features", crop=False)
     features.cached(net, images, 32, tmp_path / "features", pool="mean")
     features.cached(net, images, 32, None)  # --no-cache
-    assert net.seen == 15 and len(os.listdir(tmp_path / "features")) == 7
+    assert net.calls == 15 and len(os.listdir(tmp_path / "features")) == 7
     assert all(f.endswith(".pt") for f in os.listdir(tmp_path / "features"))
 
 
@@ -411,15 +460,16 @@ def test_a_damaged_cache_file_is_said_and_computed_anew(tmp_path, capsys, damage
     path, = tmp_path.iterdir()
     whole = path.read_bytes()
     at = whole.index(x.numpy().tobytes()[:64]) + 5  # a byte in the numbers
-    path.write_bytes({"cut": whole[:len(whole) // 2], "flipped": whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:],
-                      "empty": b"", "text": b"hello", "other": whole}[damage])
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]
+    path.write_bytes({"cut": whole[:len(whole) // 2], "flipped": flipped, "empty": b"",
+                      "text": b"hello", "other": whole}[damage])
     if damage == "other":
         torch.save({"about": {}, "x": torch.zeros(90, 4)}, path)
-    net.seen = 0
-    assert torch.equal(features.cached(net, images, 32, tmp_path), x) and net.seen == 90
+    net.calls = 0
+    assert torch.equal(features.cached(net, images, 32, tmp_path), x) and net.calls == 90
     assert "computed anew" in capsys.readouterr().out
-    net.seen = 0
-    assert torch.equal(features.cached(net, images, 32, tmp_path), x) and net.seen == 0
+    net.calls = 0
+    assert torch.equal(features.cached(net, images, 32, tmp_path), x) and net.calls == 0
 
 
 def test_a_cache_that_cannot_be_written_is_not_fatal(tmp_path, capsys):
@@ -445,30 +495,43 @@ def nano(seed=0):
     return models.build("vit_nano", patch_size=8, img_size=32).state_dict()
 
 
-FULL = {"teacher": {f"module.backbone.{k}": w for k, w in nano(1).items()} | {"module.head.last_layer.weight_v": torch.zeros(9, 4)},
-        "student": {f"module.backbone.{k}": w for k, w in nano(2).items()}, "epoch": 3}
+def prefixed(tensors, prefix="module.backbone."):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+DINO = {"teacher": prefixed(nano(1)) | {"module.head.last_layer.weight_v": torch.zeros(9, 4)},
+        "student": prefixed(nano(2)), "epoch": 3}
+CLASSIFIER = nano(1) | {"head.weight": torch.zeros(10, 96), "head.bias": torch.zeros(10)}
 
 
 @pytest.mark.parametrize("content, which, seed, words", [
-    (FULL, "teacher", 1, "teacher, vit_nano.*not used: head.last_layer"), (FULL, "student", 2, "student, vit_nano"),
-    (nano(1), "teacher", 1, "only copy.*not used: .none"), ({"state_dict": nano(1)}, "teacher", 1, "only copy"),
-    ({"model": nano(1) | {"head.weight": torch.zeros(10, 96), "head.bias": torch.zeros(10)}}, "teacher", 1, "not used: head.weight, head.bias"),
-    ({"student": FULL["student"], "loss": {"center": torch.zeros(3)}}, "teacher", 2, "student, vit_nano")])
+    (DINO, "teacher", 1, "teacher, vit_nano.*not used: head.last_layer"),
+    (DINO, "student", 2, "student, vit_nano"),
+    (nano(1), "teacher", 1, "only copy.*not used: none"),
+    ({"state_dict": nano(1)}, "teacher", 1, "only copy"),
+    ({"model": CLASSIFIER}, "teacher", 1, "not used: head.weight, head.bias"),
+    ({"student": DINO["student"], "loss": {"center": torch.zeros(3)}}, "teacher", 2,
+     "student, vit_nano")])
 def test_layouts_of_others(tmp_path, content, which, seed, words):
     torch.save(content, tmp_path / "foreign.pth")
-    net, args, info = features.load_backbone(tmp_path / "foreign.pth", which, arch="vit_nano")
-    assert all(torch.equal(w, nano(seed)[k]) for k, w in net.state_dict().items()) and not net.training
-    assert args == {"arch": "vit_nano", "patch_size": 8, "img_size": 32}
-    assert re.search(words, info) and "\n" not in info
+    path = tmp_path / "foreign.pth"
+    net, args, description = features.load_backbone(path, which, arch="vit_nano")
+    wanted = nano(seed)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, wanted[name])
+    assert args == {"arch": "vit_nano", "patch_size": 8, "img_size": 32} and not net.training
+    assert re.search(words, description) and "\n" not in description
 
 
 def test_a_run_of_ours_can_be_read_by_arch_and_at_another_size(tmp_path):
     path = checkpoint(tmp_path / "run")
-    ours, args, info = features.load_backbone(path, img_size=64)
-    assert args["img_size"] == 64 and "step 7, carp with joint prototypes (K = 64), teacher" in info
+    ours, args, description = features.load_backbone(path, img_size=64)
+    assert args["img_size"] == 64
+    assert "step 7, carp with joint prototypes (K = 64), teacher" in description
     foreign = features.load_backbone(path, arch="vit_nano")[0]
+    student = features.load_backbone(path, "student")[0]
     assert features.fingerprint(ours) == features.fingerprint(foreign)
-    assert features.fingerprint(ours) != features.fingerprint(features.load_backbone(path, "student")[0])
+    assert features.fingerprint(ours) != features.fingerprint(student)
     with pytest.raises(ValueError, match="--img-size 30 must be a multiple of 8"):
         features.load_backbone(path, img_size=30)
 
@@ -480,9 +543,11 @@ def test_torchvisions_resnets(tmp_path, size):
     net.bn1.running_mean.fill_(0.2)
     if size == 3:
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    torch.save({k: w for k, w in net.state_dict().items() if "tracked" not in k}, tmp_path / "r.pth")  # as old files
-    ours, args, info = features.load_backbone(tmp_path / "r.pth", arch="resnet18")
-    assert args["img_size"] == (224 if size == 7 else 32) and "not used: fc.weight, fc.bias" in info
+    old = {name: w for name, w in net.state_dict().items() if "tracked" not in name}  # as old files
+    torch.save(old, tmp_path / "r.pth")
+    ours, args, description = features.load_backbone(tmp_path / "r.pth", arch="resnet18")
+    assert args["img_size"] == (224 if size == 7 else 32)
+    assert "not used: fc.weight, fc.bias" in description
     net.fc = nn.Identity()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -492,10 +557,12 @@ def test_torchvisions_resnets(tmp_path, size):
 @pytest.mark.parametrize("change, kind, words", [
     (lambda s: s.pop("norm.weight"), {}, "no norm.weight"),
     (lambda s: s.update({"blocks.0.ls1.gamma": torch.ones(96)}), {}, "blocks.0.ls1.gamma too many"),
-    (lambda s: s.update({"blocks.3.norm1.weight": torch.ones(96)}), {}, "blocks.3.norm1.weight too many"),
+    (lambda s: s.update({"blocks.3.norm1.weight": torch.ones(96)}), {},
+     "blocks.3.norm1.weight too many"),
     (lambda s: s.update(reg_token=torch.ones(1, 4, 96)), {}, "reg_token too many"),
     (lambda s: s.update({"norm.bias": torch.zeros(5)}), {}, r"norm.bias \(5,\) for \(96,\)"),
-    (lambda s: s.clear() or s.update(a=torch.zeros(2)), {}, "holds no teacher that fits --arch vit_nano; its keys: a"),
+    (lambda s: s.clear() or s.update(a=torch.zeros(2)), {},
+     "holds no teacher that fits --arch vit_nano; its keys: a"),
     (lambda s: None, {"arch": "vit_tiny"}, "does not fit --arch vit_tiny"),
     (lambda s: None, {"arch": "resnet18"}, "holds no teacher that fits --arch resnet18"),
     (lambda s: None, {"arch": "vit_huge"}, "--arch vit_huge is not one of"),
@@ -506,20 +573,21 @@ def test_what_does_not_fit_is_refused_in_one_sentence(tmp_path, change, kind, wo
     state = nano()
     change(state)
     torch.save(state, tmp_path / "f.pth")
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(ValueError, match=words) as error:
         features.load_backbone(tmp_path / "f.pth", **{"arch": "vit_nano"} | kind)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_timms_vit_small_in_dinos_format_gives_timms_features(tmp_path):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     theirs = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
-    torch.save({"teacher": {f"backbone.{k}": w for k, w in theirs.state_dict().items()} | {"head.mlp.0.bias": torch.zeros(2)}},
-               tmp_path / "dino.pth")
+    teacher = prefixed(theirs.state_dict(), "backbone.") | {"head.mlp.0.bias": torch.zeros(2)}
+    torch.save({"teacher": teacher}, tmp_path / "dino.pth")
     ours, args, _ = features.load_backbone(tmp_path / "dino.pth", arch="vit_small")
     assert args == {"arch": "vit_small", "patch_size": 16, "img_size": 224}
-    images = data.Images(torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8), None, [], "")
+    x = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
+    images = data.Images(x, None, [], "")
     got = features.features(ours, images, 224, normalize=False)
     with torch.no_grad():
         wanted = theirs(torch.cat(list(data.eval_batches(images, 224))))
@@ -535,141 +603,187 @@ def rows(path):
 
 def test_results_gather_in_one_file_whatever_their_columns(tmp_path):
     path = tmp_path / "results.csv"
-    features.record(path, {"a": 1, "b": "x, y"})
-    features.record(path, {"b": "z", "a": 2})
+    evaluation.record(path, {"a": 1, "b": "x, y"})
+    evaluation.record(path, {"b": "z", "a": 2})
     assert path.read_text().count("\n") == 3
-    features.record(path, {"a": 3, "c": 0.5})
-    assert [(r["a"], r["b"], r["c"]) for r in rows(path)] == [("1", "x, y", ""), ("2", "z", ""), ("3", "", "0.5")]
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", r["time"]) for r in rows(path))
+    evaluation.record(path, {"a": 3, "c": 0.5})
+    lines = rows(path)
+    assert [(line["a"], line["b"], line["c"]) for line in lines] == [
+        ("1", "x, y", ""), ("2", "z", ""), ("3", "", "0.5")]
+    for line in lines:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line["time"])
     assert [p.name for p in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(tmp_path):
     path = tmp_path / "results.csv"
-    features.record(path, {"a": 1, "b": 2})
+    evaluation.record(path, {"a": 1, "b": 2})
     with open(path, "a") as f:
         f.write("2026-01-01 00:00:00,7")  # the disk was full
-    features.record(path, {"a": 3, "b": 4})
+    evaluation.record(path, {"a": 3, "b": 4})
     assert [(r["a"], r["b"]) for r in rows(path)] == [("1", "2"), ("7", None), ("3", "4")]
-    features.record(path, {"c": 5})
+    evaluation.record(path, {"c": 5})
     assert [r["c"] for r in rows(path)] == ["", "", "", "5"]
     path.write_text("")
-    features.record(path, {"a": 1})
+    evaluation.record(path, {"a": 1})
     assert [r["a"] for r in rows(path)] == ["1"]
 
 
 # ---- protocols through the command line ----------------------------------------------------------
 
-SHORT = {"lbfgs": [], "grid": ["--steps", "40"], "sgd": ["--epochs", "3", "--lr", "0.01", "0.5"], "transfer": []}
+SHORT = {"lbfgs": [], "grid": ["--steps", "40"],
+         "sgd": ["--epochs", "3", "--lr", "0.01", "0.5"], "transfer": []}
 
 
 @pytest.mark.parametrize("protocol", SHORT)
 def test_every_protocol_learns_colours_and_says_so(tmp_path, monkeypatch, small, capsys, protocol):
     if protocol == "transfer":
         pytest.importorskip("sklearn")
-        monkeypatch.setattr(probes, "CS", probes.CS[::9])
+        monkeypatch.setattr(probes, "STRENGTHS", probes.STRENGTHS[::9])
     run = checkpoint(tmp_path / "run")
     out = go(run, "--protocol", protocol, *SHORT[protocol], "--dump", tmp_path / "f.pt")
     text = capsys.readouterr().out
-    assert out["accuracy"] > 90 and out["protocol"] == protocol and out["metric"] == "top1" and (out["train"], out["test"]) == (60, 30)
+    assert out["accuracy"] > 90 and out["protocol"] == protocol and out["metric"] == "top1"
+    assert (out["train"], out["test"]) == (60, 30)
     layers = 3 if protocol in ("grid", "sgd") else 1
     assert (out["layers"], out["pool"]) == (layers, "cls") and f"({96 * layers}-d" in text
-    for words in ("step 7, carp with joint prototypes (K = 64), teacher vit_nano", f"protocol linear-1 {protocol}", "medium (3)",
+    for words in ("step 7, carp with joint prototypes (K = 64), teacher vit_nano",
+                  f"protocol linear-1 {protocol}", "medium (3)",
                   "shapes: 60 training images, 30 test images, 3 classes"):
         assert words in text
     table = rows(tmp_path / "run" / "results.csv")
     assert len(table) == len(out["results"]) == (4 if protocol == "sgd" else 1)
-    first = table[0]
-    assert float(first["all"]) == pytest.approx(out["accuracy"], abs=1e-3) and first["protocol"] == f"linear-1 {protocol}"
-    assert first["weights"] == out["weights"] == features.fingerprint(features.load_backbone(run)[0])
-    assert first["imbalance"] == "" and first["head"] == "" and float(first["medium"]) > 90 and float(first["per_class"]) > 90
-    assert {"lbfgs": "weight_decay=0.0 raw=False", "grid": "steps=40", "sgd": "epochs=3 lr=0.01,0.5 workers=0", "transfer": ""}[
-        protocol] == first["settings"]
+    line = table[0]
+    assert list(line) == [
+        "time", "tool", "protocol", "checkpoint", "weights", "which", "arch", "method",
+        "prototypes", "num_prototypes", "data", "imbalance", "train", "test", "metric", "img_size",
+        "layers", "pool", "seed", "head_above", "tail_below", "settings", "result", "all", "head",
+        "medium", "tail", "per_class"]
+    assert float(line["all"]) == pytest.approx(out["accuracy"], abs=1e-3)
+    assert line["protocol"] == f"linear-1 {protocol}"
+    weights = features.fingerprint(features.load_backbone(run)[0])
+    assert line["weights"] == out["weights"] == weights
+    assert line["imbalance"] == "" and line["head"] == ""
+    assert float(line["medium"]) > 90 and float(line["per_class"]) > 90
+    assert line["settings"] == {
+        "lbfgs": "weight_decay=0.0 raw=False", "grid": "steps=40",
+        "sgd": "epochs=3 lr=0.01,0.5 workers=0", "transfer": ""}[protocol]
     dump = torch.load(tmp_path / "f.pt", weights_only=True)
     assert dump["train_x"].shape == (60, 96 * layers) and dump["test_y"].tolist() == [0, 1, 2] * 10
-    again = go(run, "--protocol", protocol, *SHORT[protocol], "--results", tmp_path / "other.csv", "--no-cache")
-    assert again["results"] == out["results"] and len(rows(tmp_path / "other.csv")) == len(table)  # same seed, same number
+    again = go(run, "--protocol", protocol, *SHORT[protocol], "--results", tmp_path / "other.csv",
+               "--no-cache")
+    assert again["results"] == out["results"]  # the same seed gives the same number
+    assert len(rows(tmp_path / "other.csv")) == len(table)
 
 
-def test_sgd_reports_the_best_epoch_and_the_last_and_leaves_the_backbone_alone(tmp_path, small, monkeypatch):
+def test_sgd_reports_the_best_epoch_and_the_last_and_leaves_the_backbone_alone(tmp_path, small,
+                                                                               monkeypatch):
     run = checkpoint(tmp_path / "run", arch="resnet18")
-    nets = []
-    edge(monkeypatch, [0, 1, 2] * 4, [0, 1, 2] * 2)
-    real = eval_linear.load_backbone
-    monkeypatch.setattr(eval_linear, "load_backbone", lambda *a, **kw: nets.append(real(*a, **kw)) or nets[-1])
-    pick = [(torch.zeros(3, 512), F.one_hot(torch.tensor(c), 3) * 9.) for c in range(3)]  # always says class c
+    backbones, load_backbone = [], features.load_backbone
 
-    def heads(batches, D, C, lrs, **kw):  # rate a: 1/2, 1/3, 1/6 right; rate b: 1/6 each
+    def spy(*args):
+        loaded = load_backbone(*args)
+        backbones.append(loaded[0])
+        return loaded
+    monkeypatch.setattr(features, "load_backbone", spy)
+
+    def always(c):  # W, b of a head that predicts class c
+        return torch.zeros(3, 512), 9.0 * F.one_hot(torch.tensor(c), 3)
+
+    def heads(batches, D, C, lrs, **kw):  # lr 1: 1/2, 1/3, 1/6 right; lr 2: 1/6 each
         list(batches)
-        yield from ([pick[c], pick[2]] for c in range(3))
+        for c in range(3):
+            yield [always(c), always(2)]
     edge(monkeypatch, [0, 1, 2] * 4, [0, 0, 0, 1, 1, 2])
     monkeypatch.setattr(probes, "sgd", heads)
     out = go(run, "--protocol", "sgd", "--epochs", "3", "--lr", "1", "2")
     assert {k: round(6 * v["all"] / 100) for k, v in out["results"].items()} == {
         "lr 1, best": 3, "lr 1, last": 1, "lr 2, best": 1, "lr 2, last": 1}
     assert out["accuracy"] == 50 and "the best epoch, 1, 1, is" in out["note"]
-    assert features.fingerprint(nets[0][0]) == features.fingerprint(real(run)[0])  # running statistics too
+    fresh = load_backbone(run)[0]
+    assert features.fingerprint(backbones[0]) == features.fingerprint(fresh)  # statistics too
+
+
+class Stop(Exception):
+    """Raised by a stand-in: what comes after it is not of interest."""
 
 
 @pytest.mark.parametrize("n, batch", [(60, 60), (500, 64), (10_000, 100), (1_281_167, 1024)])
 def test_sgd_has_dinos_batch_on_large_sets_and_a_hundred_steps_on_small_ones(monkeypatch, n, batch):
-    seen = {}
+    asked = {}
 
-    def stop(crops, D, C, lrs, *, steps, **kw):
-        seen.update(steps=steps, lr=lrs[0])
-        next(crops)
-    monkeypatch.setattr(eval_linear, "batches", lambda images, recipe, **kw: seen.update(recipe=recipe) or 1 / 0)
-    monkeypatch.setattr(probes, "sgd", stop)
-    flags = type("Flags", (), dict(img_size=32, epochs=1, lr=[0.001], device="cpu", seed=0, workers=0))
-    with pytest.raises(ZeroDivisionError):
-        eval_linear.sgd(None, range(n), None, range(3), None, lambda images: torch.zeros(2, 5), flags)
-    recipe = seen.pop("recipe")  # RandomResizedCrop(.08, 1) and a flip, no more
-    assert seen == {"steps": n // batch, "lr": pytest.approx(0.001 * batch / 256)}
+    def sgd(batches, D, C, lrs, *, steps, **kw):
+        asked.update(steps=steps, lr=lrs[0])
+        next(batches)
+
+    def batches(images, recipe, **kw):
+        asked.update(recipe=recipe, batch_size=kw["batch_size"])
+        raise Stop
+    monkeypatch.setattr(eval_linear, "batches", batches)
+    monkeypatch.setattr(probes, "sgd", sgd)
+    flags = SimpleNamespace(img_size=32, epochs=1, lr=[0.001], device="cpu", seed=0, workers=0)
+    with pytest.raises(Stop):
+        eval_linear.sgd(None, range(n), None, torch.zeros(2, 5), None, range(3), flags)
+    assert asked["steps"] == n // batch and asked["batch_size"] == batch
+    assert asked["lr"] == pytest.approx(0.001 * batch / 256)
+    recipe = asked["recipe"]  # RandomResizedCrop(.08, 1) and a flip, no more
     assert recipe.views()[0] == (32, (0.08, 1.0), 0, 0) and recipe.n_local == 0
     assert (recipe.jitter_p, recipe.gray_p, recipe.flip_p) == (0, 0, 0.5)
 
 
 def test_sgd_crops_anew_for_each_epoch(tmp_path, small, monkeypatch):
-    seen = []
-    real = eval_linear.embed
-    monkeypatch.setattr(eval_linear, "embed", lambda net, x, *a: seen.append(x.clone()) or real(net, x, *a))
-    labels = []
-    monkeypatch.setattr(probes, "sgd", lambda batches, D, C, lrs, **kw:
-                        labels.extend(y for _, y in batches) or iter([[(torch.zeros(C, D), torch.zeros(C))] * len(lrs)]))
+    crops, labels, embed = [], [], eval_linear.embed
+
+    def spy(backbone, x, *rest):
+        crops.append(x.clone())
+        return embed(backbone, x, *rest)
+
+    def sgd(batches, D, C, lrs, **kw):
+        labels.extend(y for _, y in batches)
+        yield [(torch.zeros(C, D), torch.zeros(C)) for _ in lrs]
+    monkeypatch.setattr(eval_linear, "embed", spy)
+    monkeypatch.setattr(probes, "sgd", sgd)
     go(checkpoint(tmp_path / "run"), "--protocol", "sgd", "--epochs", "2", "--no-cache")
-    assert [tuple(x.shape) for x in seen] == [(60, 3, 32, 32)] * 2
-    for x, y in zip(seen, labels):  # a crop of a picture still shows its class
-        assert torch.equal((x * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]).mean((2, 3)).argmax(1), y)
-    assert not torch.equal(seen[0].sum((1, 2, 3)).sort().values, seen[1].sum((1, 2, 3)).sort().values)
+    assert [tuple(x.shape) for x in crops] == [(60, 3, 32, 32)] * 2
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.MEAN, data.STD))
+    for x, y in zip(crops, labels):  # a crop of a picture still shows its class
+        assert torch.equal((x * std + mean).mean((2, 3)).argmax(1), y)
+    sums = [x.sum((1, 2, 3)).sort().values for x in crops]  # whatever the order of the images
+    assert not torch.equal(sums[0], sums[1])
 
 
 @pytest.mark.parametrize("protocol", SHORT)
 def test_a_folder_of_images_of_many_sizes(tmp_path, monkeypatch, protocol):
     """Not in memory: decoded when needed, cropped by torchvision, known in the cache by path, size
     and time."""
-    monkeypatch.setattr(probes, "CS", probes.CS[::15])
+    monkeypatch.setattr(probes, "STRENGTHS", probes.STRENGTHS[::15])
     for split, n in (("train", 10), ("val", 3)):
         for c in range(2):
-            (tmp_path / "images" / split / f"class{c}").mkdir(parents=True)
+            folder = tmp_path / "images" / split / f"class{c}"
+            folder.mkdir(parents=True)
             for i in range(n):
                 x = np.random.default_rng(i + 100 * c).integers(0, 90, (36 + i, 44 - i, 3))
                 x[..., 2 * c] += 160
-                Image.fromarray(x.astype(np.uint8)).save(tmp_path / "images" / split / f"class{c}" / f"{i}.png")
+                Image.fromarray(x.astype(np.uint8)).save(folder / f"{i}.png")
     run = checkpoint(tmp_path / "run")
     out = go(run, "--data", tmp_path / "images", "--protocol", protocol, *SHORT[protocol])
     assert (out["train"], out["test"]) == (20, 6) and out["accuracy"] == 100
-    count = len(os.listdir(tmp_path / "run" / "features"))
+    files = sorted(os.listdir(tmp_path / "run" / "features"))
     again = go(run, "--data", tmp_path / "images", "--protocol", protocol, *SHORT[protocol])
-    assert again["results"] == out["results"] and len(os.listdir(tmp_path / "run" / "features")) == count
+    assert again["results"] == out["results"]
+    assert sorted(os.listdir(tmp_path / "run" / "features")) == files
 
 
 def edge(monkeypatch, train, test):
-    monkeypatch.setattr(eval_linear, "load", lambda name, **kw: (pictures(train), pictures(test, seed=1)))
+    """--data shapes is pictures of these labels."""
+    images = pictures(train), pictures(test, seed=1)
+    monkeypatch.setattr(data, "load", lambda name, **kw: images)
 
 
 @pytest.mark.parametrize("protocol", SHORT)
-def test_a_class_that_training_lacks_is_never_predicted_and_counts_as_wrong(tmp_path, monkeypatch, protocol):
-    monkeypatch.setattr(probes, "CS", probes.CS[::15])
+def test_a_class_that_training_lacks_is_never_predicted_and_counts_as_wrong(tmp_path, monkeypatch,
+                                                                            protocol):
+    monkeypatch.setattr(probes, "STRENGTHS", probes.STRENGTHS[::15])
     edge(monkeypatch, [0, 2] * 15, [0, 1, 2, 2])
     out = go(checkpoint(tmp_path / "run"), "--protocol", protocol, *SHORT[protocol])
     table = next(iter(out["results"].values()))
@@ -679,23 +793,27 @@ def test_a_class_that_training_lacks_is_never_predicted_and_counts_as_wrong(tmp_
 
 @pytest.mark.parametrize("protocol", SHORT)
 def test_one_class_alone(tmp_path, monkeypatch, protocol):
-    monkeypatch.setattr(probes, "CS", probes.CS[:2])
+    monkeypatch.setattr(probes, "STRENGTHS", probes.STRENGTHS[:2])
     edge(monkeypatch, [1] * 12, [1] * 4)
-    assert go(checkpoint(tmp_path / "run"), "--protocol", protocol, *SHORT[protocol])["accuracy"] == 100
+    out = go(checkpoint(tmp_path / "run"), "--protocol", protocol, *SHORT[protocol])
+    assert out["accuracy"] == 100
 
 
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("protocol", SHORT)
-def test_a_class_with_a_single_image(tmp_path, monkeypatch, protocol, held):
+def test_a_class_with_a_single_image(tmp_path, monkeypatch, protocol, held_out):
     """Among the images that train, or among those held out for choosing, so that a refit meets a
     class more."""
-    monkeypatch.setattr(probes, "CS", probes.CS[::15])
-    order = {"grid": torch.randperm(31, generator=torch.Generator().manual_seed(42)).tolist()}.get(
-        protocol, np.random.RandomState(0).permutation(31).tolist())
+    monkeypatch.setattr(probes, "STRENGTHS", probes.STRENGTHS[::15])
+    if protocol == "grid":
+        order = torch.randperm(31, generator=torch.Generator().manual_seed(42)).tolist()
+    else:
+        order = np.random.RandomState(0).permutation(31).tolist()
     labels = [0, 2] * 15 + [0]
-    labels[order[0 if held else -1]] = 1
+    labels[order[0 if held_out else -1]] = 1
     edge(monkeypatch, labels, [0, 2, 2])
-    assert go(checkpoint(tmp_path / "run"), "--protocol", protocol, *SHORT[protocol])["accuracy"] == 100
+    out = go(checkpoint(tmp_path / "run"), "--protocol", protocol, *SHORT[protocol])
+    assert out["accuracy"] == 100
 
 
 def test_a_path_goes_on_and_starts_anew_where_a_class_comes_in():
@@ -703,22 +821,22 @@ def test_a_path_goes_on_and_starts_anew_where_a_class_comes_in():
     x, y = sample(80)
     one = probes.fit_logistic(x[:3], torch.zeros(3, dtype=int), 1.0)
     assert one == [0] and probes.apply_logistic(one, x).tolist() == [0] * 80
-    first = probes.fit_logistic(x, y, 1e-4, one)
-    before = first[0].coef_.copy()
-    then = probes.fit_logistic(x, y, 10.0, first)
-    assert (first[0].coef_ == before).all() and then[0].n_iter_ > 0  # the earlier one stays as it is
-    again = probes.fit_logistic(x, y, 10.0, then)
-    assert again[0].n_iter_ < then[0].n_iter_  # a warm start has little left to do
-    assert len(probes.fit_logistic(x, y + (y == 3), 1.0, then)[0].classes_) == 4
-    assert probes.fit_logistic(x, y * (y != 3), 1.0, then)[0].classes_.tolist() == [0, 1, 2]
+    weak = probes.fit_logistic(x, y, 1e-4, one)
+    before = weak[0].coef_.copy()
+    strong = probes.fit_logistic(x, y, 10.0, weak)
+    assert (weak[0].coef_ == before).all()  # the earlier one stays as it is
+    again = probes.fit_logistic(x, y, 10.0, strong)
+    assert again[0].n_iter_ < strong[0].n_iter_  # a warm start has little left to do
+    assert len(probes.fit_logistic(x, y + (y == 3), 1.0, strong)[0].classes_) == 4
+    assert probes.fit_logistic(x, y * (y != 3), 1.0, strong)[0].classes_.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("protocol", ["grid", "transfer"])
 def test_nothing_can_be_held_out_of_one_image(tmp_path, monkeypatch, capsys, protocol):
     edge(monkeypatch, [0], [0])
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as stop:
         go(checkpoint(tmp_path / "run"), "--protocol", protocol)
-    assert caught.value.code == 2 and "1 training image" in capsys.readouterr().err
+    assert stop.value.code == 2 and "1 training image" in capsys.readouterr().err
 
 
 def test_the_classifier_sees_what_the_run_saw(tmp_path, monkeypatch):
@@ -727,48 +845,59 @@ def test_the_classifier_sees_what_the_run_saw(tmp_path, monkeypatch):
     def load(name, **kwargs):
         calls.append((name, kwargs))
         raise ValueError("enough")
-    monkeypatch.setattr(eval_linear, "load", load)
-    run = checkpoint(tmp_path / "run", seed=3, imbalance=50.0, imbalance_law="power", data_root="there")
+    monkeypatch.setattr(data, "load", load)
+    run = checkpoint(tmp_path / "run", seed=3, imbalance=50.0, imbalance_law="power",
+                     data_root="there")
     for extra in ([], ["--data", "cifar10"], ["--data", "shapes", "--data-root", "here"]):
         with pytest.raises(SystemExit):
             go(run, *extra)
     own = dict(seed=3, img_size=32, imbalance=50.0, imbalance_law="power")
-    assert calls == [("shapes", own | {"root": "there"}), ("cifar10", dict(own, imbalance=1.0, imbalance_law="exp", root="there")),
+    whole = own | dict(imbalance=1.0, imbalance_law="exp")
+    assert calls == [("shapes", own | {"root": "there"}), ("cifar10", whole | {"root": "there"}),
                      ("shapes", own | {"root": "here"})]
 
 
 def test_results_that_cannot_be_kept_are_still_shown(tmp_path, small, capsys):
-    out = go(checkpoint(tmp_path / "run", imbalance=5.0), "--results", tmp_path / "no" / "r.csv")
+    run = checkpoint(tmp_path / "run", imbalance=5.0)
+    out = go(run, "--results", tmp_path / "no" / "r.csv")
     text = capsys.readouterr().out
-    assert out["accuracy"] > 90 and "not kept" in text and f"{out['accuracy']:.2f}" in text
-    go(str(tmp_path / "run"))
+    assert out["accuracy"] > 90 and f"{out['accuracy']:.2f}" in text.split("not kept")[0]
+    go(run)
     assert rows(tmp_path / "run" / "results.csv")[0]["imbalance"] == "5 exp seed 0"
 
 
 def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     from support import transfer
-    monkeypatch.setattr(probes, "CS", np.array([1.0, 0.1]))
+    monkeypatch.setattr(probes, "STRENGTHS", np.array([1.0, 0.1]))
     monkeypatch.setitem(transfer.METRIC, "flowers", "per_class")
     monkeypatch.setitem(transfer.METRIC, "voc2007", "map11")
-    parts = pictures([0, 1, 2] * 9), pictures([0, 1, 2] * 3, seed=1), pictures([0, 0, 0, 1, 2], seed=2)
-    hot = [data.Images(p.x, F.one_hot(p.y, 3), p.classes, "voc") for p in parts]
-    monkeypatch.setattr(transfer, "load", lambda name, root: tuple(parts if name == "flowers" else hot))
+    splits = (pictures([0, 1, 2] * 9), pictures([0, 1, 2] * 3, seed=1),
+              pictures([0, 0, 0, 1, 2], seed=2))
+    multi_label = [data.Images(part.x, F.one_hot(part.y, 3), part.classes, "") for part in splits]
+    sets = {"flowers": splits, "voc2007": tuple(multi_label)}
+    monkeypatch.setattr(transfer, "load", lambda name, root: sets[name])
     run = checkpoint(tmp_path / "run")
     out = go(run, "--protocol", "transfer", "--data", "flowers")
-    assert out["metric"] == "per_class" and out["accuracy"] == out["results"]["test"]["per_class"] and out["train"] == 36
+    assert out["metric"] == "per_class" and out["train"] == 36
+    assert out["accuracy"] == out["results"]["test"]["per_class"]
     out = go(run, "--protocol", "transfer", "--data", "voc2007")
     assert out["results"]["test"] == {"map11": out["accuracy"]} and out["accuracy"] > 90
-    assert "11-point mAP" in capsys.readouterr().out and rows(tmp_path / "run" / "results.csv")[1]["map11"]
+    assert "11-point mAP" in capsys.readouterr().out
+    assert rows(tmp_path / "run" / "results.csv")[1]["map11"]
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--protocol", "lbfgs", "--steps", "5"], "--steps is read by --protocol grid alone, not lbfgs"),
+    (["--protocol", "lbfgs", "--steps", "5"],
+     "--steps is read by --protocol grid alone, not lbfgs"),
     (["--protocol", "grid", "--raw"], "--raw is read by --protocol lbfgs alone"),
     (["--protocol", "sgd", "--weight-decay", "0"], "--weight-decay is read by"),
-    (["--weight-decay", "-1"], "--weight-decay at least 0"),
+    (["--weight-decay", "-1"], "--weight-decay must be at least 0 and finite, got -1"),
+    (["--weight-decay", "inf"], "--weight-decay must be at least 0 and finite, got inf"),
+    (["--weight-decay", "nan"], "--weight-decay must be at least 0 and finite, got nan"),
     (["--protocol", "sgd", "--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["--protocol", "sgd", "--lr", "0"], "--lr must be above 0"),
+    (["--protocol", "sgd", "--lr", "0.1", "inf"], "--lr must be above 0 and finite, got 0.1 inf"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--head", "5"], "tail ends at 20"),
     (["--layers", "9"], r"--layers 9 must lie in 1\.\.3"),
@@ -781,11 +910,12 @@ def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeyp
     (["--device", "abacus"], "--device abacus"),
 ])
 def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, words):
-    monkeypatch.delattr(eval_linear, "cached")  # before the long work, not after it
-    with pytest.raises(SystemExit) as caught:
-        eval_linear.main([checkpoint(tmp_path / "run"), *(["--device", "cpu"] if "--device" not in flags else []), *flags])
+    monkeypatch.delattr(features, "cached")  # before the long work, not after it
+    device = [] if "--device" in flags else ["--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        eval_linear.main([checkpoint(tmp_path / "run"), *device, *flags])
     err = capsys.readouterr().err
-    assert caught.value.code == 2 and err.startswith("eval_linear.py: ") and err.count("\n") == 1
+    assert stop.value.code == 2 and err.startswith("eval_linear.py: ") and err.count("\n") == 1
     assert re.search(words, err)
 
 
@@ -795,31 +925,54 @@ def test_test_images_are_standardised_as_the_training_images_were(tmp_path, monk
 
 
 def test_raw_features_are_left_as_they_are(tmp_path, monkeypatch, small):
-    seen = []
-    real = probes.lbfgs
-    monkeypatch.setattr(probes, "lbfgs", lambda x, *rest, **kw: seen.append(x) or real(x, *rest, **kw))
+    fitted_to, lbfgs = [], probes.lbfgs
+
+    def spy(x, *rest, **kw):
+        fitted_to.append(x)
+        return lbfgs(x, *rest, **kw)
+    monkeypatch.setattr(probes, "lbfgs", spy)
     run = checkpoint(tmp_path / "run")
-    go(run), go(run, "--raw", "--weight-decay", "0.01")
-    plain, raw = seen
-    assert plain.mean(0).abs().max() < 1e-4 and (plain.std(0, correction=0) - 1).abs().max() < 1e-3
-    torch.testing.assert_close(raw, features.features(features.load_backbone(run)[0], small[0], 32, normalize=False))
+    go(run)
+    go(run, "--raw", "--weight-decay", "0.01")
+    standardised, raw = fitted_to
+    assert standardised.mean(0).abs().max() < 1e-4
+    assert (standardised.std(0, correction=0) - 1).abs().max() < 1e-3
+    backbone = features.load_backbone(run)[0]
+    plain = features.features(backbone, small[0], 32, normalize=False)
+    torch.testing.assert_close(raw, plain)
 
 
 @pytest.mark.parametrize("protocol", SHORT)
 def test_transfer_alone_cuts_no_border_off(tmp_path, monkeypatch, small, protocol):
-    seen = []
+    crops = []
 
     def cached(*args, crop, **kw):
-        seen.append(crop)
+        crops.append(crop)
         raise ValueError("enough")
-    monkeypatch.setattr(eval_linear, "cached", cached)
+    monkeypatch.setattr(features, "cached", cached)
     with pytest.raises(SystemExit):
         go(checkpoint(tmp_path / "run"), "--protocol", protocol)
-    assert seen == [protocol != "transfer"]
+    assert crops == [protocol != "transfer"]
 
 
-def test_images_without_labels_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eval_linear, "load", lambda name, **kw: (data.Images(torch.zeros(3, 3, 32, 32), None, [], "x"), None))
-    with pytest.raises(SystemExit):
-        go(checkpoint(tmp_path / "run"))
-    assert "no labels" in capsys.readouterr().err
+def test_images_without_labels_or_without_a_test_split_are_refused(tmp_path, monkeypatch, capsys):
+    """A folder with one image of each class has labels, and nothing is left for a test split."""
+    loose = data.Images(torch.zeros(3, 3, 32, 32), None, [], "x")
+    for images, words in ((loose, "no labels"), (pictures([0, 1, 2]), "no test split")):
+        monkeypatch.setattr(data, "load", lambda name, **kw: (images, None))
+        with pytest.raises(SystemExit) as stop:
+            go(checkpoint(tmp_path / "run"))
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_after_the_numbers(tmp_path, monkeypatch, small, capsys):
+    def write(path, put, old_name=None):
+        raise OSError(28, "No space left on device", path)
+    run = checkpoint(tmp_path / "run")
+    monkeypatch.setattr(evaluation, "write", write)
+    with pytest.raises(SystemExit) as stop:
+        go(run, "--dump", tmp_path / "f.pt")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert err == f"eval_linear.py: {tmp_path / 'f.pt'}: No space left on device\n"
+    assert " 100.00 " in out and "the numbers are not kept: " in out
