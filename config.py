@@ -1,8 +1,8 @@
 """Every flag, once, and the presets.
 
-What decides a value: the default, over it a preset, over it the run that --resume goes on with, over it
-the command line. A preset holds only what differs from the defaults. Groups of flags marked (results)
-change what is learned; the others do not.
+What decides a value: the default, over it a preset, over it the run that --resume goes on with,
+over it the command line. A preset holds only what differs from the defaults. Groups of flags marked
+(results) change what is learned; the others do not.
 """
 import argparse
 import json
@@ -83,8 +83,8 @@ PRESETS["paper-dino-rn50"] = dict(
     weight_decay=1e-4, weight_decay_end=1e-4, local_crops=8, global_scale=[0.14, 1.0],
     local_scale=[0.05, 0.14], teacher_temp=[0.04, 0.04], teacher_temp_epochs=0)
 
-# Flags that may differ between a run and its continuation: they say where it runs and what is printed,
-# and not what is computed
+# Flags that may differ between a run and its continuation: they say where it runs and what is
+# printed, and not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank",
         "eval_queries", "data", "data_root", "amp", "compile", "save_every", "keep_every", "export",
         "script"}
@@ -327,8 +327,8 @@ def describe(args, images, student, total, lr_peak, device):
 def flags_of_run(out):
     """The flags of the run in folder `out`, so that --resume does not need them typed again.
 
-    {} if there are none to be read: the checkpoint has them too, and support/checkpoint.py compares.
-    ValueError where args.json holds something else than train.py wrote.
+    {} if there are none to be read: the checkpoint has them too, and support/checkpoint.py
+    compares. ValueError where args.json holds something else than train.py wrote.
     """
     path = os.path.join(out, "args.json")
     try:
@@ -337,8 +337,8 @@ def flags_of_run(out):
     except (OSError, ValueError):
         return {}
     if not isinstance(old, dict):
-        raise ValueError(f"--resume: {path} does not hold the flags of a run; remove it, and type them "
-                         "again")
+        raise ValueError(f"--resume: {path} does not hold the flags of a run; remove it, and type "
+                         "them again")
     here = ("help", "out", "device", "resume", "stop_at", "export")
     actions = [a for a in parser()._actions if a.dest not in here and a.dest in old]
     for action in actions:
@@ -455,8 +455,8 @@ def device(args, error):
     if not available[kind]:
         error(f"--device {name}: torch {torch.__version__} finds no such device here")
     if kind == "mps" and has_mixture:
-        error(f"--device mps has no float64, which --prototypes {args.prototypes} needs; use --device "
-              "cpu")
+        error(f"--device mps has no float64, which --prototypes {args.prototypes} needs; use "
+              "--device cpu")
     return name
 
 

@@ -1,7 +1,8 @@
 """Projection head and prototype sets.
 
-A prototype set holds K vectors of D dimensions. It is one class, a subclass of Frozen, and one entry
-of the table PROTOTYPES at the end of this file. The rest of the code calls this, and nothing else:
+A prototype set holds K vectors of D dimensions. It is one class, a subclass of Frozen, and one
+entry of the table PROTOTYPES at the end of this file. The rest of the code calls this, and nothing
+else:
 
     logits(h, ks=None)    h (..., D) -> z (..., K), or (..., len(ks)) for some prototypes   Eq. 1
     step(h, step, beta)   take in the teacher vectors h (N, D) of a step, of all processes  Eq. 3
@@ -154,8 +155,9 @@ class Joint(Frozen):
 class VMF(Joint):
     """DINO-vMF (Govindarajan et al. 2023): a prototype is a von Mises-Fisher density on the sphere.
 
-    Of prototype w_k the direction is w_k / |w_k| and the concentration |w_k| / tau. The log-normaliser
-    of the density joins the logit, which is what makes it possible to train the lengths.
+    Of prototype w_k the direction is w_k / |w_k| and the concentration |w_k| / tau. The
+    log-normaliser of the density joins the logit, which is what makes it possible to train the
+    lengths.
     """
 
     def __init__(self, K, D, scale=1.0, seed=0, *, kp=0.0):
@@ -232,8 +234,8 @@ class Decoupled(Frozen):
         return self.gmm.mu if self.started else self.start
 
     def directions(self):
-        # differs: the paper does not say whether means are normalised in the logits. Here they are, as
-        # weight-normalised last layers are. Raw means (--proto-norm raw) saturate CARP's softmax
+        # differs: the paper does not say whether means are normalised in the logits. Here they are,
+        # as weight-normalised last layers are. Raw means (--proto-norm raw) saturate CARP's softmax
         C = self.vectors()  # (K, D)
         return F.normalize(C, dim=1) if self.unit else C
 

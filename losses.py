@@ -1,12 +1,12 @@
-"""The losses of CARP, CARL and DINO, Sinkhorn-Knopp and KoLeo, as functions and as the loop calls them.
+"""The losses of CARP, CARL and DINO, Sinkhorn-Knopp and KoLeo.
 
     z_s (V, B, K)   student logits of V views of B images; views 0 and 1 are the global ones
-    z_t (2, B, K)   teacher logits of the global views; view i of z_s and of z_t is the same crop, and
-                    the pair i == j is skipped
+    z_t (2, B, K)   teacher logits of the global views
+                    view i of z_s and of z_t is the same crop, and the pair i == j is skipped
 
 The functions are the mathematics: tensors in, named scalars out. A loss of the training loop is one
-class, a subclass of Loss, and one entry of the table LOSSES at the end of this file. Above 2^24 student
-logits, fast/losses.py computes the same without holding them all.
+class, a subclass of Loss, and one entry of the table LOSSES at the end of this file. Above 2^24
+student logits, fast/losses.py computes the same without holding them all.
 """
 import math
 
@@ -29,15 +29,16 @@ def pairs(V):
 def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
     """CARP (Silva and Ramirez Rivera 2023), as its official code computes it.
 
-    z_s (V, B, K), z_t (2, B, K): logits, without a temperature. perm (K,): the random order in which
-    the prototypes are cut into K / partition_size blocks; None: as they come. partition_size = K is
-    CARL. mean_over_ranks: makes a mean over all processes of a mean over this one's images.
-    Returns {"consistency", "entropy"}, 0-dim, whose sum is minimised. Raises ValueError if K is not a
-    multiple of partition_size.
+    z_s (V, B, K), z_t (2, B, K): logits, without a temperature. perm (K,): the random order in
+    which the prototypes are cut into K / partition_size blocks; None: as they come. partition_size
+    = K is CARL. mean_over_ranks: makes a mean over all processes of a mean over this one's images.
+    Returns {"consistency", "entropy"}, 0-dim, whose sum is minimised. Raises ValueError if K is not
+    a multiple of partition_size.
     """
     (V, B, K), P = z_s.shape, partition_size
     if K % P:
-        raise ValueError(f"the number of prototypes ({K}) must be a multiple of the partition size ({P})")
+        raise ValueError(f"the number of prototypes ({K}) must be a multiple of the partition size "
+                         f"({P})")
     if perm is not None:
         z_s, z_t = z_s[..., perm], z_t[..., perm]
     p = z_s.float().reshape(V, B, K // P, P).softmax(-1)  # (V, B, K/P, P)
@@ -45,8 +46,8 @@ def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
     # consistency = mean over pairs i != j, images and blocks of -log sum_c p_ic q_jc
     agree = torch.stack([(p[i] * q[j]).sum(-1) for i, j in pairs(V)])  # (2V-2, B, K/P)
     consistency = -agree.clamp(EPS, 1 - EPS).log().mean()
-    # entropy = mean over blocks of log P - H(p_bar), with p_bar the mean over the views of student and
-    # teacher, the images and the processes
+    # entropy = mean over blocks of log P - H(p_bar), with p_bar the mean over the views of student
+    # and teacher, the images and the processes
     p_bar = (p.sum((0, 1)) + q.sum((0, 1))) / ((V + 2) * B)  # (K/P, P)
     p_bar = mean_over_ranks(p_bar) if mean_over_ranks else p_bar
     entropy = (math.log(P) + (p_bar * p_bar.clamp(EPS, 1 - EPS).log()).sum(-1)).mean()
@@ -54,10 +55,11 @@ def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
 
 
 def dino(z_s, p_t, tau=0.1, bias=0.0):
-    """DINO's cross-entropy of student logits z_s (V, B, K) with teacher probabilities p_t (2, B, K).
+    """DINO's cross-entropy of logits z_s (V, B, K) with the teacher's probabilities p_t (2, B, K).
 
-    tau: temperature of the student; bias (K,): vMF's log-normaliser, or 0. Returns {"cross_entropy"}:
-    the mean over the 2V - 2 pairs i != j and the images of -sum_k p_t log softmax(z_s / tau + bias).
+    tau: temperature of the student; bias (K,): vMF's log-normaliser, or 0. Returns
+    {"cross_entropy"}: the mean over the 2V - 2 pairs i != j and the images of -sum_k p_t log
+    softmax(z_s / tau + bias).
     """
     log_p = (z_s.float() / tau + bias).log_softmax(-1)  # (V, B, K)
     terms = [-(p_t[j].detach() * log_p[i]).sum(-1).mean() for i, j in pairs(len(z_s))]
@@ -69,12 +71,13 @@ def sinkhorn(z, tau, iters=3, all_reduce=None):
     """Balanced assignments (N, K) of teacher logits z (N, K) of this process; rows sum to 1 (SwAV).
 
     Each round scales every prototype to the same total over the vectors of all processes, and then
-    every vector to 1. all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the processes.
+    every vector to 1. all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the
+    processes.
     """
     reduce = all_reduce or (lambda x, op="sum": x)
     tiny = torch.finfo(torch.float32).tiny
     z = z.float() / tau
-    q = (z - reduce(z.max(), "max")).exp()  # (N, K); one shift for all cancels, and nothing overflows
+    q = (z - reduce(z.max(), "max")).exp()  # (N, K); the shift cancels, and nothing overflows
     for _ in range(iters):
         q = q / reduce(q.sum(0)).clamp_min(tiny)  # prototypes: equal mass
         q = q / q.sum(1, keepdim=True).clamp_min(tiny)  # vectors: one each
@@ -82,11 +85,11 @@ def sinkhorn(z, tau, iters=3, all_reduce=None):
 
 
 def koleo(C, block=2 ** 26):
-    """KoLeo on prototypes C (K, D): -mean_k log min_{i != k} ||c_k - c_i||, c of length one (Sec. 2.1).
+    """KoLeo on prototypes C (K, D): -mean_k log min_{i != k} ||c_k - c_i||, c_k of length one.
 
-    The nearest neighbour is found without gradient, in blocks of rows, since the K x K matrix of 65,536
-    prototypes is 17 GB. The distance is differentiated through both ends. Exact duplicates feel no
-    force, having no direction. K = 1 gives 0.
+    KoLeo-Proto of Sec. 2.1. The nearest neighbour is found without gradient, in blocks of rows,
+    since the K x K matrix of 65,536 prototypes is 17 GB. The distance is differentiated through
+    both ends. Exact duplicates feel no force, having no direction. K = 1 gives 0.
     """
     with torch.autocast(C.device.type, enabled=False):
         c = F.normalize(C.float(), dim=1)  # (K, D)
@@ -106,10 +109,12 @@ def koleo(C, block=2 ** 26):
 class Loss(nn.Module):
     """What the training loop calls. A loss has to define two methods:
 
-    targets(h_t, protos_t, step)     once a step: teacher vectors (2, B, D) -> what the student has to
-                                     agree with, cut along its dimension 1 into micro-batches
-    forward(h_s, targets, protos_s, protos_t, step)     once a micro-batch: student vectors (V, B, D)
-                                     -> {name: scalar}. The sum is minimised; each name is logged.
+    targets(h_t, protos_t, step)
+        once a step: teacher vectors (2, B, D) -> what the student has to agree with, a tensor whose
+        dimension 1 is B
+    forward(h_s, targets, protos_s, protos_t, step)
+        once a micro-batch: student vectors (V, B, D) -> {name: scalar}. The sum is minimised, and
+        each name is a column of log.csv
 
     It may also say
     uniform   value of its first term while the student's output is uniform: the log then shows how
@@ -130,14 +135,15 @@ class Loss(nn.Module):
 
 
 def fast_losses(K, h_s, protos_s, protos_t):
-    """fast/losses.py where the logits of h_s (V, B, D) are too many for the plain losses, else None."""
+    """fast/losses.py if h_s (V, B, D) has more logits than plain losses may hold, else None."""
     V, B, _ = h_s.shape
     if V * B * K <= MOST_LOGITS:
         return None
     for protos in (protos_s, protos_t):
         if not protos.logits_are_products():
             name = type(protos).__name__
-            ddp.print_once(f"{name} overrides `logits`: the plain loss runs, with all {V * B * K} logits")
+            ddp.print_once(f"{name} overrides `logits`: the plain loss runs, with all "
+                           f"{V * B * K} logits of a step in memory")
             return None
     from fast import losses
     return losses
@@ -178,11 +184,11 @@ class DINOLoss(Loss):
     "sinkhorn"  Sinkhorn-Knopp over both views of all images (DINOv2; Table C.3 when decoupled)
     """
 
-    def __init__(self, K, steps_per_epoch, targets="center", temps=(0.04, 0.04), temp_epochs=0, tau=0.1,
-                 momentum=0.9):
+    def __init__(self, K, steps_per_epoch, targets="center", temps=(0.04, 0.04), temp_epochs=0,
+                 tau=0.1, momentum=0.9):
         super().__init__()
-        self.steps_per_epoch, self.how, self.tau, self.momentum = steps_per_epoch, targets, tau, momentum
-        self.temps, self.temp_epochs = temps, temp_epochs
+        self.how, self.tau, self.momentum = targets, tau, momentum
+        self.steps_per_epoch, self.temps, self.temp_epochs = steps_per_epoch, temps, temp_epochs
         self.register_buffer("centre", torch.zeros(K))  # (K,)
         self.uniform = math.log(K)
 
@@ -196,7 +202,7 @@ class DINOLoss(Loss):
         return self.centre if self.how == "prob" else self.centre / (tau or self.tau)
 
     def temperature(self, step):
-        """tau of the teacher: a straight line over temp_epochs passes, one value a pass, then flat."""
+        """tau of the teacher: a line over temp_epochs passes, one value a pass, and then flat."""
         start, end = self.temps
         if not self.temp_epochs:
             return end

@@ -182,7 +182,7 @@ def test_A3_plain_forgetting_starves():
 
 # ---- A.4 and A.5 ---------------------------------------------------------------------------------
 def test_A4_A5_round_trip():
-    """S made from parameters gives these parameters back: an update that forgets nothing shows it."""
+    """S made from parameters gives them back: an update that forgets nothing shows it."""
     gmm, (mu, var, pi), h = mixture()
     assert float(gmm.S_pi.sum()) == pytest.approx(len(h))
     gmm.update(h, 0.5, 1 - 1e-15)
@@ -219,7 +219,7 @@ def heavy(rescale=True, **options):
 
 
 def test_split_resurrect_conserves_mass_and_survives():
-    """The heaviest and the lightest end with half their joint mass each, and the next A.5 keeps it."""
+    """Heaviest and lightest end with half of their joint mass each, and the next A.5 keeps it."""
     gmm, h = heavy(rescale=False)
     plain, _ = heavy(rescale=False)
     plain.resurrect = None

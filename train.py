@@ -4,8 +4,8 @@
     python train.py --prototypes joint     the same with prototypes trained by the loss
     torchrun --nproc_per_node=8 train.py --preset paper-vits --data IMAGENET
 
-Each step has five phases. The first four are the method, in the order of the paper's Eq. 3 and 4; the
-fifth is logging. Which loss and which prototypes run was decided before: the loop never asks.
+Each step has five phases. The first four are the method, in the order of the paper's Eq. 3 and 4;
+the fifth is logging. Which loss and which prototypes run was decided before: the loop never asks.
 
     V views of B images on this process, 2 of them global; D dimensions of h; K prototypes
 """
@@ -101,7 +101,7 @@ def train(args, device, stop_request):
 
         # ---- 1. teacher: h_t = f_phi(two global views), no gradient                     Sec. 2.1
         with torch.no_grad(), amp(args, device):
-            h_t = [teacher(crops[:2]).view(2, -1, args.bottleneck_dim) for crops in micro_batches]
+            h_t = [teacher(part[:2]).view(2, -1, args.bottleneck_dim) for part in micro_batches]
             h_t = torch.cat(h_t, dim=1)  # (2, B, D)
 
         # ---- 2. prototypes: C^t = argmin L_C(C^{t-1}, h_t), one step of online EM       Eq. 3
@@ -109,9 +109,9 @@ def train(args, device, stop_request):
 
         # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of the optimiser    Eq. 4
         targets = loss_fn.targets(h_t, protos_t, step).chunk(args.accum, dim=1)
-        for crops, target in zip(micro_batches, targets):
+        for part, target in zip(micro_batches, targets):
             with amp(args, device):
-                h_s = student(crops).view(len(crops), -1, args.bottleneck_dim)  # (V, B/accum, D)
+                h_s = student(part).view(len(part), -1, args.bottleneck_dim)  # (V, B/accum, D)
             terms = loss_fn(h_s, target, protos_s, protos_t, step)
             terms["penalty"] = protos_s.penalty()
             terms["loss"] = sum(terms.values())
@@ -172,7 +172,7 @@ def networks(args, device, gmm_start):
     student = ddp.sync_batchnorm(checkpoint.network(args, args.drop_path)).to(device)
     teacher = ddp.sync_batchnorm(checkpoint.network(args)).to(device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
-    if args.compile:  # in place, so that the parameters keep their names; the mixture is not compiled
+    if args.compile:  # in place, so that the parameters keep their names
         student.backbone.compile()
         teacher.backbone.compile()
     protos_s = heads.prototypes(args, gmm_start).to(device)

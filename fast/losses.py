@@ -1,9 +1,10 @@
 """The losses of losses.py over blocks of prototypes: the same, without ever holding all logits.
 
-At the paper's size (K 65,536; 12 crops of 128 images on each GPU) the student's logits are 400 MB, and
-autograd keeps several tensors of that size. Here one block of prototypes is in memory at a time. Each
-block contributes a few numbers to the loss: CARP's two terms, or DINO's sums over prototypes. They are
-computed without a graph, and computed once more, with one, when the gradient is asked for.
+At the paper's size (K 65,536; 12 crops of 128 images on each GPU) the student's logits are 400 MB,
+and autograd keeps several tensors of that size. Here one block of prototypes is in memory at a
+time. Each block contributes a few numbers to the loss: CARP's two terms, or DINO's sums over
+prototypes. They are computed without a graph, and computed once more, with one, when the gradient
+is asked for.
 
 A prototype set is used by its scale, origin and directions(), so it must not override `logits`.
 Letters as in losses.py; ks (|ks|,) are the indices of the prototypes in a block.
@@ -20,9 +21,10 @@ def logits_at_a_time(device):
 
 
 class PerBlock(torch.autograd.Function):
-    """f(h, *(x[ks] for x in cut), ks) for every block ks: outputs of one shape, stacked (blocks, ...).
+    """f(h, *(x[ks] for x in cut), ks) of every block ks, stacked (blocks, ...).
 
-    Gradients reach h and the tensors in `cut`, whose first dimension is K. Not differentiable twice.
+    Gradients reach h and the tensors in `cut`, whose first dimension is K. Not differentiable
+    twice.
     """
 
     @staticmethod
@@ -51,7 +53,7 @@ class PerBlock(torch.autograd.Function):
 
 
 def carp(h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ranks=None):
-    """losses.carp of the sets' logits for h_s (V, B, D) and h_t (2, B, D): {"consistency", "entropy"}.
+    """losses.carp of the logits of h_s (V, B, D) and h_t (2, B, D): {"consistency", "entropy"}.
 
     Both terms are means over partitions, so a block of whole partitions gives its share of them. If
     one partition alone has more logits than a block should have (CARL), it is a block all the same.
@@ -76,10 +78,10 @@ def carp(h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ranks=Non
 
 
 def dino(h_s, p_t, protos_s, tau=0.1):
-    """losses.dino of the set's logits for h_s (V, B, D), with probabilities p_t (2, B, K) of the teacher.
+    """losses.dino of the logits of h_s (V, B, D), with the teacher's p_t (2, B, K).
 
-    -sum_k p_t log softmax(z)_k = mass log sum_k exp z_k - sum_k p_t z_k, with mass = sum_k p_t: a block
-    gives the logarithm of its part of the first sum, and its part of the second.
+    -sum_k p_t log softmax(z)_k = mass log sum_k exp z_k - sum_k p_t z_k, with mass = sum_k p_t: a
+    block gives the logarithm of its part of the first sum, and its part of the second.
     """
     (V, B, _), K = h_s.shape, p_t.shape[-1]
     p_t, bias = p_t.detach(), protos_s.bias(tau)
@@ -93,7 +95,8 @@ def dino(h_s, p_t, protos_s, tau=0.1):
             cross = torch.einsum("ibk,jbk->ijb", z, p_t[..., ks])  # (V, 2, B), sum_k p_t z
             return torch.cat([z.logsumexp(-1)[:, None], cross], dim=1)  # (V, 3, B)
 
-        blocks = torch.arange(K, device=h_s.device).split(max(1, logits_at_a_time(h_s.device) // (V * B)))
+        size = max(1, logits_at_a_time(h_s.device) // (V * B))
+        blocks = torch.arange(K, device=h_s.device).split(size)
         cut = (C, bias) if torch.is_tensor(bias) else (C,)
         parts = PerBlock.apply(sums, blocks, h_s, *cut)  # (blocks, V, 3, B)
         log_Z = parts[:, :, 0].logsumexp(0)  # (V, B)

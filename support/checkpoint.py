@@ -6,14 +6,14 @@
 A checkpoint holds tensors and plain values alone: torch.load(weights_only=True) reads it anywhere.
 
     student, teacher   state dicts: backbone.*, head.*
-    prototypes         vectors (K, D) as counted, start (K, D), state of the student's and teacher's set
+    prototypes         vectors (K, D) as counted, start (K, D), states of both networks' sets
     gmm                the mixture, or {}
     loss, optimizer    state dicts
     step, rng, args, version
     trail              values of the steps since the last row of the log
 
-Randomness is a function of (seed, step or sample, process), so a run goes on from its step and nothing
-else has to be restored.
+Randomness is a function of (seed, step or sample, process), so a run goes on from its step and
+nothing else has to be restored.
 """
 import os
 import re
@@ -35,7 +35,8 @@ VERSION = 3  # 1: without trail; 2: a mixture without its floor
 def save(args, step, record, parts, protos_s, protos_t):
     """Write OUT/ckpt.pt, on the first process. parts: {"student": module, ...}.
 
-    OSError: no space; ValueError: weights that are not finite. The old checkpoint is then untouched.
+    OSError: no space; ValueError: weights that are not finite. The old checkpoint is then
+    untouched.
     """
     if ddp.RANK == 0:
         for net in ("student", "teacher"):
@@ -96,8 +97,8 @@ def start_or_resume(args, parts, protos_s, protos_t):
     """
     paths = ddp.from_rank0(saved(args.out))
     if paths and not args.resume:
-        raise ValueError(f"--out {args.out} already holds a run; go on with --resume, or name another "
-                         "folder")
+        raise ValueError(f"--out {args.out} already holds a run; go on with --resume, or name "
+                         "another folder")
     if paths:
         return resume(args, paths, parts, protos_s, protos_t)
     if args.resume:
@@ -121,11 +122,11 @@ def resume(args, paths, parts, protos_s, protos_t):
     path = ddp.from_rank0(path)  # one process chooses, whatever the others see
     ckpt = ckpt or load(path)
     if ckpt["version"] not in (1, 2, VERSION):
-        raise ValueError(f"--resume: {path} is of version {ckpt['version']}, and this code reads 1 to "
-                         f"{VERSION}: use the code that wrote it")
+        raise ValueError(f"--resume: {path} is of version {ckpt['version']}, and this code reads "
+                         f"1 to {VERSION}: use the code that wrote it")
     if ckpt["version"] == 1:
-        ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages steps "
-                   "from it on")
+        ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages "
+                   "steps from it on")
     if changed := config.differences(ckpt["args"], vars(args)):
         raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}")
     gmm = read_mixture(ckpt)

@@ -1,7 +1,11 @@
-"""torch.distributed in one small file. `python train.py` is one process, and everything here is then a no-op;
-`torchrun --nproc_per_node=N train.py` sets RANK, LOCAL_RANK and WORLD_SIZE, and the global batch is split over N.
+"""torch.distributed in one small file.
 
-The losses, the batch norms and the mixture see the global batch, so that the number of processes changes nothing.
+`python train.py` is one process, and everything here then does nothing.
+`torchrun --nproc_per_node=N train.py` sets RANK, LOCAL_RANK and WORLD_SIZE, and the global batch is
+split over N.
+
+The losses, the batch norms and the mixture see the global batch, so that the number of processes
+changes nothing.
 """
 import datetime
 import os
@@ -20,13 +24,17 @@ def setup(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        # gloo for tensors on the CPU also beside nccl: `largest` then waits for no GPU, and a rank that died closes its
-        # connections, which the others notice at once; a machine that vanished, after the timeout
+        # gloo for tensors on the CPU also beside nccl: `largest` then waits for no GPU, and a rank
+        # that died closes its connections, which the others notice at once; a machine that
+        # vanished, after the timeout
         store = next(dist.rendezvous("env://"))[0]
-        # torchrun keeps its store over a restart, and the addresses in it are then those of dead processes
-        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", store=store, rank=RANK,
-                                world_size=WORLD, timeout=datetime.timedelta(minutes=10))
+        # torchrun keeps its store over a restart, and the addresses in it are then those of dead
+        # processes
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"restart {restart}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD,
+                                timeout=datetime.timedelta(minutes=10))
     return torch.device(device)
 
 
@@ -36,7 +44,7 @@ def cleanup():
 
 
 def lost_contact(error):
-    """Whether a RuntimeError says that another process is gone: gloo and nccl word it each in their own way."""
+    """Whether a RuntimeError says that another process is gone in the words of gloo or nccl."""
     return WORLD > 1 and any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
 
 
@@ -78,7 +86,7 @@ def all_reduce(x, op="sum"):
 
 
 def largest(number):
-    """The largest of a Python int over the ranks: what any rank noticed, all ranks know. Waits for no GPU."""
+    """The largest of a Python int over the processes. Waits for no GPU."""
     if WORLD == 1:
         return number
     x = torch.tensor(number)
@@ -104,7 +112,7 @@ def all_gather(x):
 
 
 def gather_views(h):
-    """h (2, b, D), two views of this process -> (N, D) of all processes, in the order of one process.
+    """h (2, b, D), two views of this process -> (N, D) of all, in the order of one process.
 
     A mixture starts from the last K of them, and which prototype comes from which vector must not
     depend on the number of processes.
@@ -117,8 +125,11 @@ def gather_views(h):
 
 
 class _Mean(torch.autograd.Function):
-    """Mean over the ranks, forwards and backwards. With gradients of parameters averaged over the ranks (below), that
-    backward is the gradient of the one-process loss."""
+    """Mean over the processes, forwards and backwards.
+
+    As gradients of parameters are averaged over the processes too (see average_gradients), this
+    backward gives the gradient of the loss of one process.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -135,9 +146,11 @@ def mean_over_ranks(x):
 
 
 def average_gradients(params, values):
-    """Mean over the ranks of the gradients, in place, and of values (n,), returned, at once. Plain code instead of the
-    DistributedDataParallel wrapper: no `module.` in the checkpoints, no buffers broadcast, nothing special about
-    gradient accumulation or prototypes."""
+    """Mean over the processes: of the gradients, in place, and of values (n,), returned.
+
+    Plain code instead of the DistributedDataParallel wrapper: no `module.` in the checkpoints, no
+    buffers broadcast, nothing special about gradient accumulation or prototypes.
+    """
     if WORLD == 1:
         return values
     parts = [p.grad for p in params if p.grad is not None] + [values]
@@ -171,7 +184,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batchnorm(module):
-    """Turn every batch norm of a module into one over all ranks; the parameters and their names stay."""
+    """Make every batch norm of a module one over all processes; parameters and names stay."""
     if WORLD > 1:
         for m in module.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):

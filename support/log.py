@@ -15,11 +15,11 @@ import torch
 from support import ddp
 from support.files import write
 
-# Columns that every run has, in order. What a loss, a prototype set or an evaluation adds comes after
-# "loss_over_ln_k" (terms of the loss) or at the end.
-COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "raw_knn", "knn", "unique_0.025", "unique_0.5",
-           "ceiling_0.025", "ceiling_0.5", "used", "perplexity", "drift", "h_norm", "skipped", "lr",
-           "beta", "grad_norm", "images_per_s", "data_share", "memory_mb"]
+# Columns that every run has, in order. What a loss, a prototype set or an evaluation adds comes
+# after "loss_over_ln_k" (terms of the loss) or at the end.
+COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "raw_knn", "knn", "unique_0.025",
+           "unique_0.5", "ceiling_0.025", "ceiling_0.5", "used", "perplexity", "drift", "h_norm",
+           "skipped", "lr", "beta", "grad_norm", "images_per_s", "data_share", "memory_mb"]
 # those that stand only in rows of an evaluation
 MEASURED = COLUMNS[COLUMNS.index("knn"):COLUMNS.index("h_norm") + 1]
 
@@ -28,8 +28,8 @@ class Log:
     """OUT/log.csv, one row for each printed line, and OUT/args.json; written by the first process.
 
     start: the step at which this process goes on. Rows after it are dropped, so that the log of a
-    resumed run is, speed and memory aside, that of a run which never stopped. drop_last: drop the row
-    of that step too, since the run stopped between two regular rows.
+    resumed run is, speed and memory aside, that of a run which never stopped. drop_last: drop the
+    row of that step too, since the run stopped between two regular rows.
     """
 
     def __init__(self, args, start, drop_last=False):
@@ -53,7 +53,8 @@ class Log:
             if int(row["step"]) < start or int(row["step"]) == start and not drop_last:
                 self.rows.append(row)
         if self.rows and int(self.rows[-1]["step"]) == start and start % eval_every:
-            self.rows[-1].update(dict.fromkeys(MEASURED, ""))  # measured because the run stopped there
+            # an evaluation that was there only because the run stopped at this step
+            self.rows[-1].update(dict.fromkeys(MEASURED, ""))
 
     def write_all(self):
         text = io.StringIO()
@@ -103,8 +104,9 @@ class Record:
     """The terms of the loss and the gradient norm of every step since the last row of the log.
 
     A step with a value that is not finite is skipped on the device (optim.CheckedStep), where its
-    values already are the mean over all processes: all of them skip it, and nobody waits. Only `read`
-    waits for the device: at every step on a CPU; on a GPU where a row or a checkpoint is due anyway.
+    values already are the mean over all processes: all of them skip it, and nobody waits. Only
+    `read` waits for the device: at every step on a CPU; on a GPU where a row or a checkpoint is due
+    anyway.
     """
 
     def __init__(self, state=None):
@@ -124,12 +126,12 @@ class Record:
         return values
 
     def append(self, step, lr, values):
-        """values (terms + 1,): what `take` gave, as a mean over the processes, and gradient norm."""
+        """values (terms + 1,): means over the processes of what `take` gave; gradient norm."""
         self.names = [*self.terms, "grad_norm"]
         self.unread.append((step, lr, values))
 
     def read(self):
-        """Print the first of several steps that are not finite; ValueError at the third in a row."""
+        """Name the first of several steps that are not finite; ValueError at the third in a row."""
         if not self.unread:
             return
         rows = torch.stack([values for _, _, values in self.unread]).tolist()  # (steps, terms + 1)
@@ -143,8 +145,8 @@ class Record:
                 ddp.print0(f"{self.first_bad}; skipped on all processes")
             if self.bad_in_a_row == 3:
                 raise ValueError(f"three steps in a row, up to {step}, were skipped; "
-                                 f"{self.first_bad}. The last checkpoint is untouched; lower --lr or "
-                                 "--logit-scale, or raise --warmup-epochs")
+                                 f"{self.first_bad}. The last checkpoint is untouched; lower --lr "
+                                 "or --logit-scale, or raise --warmup-epochs")
         self.unread = []
 
     def means(self):
@@ -182,7 +184,8 @@ class Clock:
 
     def speed(self, batch_size):
         seconds = time.perf_counter() - self.begin
-        return {"images_per_s": self.steps * batch_size / seconds, "data_share": self.waiting / seconds}
+        return {"images_per_s": self.steps * batch_size / seconds,
+                "data_share": self.waiting / seconds}
 
 
 @dataclass
@@ -195,7 +198,7 @@ class Due:
 
 
 def due(args, done, stop, total, leaving):
-    """done: steps done; stop: the last step of this process; total: of the run; leaving: by a signal."""
+    """done: steps so far; stop, total: last step of this process and of the run; leaving: a signal."""
     regular = done == total or done % args.log_every == 0 or done % args.eval_every == 0
     evaluation = done == stop or done % args.eval_every == 0
     often = [n for n in (args.save_every, args.keep_every) if n and done % n == 0]

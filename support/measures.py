@@ -17,8 +17,8 @@ EPS = (0.025, 0.5)  # Def. 2.1: the threshold of the literature, and the strict 
 def coming_vectors(teacher, images, recipe, step, args, device, autocast):
     """Teacher vectors h (N, D) of all processes, of the global crops of the next steps.
 
-    About --eval-bank of them, made as training makes them, batch norm on batch statistics included: a
-    mixture knows no others.
+    About --eval-bank of them, made as training makes them, batch norm on batch statistics included:
+    a mixture knows no others.
     """
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     steps = max(1, min(args.eval_bank, 2 * len(images)) // (2 * args.batch_size))
@@ -33,7 +33,10 @@ def coming_vectors(teacher, images, recipe, step, args, device, autocast):
 
 
 def prototype_measures(protos, loss, h, beta, seed):
-    """A prototype set beside teacher vectors h (N, D): unique shares, and what they need beside them."""
+    """Unique shares of a prototype set, and the measures that belong beside them.
+
+    h (N, D): teacher vectors, for used, perplexity and the ceiling.
+    """
     C, centre = protos.vectors(), loss.centre_over_tau()  # (K, D) (K,) or 0
     assigned = (protos.assign(part, beta, loss.tau, centre) for part in h.split(128))
     used, perplexity = collapse.usage(assigned)
@@ -78,7 +81,8 @@ def summary(args, log, metrics, bank, queries, step):
     if metrics["knn"] is not None:
         metrics.update(raw_knn=log.first("raw_knn"), untrained_knn=log.first("knn"))
         untrained = "--init, at step 0" if args.init else "untrained backbone"
-        print(f"\nk-NN (k 20, T 0.07, {len(bank)} images in the bank, {len(queries)} queries), percent\n"
+        print(f"\nk-NN (k 20, T 0.07, {len(bank)} images in the bank, {len(queries)} queries), "
+              "percent\n"
               f"  raw pixels          {metrics['raw_knn']:6.1f}\n"
               f"  {untrained:<19} {metrics['untrained_knn']:6.1f}\n"
               f"  teacher at step {step:<5d}{metrics['knn']:5.1f}")

@@ -1,14 +1,15 @@
-"""What moves the weights: AdamW, SGD, LARS, and a step that is skipped if a number is not finite."""
+"""What moves the weights: AdamW, SGD, LARS; and a step that is skipped if it is not finite."""
 import torch
 
 from support import ddp
 
 
 def make(args, params, device):
-    """The optimiser that --optimizer names, in two groups: what decays; biases and norms, which do not.
+    """The optimiser that --optimizer names, in two groups: with weight decay, and without.
 
-    As in DINO's official code everything of two or more dimensions decays, class tokens, position
-    embeddings and the gains (K, 1) of prototypes included. The loop sets lr and weight decay.
+    Biases and norms have none. As in DINO's official code everything of two or more dimensions
+    decays, class tokens, position embeddings and the gains (K, 1) of prototypes included. The loop
+    sets lr and weight decay.
     """
     groups = [{"params": [p for p in params if p.dim() > 1]},
               {"params": [p for p in params if p.dim() < 2]}]
@@ -22,8 +23,8 @@ def make(args, params, device):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al. 2017), as DINO and CARP train ResNets.
 
-    SGD with momentum, in which the step of each tensor of two or more dimensions is as long as trust
-    times lr times the tensor itself.
+    SGD with momentum, in which the step of each tensor of two or more dimensions is as long as
+    trust times lr times the tensor itself.
     """
 
     def __init__(self, params, lr=0.0, momentum=0.9, trust=0.001):
@@ -92,7 +93,7 @@ class CheckedStep:
 
 
 def clip(grads, limit):
-    """Shorten each gradient tensor to `limit`, as DINO's official code; the global norm before, ()."""
+    """Shorten each gradient tensor to `limit`, as DINO's code; returns the global norm before."""
     norms = torch.stack(torch._foreach_norm(grads))  # (tensors,)
     if limit:
         torch._foreach_mul_(grads, (limit / (norms + 1e-6)).clamp(max=1).unbind())

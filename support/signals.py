@@ -6,15 +6,15 @@ import time
 
 
 class StopRequests:
-    """Signals that asked this process to stop. `number`: of the first one, 0 while there is none."""
+    """Signals that asked this process to stop. number: the first one, 0 while there is none."""
 
     def __init__(self):
         self.number = 0
         self.time = None
 
     def receive(self, number, frame):
-        # a terminal and a launcher may both pass on the same Ctrl-C, so a second one within a second
-        # counts as the first
+        # a terminal and a launcher may both pass on the same Ctrl-C, so a second one within a
+        # second counts as the first
         if self.number and time.monotonic() - self.time > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -27,7 +27,7 @@ class StopRequests:
 
 @contextlib.contextmanager
 def stop_requests():
-    """Collect these signals instead of dying from them; afterwards they mean what they did before."""
+    """Collect these signals instead of dying from them; later they mean what they did before."""
     requests = StopRequests()
     before = {n: signal.signal(n, requests.receive) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
