@@ -235,7 +235,11 @@ class DINOLoss(Loss):
 
 
 # name of --method: the class
-LOSSES = {"carp": CARPLoss, "carl": CARPLoss, "dino": DINOLoss}  # carl: one block of K prototypes
+LOSSES = {
+    "carp": CARPLoss,
+    "carl": CARPLoss,  # one block of K prototypes
+    "dino": DINOLoss,
+}
 
 
 def loss(args, steps_per_epoch=1):

@@ -105,7 +105,7 @@ def train(args, device, stop_request):
             h_t = torch.cat(h_t, dim=1)  # (2, B, D)
 
         # ---- 2. prototypes: C^t = argmin L_C(C^{t-1}, h_t), one step of online EM       Eq. 3
-        moved = protos_t.step(ddp.gather_views(h_t), step, beta)
+        report = protos_t.step(ddp.gather_views(h_t), step, beta)
 
         # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of the optimiser    Eq. 4
         targets = loss_fn.targets(h_t, protos_t, step).chunk(args.accum, dim=1)
@@ -135,7 +135,7 @@ def train(args, device, stop_request):
         if device.type == "cpu" or now.row or now.checkpoint:
             record.read()
         if now.row:
-            row = record.means() | moved | clock.speed(args.batch_size)
+            row = record.means() | report | clock.speed(args.batch_size)
             row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
                     "memory_mb": peak_memory(device)}
             if loss_fn.uniform:

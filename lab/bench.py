@@ -4,12 +4,12 @@
     python -m lab.bench gmm loss --K 65536 --reps 5    some of them, at your sizes
     python -m lab.bench --paper                        the paper's sizes; plan an hour on 2 cores
 
-Start it in the folder of train.py. The contestants of an item (contestants.py) live in a process
-each and take turns, so that a busy machine slows all of them alike. A ratio is the median of the
+Start it in the folder of train.py. The contestants of an item (contestants.py) take turns, each in
+a process of its own, so that a busy machine slows all of them alike. A ratio is the median of the
 ratios within the --reps rounds, and a time is the median over the rounds: the fastest turns would
-compare two lucky moments. Memory is the most that a turn took beyond what the process had before it:
-resident memory on a CPU, where Linux can restart its high-water mark; allocated memory on a GPU. The
-items `step`, `loop` and `ranks` start train.py itself and read its log.
+compare two lucky moments. Memory is the most that a turn took beyond what its process had before:
+resident memory on a CPU, where Linux can restart its high-water mark; allocated memory on a GPU.
+The items `step`, `loop` and `ranks` start train.py itself and read its log.
 """
 import argparse
 import csv
@@ -94,7 +94,7 @@ def turn(work, device, trim):
 
 
 def serve(pipe, item, way, options, threads):
-    """The process of one contestant: it receives `trim`, does its turn and sends what `turn` gives."""
+    """The process of one contestant: receives `trim`, does a turn and sends what `turn` gives."""
     keep_freed_memory()  # as train.py does
     torch.set_num_threads(threads)
     prepare = getattr(contestants, item)
@@ -244,7 +244,7 @@ NO_EVALUATION = ["--eval-every", 10 ** 6, "--eval-bank", 64, "--eval-queries", 8
 
 
 def bench_step(options):
-    """Decoupled against joint prototypes: whole steps with 12 crops, with the mixture from step 0."""
+    """Decoupled against joint prototypes: whole steps with 12 crops, the mixture from step 0 on."""
     flags = ["--device", options.device, "--local-crops", 10, "--num-prototypes", options.K,
              "--partition-size", options.P, "--bottleneck-dim", options.D,
              "--batch-size", options.batch, "--steps", options.steps, "--gmm-start", 0,
@@ -304,9 +304,10 @@ def bench_ranks(options):
         for name, launch in launches.items():
             other_rows, other_means = train(*flags, *head, **launch)
             losses = [(float(a["loss"]), float(b["loss"])) for a, b in zip(rows, other_rows)]
-            verdict(f"{name}, largest difference of a loss", max(abs(a - b) for a, b in losses), 1e-6)
-            difference = (other_means - means).abs().max() / means.abs().max()
-            verdict(f"{name}, largest difference of a mean, relative", float(difference), 1e-6)
+            of_losses = max(abs(a - b) for a, b in losses)
+            verdict(f"{name}, largest difference of a loss", of_losses, 1e-6)
+            of_means = float((other_means - means).abs().max() / means.abs().max())
+            verdict(f"{name}, largest difference of a mean, relative", of_means, 1e-6)
 
 
 # ---- command line ------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""Kill a run with SIGKILL at random moments, resume it each time, and compare it with a run that nothing disturbed.
+"""Kill a run at random moments, resume it each time, and compare it with a run nobody disturbed.
 
-    python chaos.py                 50 kills, about 3 minutes on one core
-    python chaos.py --kills 500
+    python -m lab.chaos                 50 kills, about 3 minutes on one core
+    python -m lab.chaos --kills 500
 
-The run saves after every step, so that many kills fall into the writing of a checkpoint. Each attempt is a fork of this
-process, which has imported torch already: it lives from a few hundredths of a second to --longest seconds. A run that
-reaches its end before all kills are done is compared too, and the next begins in a new folder.
+Start it in the folder of train.py. The run saves after every step, so that many kills (SIGKILL,
+which no process can refuse) fall into the writing of a checkpoint. Each attempt is a fork of this
+process, which has imported torch already, and lives from 0.02 to --longest seconds. A run that
+reaches its end before all kills are done is compared too, and the next one begins in a new folder.
 """
 import argparse
 import contextlib
@@ -18,123 +19,203 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 
 import torch
 from torchvision.utils import save_image
 
 import train
 
-TIMES = ("images_per_s", "data_share", "memory_mb")  # columns of log.csv that are not a function of the flags
+SPEED = ("images_per_s", "data_share", "memory_mb")  # columns of log.csv that differ between runs
+FLAGS = ["--device", "cpu", "--batch-size", "8", "--num-prototypes", "32", "--partition-size", "8",
+         "--bottleneck-dim", "16", "--head-hidden", "32", "--local-crops", "1",
+         "--eval-bank", "40", "--eval-queries", "6", "--gmm-start", "5",
+         "--log-every", "7", "--eval-every", "25", "--save-every", "1"]
 
 
-def images(path, n=60):
-    """A folder of random images of two classes."""
+# ---- a run in a process of its own -------------------------------------------------------------
+def make_images(path, n=60):
+    """Fill the folder `path` with n random images of two classes."""
     for c in "ab":
         os.makedirs(os.path.join(path, c))
         for i in range(n // 2):
-            x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1000 * ord(c) + i))
+            generator = torch.Generator().manual_seed(1000 * ord(c) + i)
+            x = torch.rand(3, 32, 32, generator=generator)  # (3, 32, 32)
             save_image(x, os.path.join(path, c, f"{i}.png"))
-    return path
 
 
-def attempt(flags, out, log):
-    """Start a process that goes on with the run in folder `out`; returns its id."""
+def start(flags, out, output):
+    """Fork a process that goes on with the run in the folder `out`; returns its id.
+
+    output: the file that what it prints is appended to.
+    """
+    sys.stdout.flush()
     pid = os.fork()
     if pid:
         return pid
     code = 1
-    with open(log, "a") as f:
+    with open(output, "a") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
         try:
             train.main([*flags, "--out", out, "--resume"])
             code = 0
-        except SystemExit as e:
-            code = e.code
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)
+            os._exit(code)  # this process must not go on with what its parent does
 
 
-def step_of(out):
-    """Step of the newest checkpoint, 0 without one."""
+def end_of(path):
+    """The last 2,000 characters of a text file."""
+    with open(path) as f:
+        return f.read()[-2000:]
+
+
+# ---- comparing two runs ------------------------------------------------------------------------
+def saved_step(out):
+    """The step of the newest checkpoint in a folder, 0 without one."""
     for name in ("ckpt.pt", "ckpt.prev.pt"):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # not there, or cut short
             return torch.load(os.path.join(out, name), weights_only=True)["step"]
     return 0
 
 
-def flat(x, name=""):
+def unfinished_checkpoint(out):
+    """When the unfinished checkpoint in a folder was last written to, in ns; None without one."""
+    path = os.path.join(out, "ckpt.pt.tmp")
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+
+
+def leaves(x, name=""):
     """{path: tensor or value} of a nested checkpoint."""
-    if isinstance(x, (dict, list, tuple)):
-        pairs = x.items() if isinstance(x, dict) else enumerate(x)
-        return {k: v for key, part in pairs for k, v in flat(part, f"{name}/{key}").items()}
-    return {name: x}
+    if isinstance(x, dict):
+        parts = x.items()
+    elif isinstance(x, (list, tuple)):
+        parts = enumerate(x)
+    else:
+        return {name: x}
+    result = {}
+    for key, part in parts:
+        result |= leaves(part, f"{name}/{key}")
+    return result
+
+
+def same(x, y):
+    """Whether two leaves are equal to the last bit."""
+    if torch.is_tensor(x) and torch.is_tensor(y):
+        return torch.equal(x, y)
+    return type(x) is type(y) and x == y
 
 
 def differences(a, b):
-    """What is not the same to the bit in the runs in two folders: paths in the checkpoint, rows of the log."""
-    one, two = (flat({k: v for k, v in torch.load(os.path.join(out, "ckpt.pt"), weights_only=True).items()
-                      if k != "args"}) for out in (a, b))
-    found = [k for k in one.keys() | two.keys() if k not in one or k not in two or not (
-        torch.equal(one[k], two[k]) if torch.is_tensor(one[k]) else one[k] == two[k])]
-    logs = []
+    """What differs between the runs in the folders a and b: paths in the checkpoint, or log.csv."""
+    checkpoints, logs = [], []
     for out in (a, b):
+        ckpt = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
+        del ckpt["args"]  # the folder is one of them
+        checkpoints.append(leaves(ckpt))
         with open(os.path.join(out, "log.csv"), newline="") as f:
-            logs.append([{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(f)])
-    return found + ["log.csv"] * (logs[0] != logs[1])
+            rows = list(csv.DictReader(f))
+        logs.append([{k: v for k, v in row.items() if k not in SPEED} for row in rows])
+    x, y = checkpoints
+    different = [path for path in sorted(x.keys() | y.keys())
+                 if path not in x or path not in y or not same(x[path], y[path])]
+    if logs[0] != logs[1]:
+        different.append("log.csv")
+    return different
+
+
+# ---- the experiment ----------------------------------------------------------------------------
+class Counts:
+    """What happened so far."""
+
+    def __init__(self):
+        self.kills = 0
+        self.while_writing = 0  # kills that left an unfinished checkpoint behind
+        self.before_checkpoint = 0  # kills before the first checkpoint was there
+        self.finished = 0  # runs that reached their end
+        self.failures = []  # sentences; none if all is well
+        self.failed_resumes = 0
+
+
+def disturb(args, flags, base, undisturbed):
+    """Kill args.kills times, and let the last run reach its end. base: a folder for the runs;
+    undisturbed: the folder of the run to compare with. -> Counts"""
+    counts, moments = Counts(), random.Random(args.seed)
+    out, output = os.path.join(base, "run0"), os.path.join(base, "output")
+    finished = False
+    while not finished or counts.kills < args.kills:
+        before, unfinished_before = saved_step(out), unfinished_checkpoint(out)
+        pid = start(flags, out, output)
+        if counts.kills < args.kills:
+            time.sleep(moments.uniform(0.02, args.longest))
+            # in vain if the process has ended; until waitpid its id belongs to nobody else
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        finished = not os.WIFSIGNALED(status)
+        if finished and os.WEXITSTATUS(status):
+            counts.failed_resumes += 1
+            counts.failures.append(f"after kill {counts.kills} the run ended with exit code "
+                                   f"{os.WEXITSTATUS(status)}:\n{end_of(output)}")
+            break
+        if finished:
+            counts.failures += [f"run {counts.finished} differs in {name}"
+                                for name in differences(undisturbed, out)]
+            counts.finished += 1
+            out = os.path.join(base, f"run{counts.finished}")
+            continue
+        after = saved_step(out)
+        counts.kills += 1
+        counts.before_checkpoint += after == 0
+        counts.while_writing += unfinished_checkpoint(out) not in (None, unfinished_before)
+        print(f"kill {counts.kills}: step {before} -> {after}", flush=True)
+        if after < before:
+            counts.failures.append(f"kill {counts.kills} lost step {before}")
+    return counts
+
+
+def parser():
+    p = argparse.ArgumentParser("python -m lab.chaos", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--kills", type=int, default=50, help="how often; 50 by default")
+    p.add_argument("--steps", type=int, default=300, help="length of the run; 300 by default")
+    p.add_argument("--longest", type=float, default=2.0,
+                   help="seconds that an attempt lives at most; 2 by default")
+    p.add_argument("--seed", type=int, default=0, help="of the moments; 0 by default")
+    return p
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser("chaos.py", description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--kills", type=int, default=50, help="how often")
-    p.add_argument("--steps", type=int, default=300, help="length of the run")
-    p.add_argument("--longest", type=float, default=2.0, help="seconds that an attempt lives at most")
-    p.add_argument("--seed", type=int, default=0, help="of the moments")
-    args = p.parse_args(argv)
+    """Exit code 0 if every run went on and equals the undisturbed one, 1 if not."""
+    args = parser().parse_args(argv)
     torch.set_num_threads(1)  # before the forks: a fork has none of its parent's threads
-    rng, begun = random.Random(args.seed), time.perf_counter()
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as base:
-        flags = ["--data", images(os.path.join(base, "images")), "--steps", str(args.steps), "--device", "cpu",
-                 "--batch-size", "8", "--num-prototypes", "32", "--partition-size", "8", "--bottleneck-dim", "16",
-                 "--head-hidden", "32", "--local-crops", "1", "--eval-bank", "40", "--eval-queries", "6",
-                 "--gmm-start", "5", "--log-every", "7", "--eval-every", "25", "--save-every", "1"]
-        log, whole = os.path.join(base, "output"), os.path.join(base, "whole")
-        if os.waitpid(attempt(flags, whole, log), 0)[1]:
-            raise SystemExit(f"chaos.py: the undisturbed run failed:\n{open(log).read()[-2000:]}")
-        kills = early = writing = runs = 0
-        wrong, out, ended = [], os.path.join(base, "run0"), False
-        while not (ended and kills >= args.kills):
-            before, pid = step_of(out), attempt(flags, out, log)
-            if kills < args.kills:
-                time.sleep(rng.uniform(0.02, args.longest))
-                os.kill(pid, signal.SIGKILL)  # in vain if it has ended; its id is kept until waitpid
-            status = os.waitpid(pid, 0)[1]
-            ended = not os.WIFSIGNALED(status)
-            if ended and os.WEXITSTATUS(status):
-                wrong.append(f"after kill {kills}, code {os.WEXITSTATUS(status)}:\n{open(log).read()[-1000:]}")
-                break
-            if ended:
-                wrong += differences(whole, out)
-                runs += 1
-                out = os.path.join(base, f"run{runs}")
-                continue
-            kills, after = kills + 1, step_of(out)
-            early += after == 0
-            writing += os.path.exists(os.path.join(out, "ckpt.pt.tmp"))
-            print(f"kill {kills}: step {before} -> {after}", flush=True)
-            wrong += [f"kill {kills} lost step {before}"] * (after < before)
-    went_on = kills - any("code" in text for text in wrong)
-    print(f"{went_on} of {kills} kills resumed ({writing} fell into the writing of a checkpoint, {early} before the "
-          f"first); {runs} runs of {args.steps} steps reached their end, {len(wrong)} differences from the undisturbed "
-          f"run in weights, optimiser, mixture and log (to the bit). {datetime.date.today()}, "
-          f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-          f"{time.perf_counter() - begun:.0f} s")
-    for text in wrong[:5]:
+        images, undisturbed, output = (os.path.join(base, name)
+                                       for name in ("images", "undisturbed", "output"))
+        make_images(images)
+        flags = ["--data", images, "--steps", str(args.steps), *FLAGS]
+        _, status = os.waitpid(start(flags, undisturbed, output), 0)
+        if status:
+            print(f"lab.chaos: the undisturbed run failed:\n{end_of(output)}", file=sys.stderr)
+            raise SystemExit(1)
+        counts = disturb(args, flags, base, undisturbed)
+    resumed = counts.kills - counts.failed_resumes
+    print(f"{resumed} of {counts.kills} kills resumed ({counts.while_writing} fell into the "
+          f"writing of a checkpoint, {counts.before_checkpoint} before the first); "
+          f"{counts.finished} runs of {args.steps} steps reached their end; "
+          f"{len(counts.failures)} failures (lost steps, "
+          "and differences to the bit from the undisturbed run in weights, optimiser, mixture and "
+          f"log). {datetime.date.today()}, {platform.processor() or platform.machine()}, "
+          f"{os.cpu_count()} cores, torch {torch.__version__}, {time.perf_counter() - begin:.0f} s")
+    for text in counts.failures[:5]:
         print(text, file=sys.stderr)
-    raise SystemExit(bool(wrong))
+    raise SystemExit(bool(counts.failures))
 
 
 if __name__ == "__main__":

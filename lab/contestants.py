@@ -1,4 +1,4 @@
-"""What bench.py compares: each item is one piece of work, and each contestant does it in its own way.
+"""What bench.py compares: an item is one piece of work, and each contestant does it in its own way.
 
     ours       as this project does it at that size
     streaming  the fast mixture with a part of the vectors in memory at a time
@@ -6,8 +6,8 @@
     plain      the equations as printed, or the usual code for that work
     floor      the matrix products alone, which everybody needs
 
-ITEM(way, sizes) prepares one contestant and returns a function that does the work once. `sizes` is a
-namespace with the sizes and the device, see SIZES in bench.py. All contestants of an item but the
+ITEM(way, sizes) prepares one contestant and returns a function that does the work once. `sizes` is
+a namespace with the sizes and the device, see SIZES in bench.py. All contestants of an item but the
 floor return the same tensors, which tests/test_bench.py compares.
 """
 import time
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 import collapse
 import data as image_sets
 import eval_knn
-import fast.knn  # noqa: F401  eval_knn.py and collapse.py import these two when they need them;
+import fast.knn  # noqa: F401  loaded now, so that no turn is charged for it; see eval_knn.py
 import fast.losses
-import fast.unique  # noqa: F401  imported here, they are not measured as memory of a turn
+import fast.unique  # noqa: F401  the same, see collapse.py
 import heads
 import losses
 import models
@@ -104,8 +104,11 @@ class PrintedGMM:
 
 # ---- the losses --------------------------------------------------------------------------------
 def prototype_sets(sizes):
-    """(student's, teacher's) set of K prototypes. sizes.joint: they are trained, and the teacher has
-    a copy that lags behind; else they are one set without a gradient, as the mixture's means are."""
+    """(student's set, teacher's set) of K prototypes.
+
+    sizes.joint: they are trained, and the teacher has a copy that lags behind. Otherwise it is one
+    set without a gradient, as the mixture's means are.
+    """
     if not sizes.joint:
         protos = heads.Frozen(sizes.K, sizes.D).to(sizes.device)
         return protos, protos

@@ -15,6 +15,7 @@ A checkpoint holds tensors and plain values alone: torch.load(weights_only=True)
 Randomness is a function of (seed, step or sample, process), so a run goes on from its step and
 nothing else has to be restored.
 """
+import importlib
 import os
 import re
 
@@ -163,19 +164,15 @@ def load_part(path, name, part, state):
     shared = [k for k in here if k in state and torch.is_tensor(here[k])]
     shapes = [k for k in shared if here[k].shape != state[k].shape]
     if missing or unexpected or shapes:
-        raise ValueError(f"--resume: {path}: {name} does not fit; missing: {shorten(missing)}; "
-                         f"unexpected: {shorten(unexpected)}; of another shape: {shorten(shapes)}")
+        raise ValueError(f"--resume: {path}: {name} does not fit; "
+                         f"missing: {checkpoints.listing(missing)}; "
+                         f"unexpected: {checkpoints.listing(unexpected)}; "
+                         f"of another shape: {checkpoints.listing(shapes)}")
     try:
         part.load_state_dict(state)
     except (ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--resume: {path}: {name} does not fit ({reason})") from error
-
-
-def shorten(names, most=5):
-    """"a, b, c" and how many more; "none"."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more or "none"
 
 
 # ---- networks ----------------------------------------------------------------------------------
@@ -193,11 +190,17 @@ def load_run(path):
     """(net, prototypes, loss, args dict) of the teacher in a run folder or its ckpt.pt.
 
     net([x]) -> h (N, D) in evaluation mode; prototypes.assign(h, tau=loss.tau,
-    centre=loss.centre_over_tau()) -> (N, K). ValueError if it is no checkpoint of a run of ours.
+    centre=loss.centre_over_tau()) -> (N, K). A script of zoo/ that saves other networks defines a
+    function `load_run` of its own. ValueError if it is no checkpoint of a run of ours.
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        script = ckpt["args"].get("script", "train.py")
+        if re.fullmatch(r"zoo/\w+\.py", script):
+            module = importlib.import_module(script[:-3].replace("/", "."))
+            if hasattr(module, "load_run"):
+                return module.load_run(path)
         args = config.completed(ckpt["args"])
         net, protos, loss = network(args), heads.prototypes(args), losses.loss(args)
         net.load_state_dict(ckpt["teacher"])

@@ -1,117 +1,233 @@
-"""ablate.py: commands that train.py takes, files that are not done twice, means and deviations by hand."""
+"""lab/ablate.py: commands that the scripts take, runs that are not done twice, and means and
+deviations by hand."""
+import glob
+import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from torchvision.utils import save_image
 
-from lab import ablate
 import config
+from lab import ablate
 
-TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "4", "--num-prototypes", "16", "--partition-size", "8", "--bottleneck-dim", "8",
-        "--head-hidden", "16", "--local-crops", "1", "--eval-bank", "16", "--eval-queries", "8", "--eval-every", "2"]
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "4", "--num-prototypes", "16",
+        "--partition-size", "8", "--bottleneck-dim", "8", "--head-hidden", "16",
+        "--local-crops", "1", "--eval-bank", "16", "--eval-queries", "8", "--eval-every", "2"]
+FROZEN = ("a test", [("one", "--prototypes frozen")])
+MEASURED = ("knn", "used", "perplexity", "unique_0.5", "raw_knn", "untrained_knn")
 
 
+# ---- commands ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ablate.TABLES)
 def test_every_row_of_every_table_is_a_command_of_train(name, capsys):
     ablate.main([name, "--dry-run", "--seeds", "0", "7", "--results", "nowhere"])
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 2 * len(ablate.TABLES[name][1]) and len(set(lines)) == len(lines)
-    for line in lines:
-        assert line.startswith("python train.py ")
-    parsed = [config.parse([*flags, "--device", "cpu"]) for _, _, flags in ablate.runs(name, [0], [])]
-    assert len({tuple(sorted((k, str(v)) for k, v in vars(a).items() if k != "out")) for a in parsed}) == len(parsed)  # rows differ
-    assert any(a.prototypes == "frozen" for a in parsed)  # no table without the control
+    assert len(lines) == 2 * len(ablate.TABLES[name][1])
+    assert len(set(lines)) == len(lines)
+    assert all(line.startswith(("python train.py ", "python -m zoo.")) for line in lines)
+
+    seen, frozen = set(), False
+    runs = [run for run in ablate.runs(name, [0], []) if run.script == "train.py"]
+    for run in runs:
+        args = vars(config.parse([*run.flags, "--device", "cpu"]))
+        frozen |= args["prototypes"] == "frozen"
+        args.pop("out")
+        seen.add(json.dumps(args, sort_keys=True))
+    assert len(seen) == len(runs)  # no two rows are the same run
+    assert frozen  # no table without the control
+
+
+def test_a_row_can_name_a_script_of_the_zoo(monkeypatch, capsys):
+    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [
+        ("one", "--lr 1"), ("two", "zoo/some_script.py --lr 2"), ("three", "zoo/plain.py")]))
+    one, two, three = ablate.runs("main", [5], ["--steps", "9"])
+    assert (one.script, one.flags) == ("train.py", "--lr 1 --steps 9 --seed 5".split())
+    assert (two.script, two.flags) == ("zoo/some_script.py", "--lr 2 --steps 9 --seed 5".split())
+    assert (three.script, three.flags) == ("zoo/plain.py", "--steps 9 --seed 5".split())
+    ablate.main(["main", "--dry-run", "--seeds", "5", "--results", "nowhere"])
+    assert capsys.readouterr().out.splitlines() == [
+        "python train.py --lr 1 --seed 5 --out runs/main/one-s5",
+        "python -m zoo.some_script --lr 2 --seed 5 --out runs/main/two-s5",
+        "python -m zoo.plain --seed 5 --out runs/main/three-s5"]
+
+
+# ---- runs --------------------------------------------------------------------------------------
+def make_images(folder):
+    """8 images of each of two classes, in a training and a test split."""
+    for split in ("train", "val"):
+        for c in "ab":
+            os.makedirs(folder / split / c)
+            for i in range(8):
+                x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i))
+                save_image(x, folder / split / c / f"{i}.png")
+    return str(folder)
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch):
-    """A table of one row on 24 images in a folder; returns what calls it."""
-    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [("one", "--prototypes frozen")]))
-    for split in ("train", "val"):
-        for c in "ab":
-            os.makedirs(tmp_path / "set" / split / c)
-            for i in range(8):
-                save_image(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)), tmp_path / "set" / split / c / f"{i}.png")
-    return lambda *more, extra=(): ablate.main(["main", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), *more,
-                                                "--", *TINY, "--data", str(tmp_path / "set"), *extra])
+def ablate_main(tmp_path, monkeypatch):
+    """Runs the table "main", which has one row here, with --seeds and more flags for train.py."""
+    monkeypatch.setitem(ablate.TABLES, "main", FROZEN)
+    folder = make_images(tmp_path / "set")
+
+    def call(*seeds, extra=()):
+        return ablate.main(["main", "--runs", str(tmp_path / "runs"),
+                            "--results", str(tmp_path / "results"), "--seeds", *seeds,
+                            "--", *TINY, "--data", folder, *extra])
+    return call
 
 
-def test_a_table_is_run_once_goes_on_and_shows(table, tmp_path, capfd, monkeypatch):
-    results = table("--seeds", "0")
-    assert len(results) == 1 and results[0]["steps"] == "4" and results[0]["drift"] == "0" and results[0]["torch"] == torch.__version__
+def test_a_table_is_run_once_and_shown(ablate_main, tmp_path, capfd, monkeypatch):
+    results = ablate_main("0")
+    assert len(results) == 1
+    assert (results[0]["steps"], results[0]["drift"]) == ("4", "0")
+    assert results[0]["torch"] == torch.__version__
+    assert results[0]["command"].startswith("train.py --prototypes frozen --device cpu ")
     text = capfd.readouterr().out
-    assert "| one | 1 |" in text and "step 4/4" in text and os.path.exists(tmp_path / "results" / "main.csv")
+    assert "| one | 1 |" in text and "step 4/4" in text
 
-    real, calls = ablate.subprocess.run, []
+    real, calls = subprocess.run, []
     monkeypatch.setattr(ablate.subprocess, "run", lambda *a, **k: calls.append(a) or real(*a, **k))
-    assert len(table("--seeds", "0")) == 1 and not calls  # what stands in the file is not repeated
-    assert len(table("--seeds", "0", "1")) == 2 and len(calls) == 1
+    assert len(ablate_main("0")) == 1 and not calls  # what stands in the file is not repeated
+    assert len(ablate_main("0", "1")) == 2 and len(calls) == 1
     assert "| one | 2 |" in capfd.readouterr().out
 
-    # a folder with other flags than its command has is refused: its row would name what did not run
+    # a folder whose run has other flags than the command is refused
     monkeypatch.setitem(ablate.TABLES, "main", ("a test", [("one", "--prototypes joint")]))
-    os.rename(tmp_path / "results" / "main.csv", tmp_path / "kept.csv")
-    with pytest.raises(SystemExit):
-        table("--seeds", "0")
-    assert "holds a run with other flags (--prototypes frozen -> joint); move it away" in capfd.readouterr().err
-    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [("one", "--prototypes frozen")]))
-    os.rename(tmp_path / "kept.csv", tmp_path / "results" / "main.csv")
-
-    # a run that was stopped in the middle goes on: the file lost its row, the folder has a checkpoint of step 2
-    stopped = next(p for p in (tmp_path / "runs" / "main").iterdir() if p.name.endswith("s0"))
-    before = ablate.read(tmp_path / "results" / "main.csv")[0]
     os.remove(tmp_path / "results" / "main.csv")
-    for f in stopped.iterdir():
-        os.remove(f)
-    assert real([ablate.sys.executable, "train.py", "--prototypes", "frozen", *TINY, "--data", str(tmp_path / "set"), "--seed", "0", "--out",
-                 str(stopped), "--stop-at", "2"], cwd=HERE).returncode == 0
-    after = table("--seeds", "0")[0]
+    with pytest.raises(SystemExit):
+        ablate_main("0")
+    assert ("holds a run with other flags (--prototypes frozen -> joint); move it away"
+            in capfd.readouterr().err)
+
+
+def test_a_run_that_was_stopped_goes_on(ablate_main, tmp_path, capfd):
+    whole = ablate_main("0")[0]
+    out, = (tmp_path / "runs" / "main").iterdir()
+    os.remove(tmp_path / "results" / "main.csv")
+    shutil.rmtree(out)
+    command = [sys.executable, "train.py", "--prototypes", "frozen", *TINY,
+               "--data", str(tmp_path / "set"), "--seed", "0", "--out", str(out)]
+    subprocess.run([*command, "--stop-at", "2"], cwd=ROOT, check=True)
+    resumed = ablate_main("0")[0]
     assert "at step 2" in capfd.readouterr().out
-    assert {k: after[k] for k in ("knn", "used", "perplexity", "unique_0.5", "raw_knn", "untrained_knn")} == \
-           {k: before[k] for k in ("knn", "used", "perplexity", "unique_0.5", "raw_knn", "untrained_knn")}
+    for column in MEASURED:
+        assert resumed[column] == whole[column], column
 
 
+def test_a_run_that_fails_is_named(ablate_main, capfd):
+    with pytest.raises(SystemExit) as stop:
+        ablate_main("0", extra=("--lr", "-1"))
+    assert stop.value.code == 2
+    assert ("lab.ablate: one, seed 0: train.py ended with exit code 2; run the same command again"
+            in capfd.readouterr().err)
+
+
+def ablate_in(tree, table, folder, *flags):
+    """`python -m lab.ablate main` in a copy of the project whose table "main" is `table`."""
+    code = ("import sys; from lab import ablate; "
+            f"ablate.TABLES['main'] = ('a test', {table!r}); ablate.main(sys.argv[1:])")
+    command = [sys.executable, "-c", code, "main", "--seeds", "0", *flags, "--", *TINY,
+               "--data", folder]
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True)
+
+
+def test_a_script_of_the_zoo_is_run_beside_train(tmp_path):
+    """The script is a copy of train.py, so both rows must come out the same."""
+    tree = tmp_path / "tree"
+    leave_out = shutil.ignore_patterns(".*", "__pycache__", "results", "runs", "assets", "tests")
+    shutil.copytree(ROOT, tree, ignore=leave_out)
+    shutil.copy(tree / "train.py", tree / "zoo" / "copied.py")
+    folder = make_images(tmp_path / "set")
+    table = [("one", "--prototypes frozen"), ("two", "zoo/copied.py --prototypes frozen")]
+    done = ablate_in(tree, table, folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ablate.read(tree / "results" / "main.csv")
+    assert [one[column] for column in MEASURED] == [two[column] for column in MEASURED]
+    assert one["command"].startswith("train.py --prototypes frozen ")
+    assert two["command"].startswith("zoo/copied.py --prototypes frozen ")
+    scripts = {}
+    for path in glob.glob(str(tree / "runs" / "main" / "*" / "args.json")):
+        with open(path) as f:
+            row = os.path.basename(os.path.dirname(path)).split("-")[0]
+            scripts[row] = json.load(f)["script"]
+    assert scripts == {"one": "train.py", "two": "zoo/copied.py"}
+
+    # a folder that holds a run of another script is refused; the flags are the same
+    os.remove(tree / "results" / "main.csv")
+    done = ablate_in(tree, [("one", "zoo/copied.py --prototypes frozen")], folder)
+    assert done.returncode == 2
+    assert "holds a run of train.py, not of zoo/copied.py; move it away" in done.stderr
+    # and so are other flags of the same script
+    done = ablate_in(tree, [("two", "zoo/copied.py --prototypes joint")], folder)
+    assert done.returncode == 2
+    assert "holds a run with other flags (--prototypes frozen -> joint); move it" in done.stderr
+
+
+# ---- the printed table -------------------------------------------------------------------------
 def result(row, seed, knn, block=""):
-    return dict.fromkeys(ablate.FIELDS, "0.5") | {"row": row, "seed": str(seed), "knn": str(knn), "block": block, "raw_knn": "40",
-                                                  "untrained_knn": "30", "steps": "10", "hardware": "a machine", "torch": "2", "date": "d"}
+    return dict.fromkeys(ablate.FIELDS, "0.5") | {
+        "row": row, "seed": str(seed), "knn": str(knn), "block": block, "raw_knn": "40",
+        "untrained_knn": "30", "steps": "10", "hardware": "a machine", "torch": "2", "date": "d"}
 
 
 def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
     first, second = (row for row, _ in ablate.TABLES["A2"][1][:2])
     file = str(tmp_path / "A2.csv")
-    for r in (result(second, 0, 60), result(first, 0, 50), result(first, 1, 54), result(first, 2, 55), result(first, 0, 20, "--steps 3")):
+    for r in (result(second, 0, 60), result(first, 0, 50), result(first, 1, 54),
+              result(first, 2, 55), result(first, 0, 20, "--steps 3")):
         ablate.add(file, r)
     text = ablate.table("A2", ablate.read(file))
-    assert f"| {first} | 3 | 53.0 ± 2.6 | 0.500 ± 0.000 |" in text and f"| {second} | 1 | 60.0 | 0.500 |" in text
-    assert text.index(first) < text.index(second) and f"| {first} | 1 | 20.0 |" in text and "`python ablate.py A2 -- --steps 3`" in text
+    # mean of 50, 54, 55 is 53; deviations -3, 1, 2: sqrt((9 + 1 + 4) / 2) = 2.65
+    assert f"| {first} | 3 | 53.0 ± 2.6 | 0.500 ± 0.000 |" in text
+    assert f"| {second} | 1 | 60.0 | 0.500 |" in text
+    assert f"| {first} | 1 | 20.0 |" in text
+    assert text.index(first) < text.index(second)  # the order of the table, not of the file
+    assert text.startswith("`python -m lab.ablate A2`: Table A.2")
+    assert "`python -m lab.ablate A2 -- --steps 3`: Table A.2" in text
     assert len(ablate.main(["A2", "--show", "--results", str(tmp_path)])) == 5
     assert (tmp_path / "A2.png").stat().st_size > 1000 or not pytest.importorskip("matplotlib")
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["main", "--show", "--results", "nowhere"], "nowhere/main.csv holds no results yet"), (["main", "--", "--seed", "3"], "--seeds"),
-    (["A1", "--rows", "nope"], "--rows 'nope' is not a row of A1; there are: no responsibility forgetting")])
+    (["main", "--show", "--results", "nowhere"], "nowhere/main.csv holds no results yet"),
+    (["main", "--", "--seed", "3"], "use --seeds"),
+    (["A1", "--rows", "nope"],
+     "--rows 'nope' is not a row of A1; there are: no responsibility forgetting")])
 def test_bad_input_is_one_sentence_and_exit_code_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         ablate.main(argv)
-    assert stop.value.code == 2 and words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_run_that_fails_is_named(table, capfd):
-    with pytest.raises(SystemExit):
-        table("--seeds", "0", extra=("--lr", "-1"))
-    assert "one, seed 0: train.py ended with exit code 2" in capfd.readouterr().err
+# ---- the tables that the project shows ---------------------------------------------------------
+@pytest.fixture(scope="module")
+def pages():
+    """The text of README.md and of all pages in docs/."""
+    paths = [os.path.join(ROOT, "README.md"), *glob.glob(os.path.join(ROOT, "docs", "*.md"))]
+    text = ""
+    for path in paths:
+        with open(path) as f:
+            text += f.read() + "\n"
+    return text
 
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-KEPT = [n[:-4] for n in sorted(os.listdir(os.path.join(HERE, "results"))) if n.endswith(".csv")] if os.path.isdir(os.path.join(HERE, "results")) else []
+FILES = glob.glob(os.path.join(ROOT, "results", "*.csv"))
+KEPT = sorted(os.path.basename(file).removesuffix(".csv") for file in FILES)
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_every_kept_table_stands_in_the_readme_as_it_is_printed(name):
-    """No number of a table is typed by hand; and every row of the file is one that its command makes."""
-    text, results = open(os.path.join(HERE, "README.md")).read(), ablate.read(os.path.join(HERE, "results", f"{name}.csv"))
+def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
+    """No number of a table is typed by hand, and every table has its control."""
+    results = ablate.read(os.path.join(ROOT, "results", f"{name}.csv"))
+    lines_of_pages = set(pages.splitlines())
     for line in ablate.table(name, results).splitlines():
-        assert line in text, line
-    assert any("frozen" in r["row"] for r in results) and all(r["command"].startswith("train.py ") and r["date"] and r["torch"] for r in results)
+        assert line in lines_of_pages, line
+    assert any("frozen" in r["row"] for r in results)
+    for r in results:
+        assert r["command"].startswith(("train.py ", "zoo/")) and r["date"] and r["torch"]

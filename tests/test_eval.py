@@ -170,7 +170,7 @@ def test_accuracy_needs_test_labels():
         knn_accuracy(train_x, train_y, test_x, test_y, ks=(0, 5))
 
 
-@pytest.mark.parametrize("chunk", [1, 50, 256])
+@pytest.mark.parametrize("chunk", [1, 50, 512])
 def test_equal_similarities_go_to_the_smaller_bank_index(monkeypatch, chunk):
     monkeypatch.setattr(eval_knn, "CHUNK", chunk)
     train_x = torch.eye(4)[torch.arange(60) % 3]  # 20 copies each of three directions
@@ -195,7 +195,7 @@ def test_the_largest_are_those_of_a_stable_sort():
             assert place == wanted and value == [row[i] for i in wanted]
 
 
-@pytest.mark.parametrize("chunk", [5, 50, 256])
+@pytest.mark.parametrize("chunk", [5, 50, 512])
 def test_leave_one_out_by_index(monkeypatch, chunk):
     train_x, train_y, _, _ = sample(120, 1)
     train_x[100:] = train_x[:20]  # copies: they stay neighbours of each other

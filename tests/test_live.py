@@ -313,7 +313,7 @@ def test_names_in_checkpoints_stay():
 
 # ---- what it is for ----------------------------------------------------------------------------
 def test_stays_alive_where_the_mixture_of_the_paper_dies():
-    """Vectors of 40 groups that turn and grow, as a teacher's do; 128 components, 64 vectors a step."""
+    """Vectors of 40 groups turn and grow, as those of a teacher do; 128 components, N 64."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(40, 16, generator=generator)
     turn = torch.randn(16, 16, generator=generator)

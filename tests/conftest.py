@@ -1,0 +1,111 @@
+"""What the tests of whole runs share: a run small enough for a test, and readers of what it writes."""
+import csv
+import functools
+import os
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+import data
+from support import shapes
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
+TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "6", "--num-prototypes", "16",
+        "--partition-size", "8", "--bottleneck-dim", "8", "--head-hidden", "16",
+        "--local-crops", "1", "--eval-bank", "60", "--eval-queries", "40",
+        "--log-every", "2", "--eval-every", "6", "--gmm-start", "1"]
+SPEED = ("images_per_s", "data_share", "memory_mb")  # columns of log.csv that no two runs share
+
+
+# ---- images ------------------------------------------------------------------------------------
+@functools.lru_cache
+def small_sets():
+    """(100 training images, 50 test images) of the built-in set."""
+    x, y, classes = shapes.make(150, 5)
+    images = data.Images(x, y, classes, "shapes")
+    return data.subset(images, torch.arange(100)), data.subset(images, torch.arange(100, 150))
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """The built-in set has 150 images instead of 12,000: these tests learn nothing anyway."""
+    load = data.load
+
+    def load_small(name, **settings):
+        return small_sets() if name == "shapes" else load(name, **settings)
+    monkeypatch.setattr(data, "load", load_small)
+
+
+def make_folder(path, images=24, broken=0, size=32):
+    """A folder of random images of two classes, as many of them `broken` (cut short)."""
+    for c in "ab":
+        os.makedirs(path / c)
+        for i in range(images // 2):
+            generator = torch.Generator().manual_seed(ord(c) * 1000 + i)
+            x = torch.rand(3, size, size, generator=generator)  # (3, size, size)
+            save_image(x, path / c / f"{i}.png")
+    for i in range(broken):
+        with open(path / "ab"[i % 2] / f"{5 + i}.png", "r+b") as file:
+            file.truncate(30)
+    return str(path)
+
+
+# ---- runs --------------------------------------------------------------------------------------
+def train_tiny(out, *flags):
+    """train.main with the flags TINY, and those given, in the folder `out`."""
+    import train  # here, so that tests which train nothing do not load it
+    return train.main([*TINY, "--out", str(out), *map(str, flags)])
+
+
+def sentence_of_refusal(capsys, out, *flags):
+    """The sentence with which train.py refuses these flags, by exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        train_tiny(out, *flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ---- what a run wrote --------------------------------------------------------------------------
+def read_log(out):
+    """The rows of OUT/log.csv, {column: text}, without the columns SPEED."""
+    with open(out / "log.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    return [{column: text for column, text in row.items() if column not in SPEED} for row in table]
+
+
+def read_checkpoint(out, name="ckpt.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def leaves(tree, path=""):
+    """{path: value} of all tensors and numbers in nested dicts and lists."""
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        items = enumerate(tree)
+    else:
+        return {path: tree}
+    found = {}
+    for key, branch in items:
+        found |= leaves(branch, f"{path}/{key}")
+    return found
+
+
+def differences(a, b, *parts):
+    """Paths in the checkpoints a and b whose values are not the same to the bit; args aside.
+
+    parts: compare these keys of the checkpoints alone.
+    """
+    def chosen(checkpoint):
+        if parts:
+            checkpoint = {key: checkpoint[key] for key in parts}
+        return leaves({key: tree for key, tree in checkpoint.items() if key != "args"})
+
+    a, b = chosen(a), chosen(b)
+    assert a and a.keys() == b.keys()
+    return [path for path in a if not same_value(a[path], b[path])]
+
+
+def same_value(a, b):
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
