@@ -31,11 +31,6 @@ from tqdm import tqdm
 
 from support import shapes
 from views import LONG_TAIL, THREADS, generator
-# The tools for frozen features take what they need of views.py from here.
-from views import MEAN, STD, Recipe, batches, eval_batches, indices, seed_of
-
-__all__ = ["MEAN", "SETS", "STD", "Files", "Images", "Recipe", "batches", "eval_batches",
-           "indices", "load", "seed_of", "subset"]
 
 LAYOUTS = ("train/<class>/* with val/<class>/* or test/<class>/*, or <class>/*, "
            "or images without class folders")

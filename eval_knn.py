@@ -178,7 +178,7 @@ def winners(path, images, device="cpu"):
     path: a run folder or ckpt.pt of train.py; ValueError for anything else."""
     from tqdm import tqdm
 
-    from data import eval_batches
+    from views import eval_batches
     from support.checkpoint import load_run
     net, prototypes, loss, args = load_run(path)
     for part in (net, prototypes, loss):

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import SETS, Recipe, batches, indices
+from data import SETS
 from models import RESNETS
 from support import evaluation
 from support import groups
 from support import probes
 from support import transfer
 from support.features import POOLS, embed, width
+from views import Recipe, batches, indices
 
 VERSION = "linear-1"  # printed with every number; raise it when anything that changes a number does
 BATCH = 1024  # of sgd: 128 on each of 8 GPUs

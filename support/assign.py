@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-import data as datasets
+import views
 from support import checkpoint
 from support import groups
 from support import plots
+from support.evaluation import load_images
 
 
 def assign_images(path, data, usage):
@@ -27,16 +28,13 @@ def assign_images(path, data, usage):
     probability (N,) of the prototype that won, used and perplexity (shares of K) and entropy (mean
     over images of that of P, in nats). ValueError for what load_run or data.load refuses."""
     net, prototypes, loss, args = checkpoint.load_run(path)
-    imbalance = args.get("imbalance", 1) if data == args["data"] else 1
-    images, _ = datasets.load(data, root=args.get("data_root", "data"), seed=args.get("seed", 0),
-                              img_size=args["img_size"], imbalance=imbalance,
-                              imbalance_law=args.get("imbalance_law", "exp"))
+    images, _ = load_images(data, args)
     device = next(net.parameters()).device
     net.eval()  # no drop path, running statistics in batch norm
     features, winners, probabilities, entropies = [], [], [], []  # a tensor per batch in each
 
     def batches():
-        for x in datasets.eval_batches(images, args["img_size"], device=device):
+        for x in views.eval_batches(images, args["img_size"], device=device):
             h = net([x])  # (n, D)
             p = prototypes.assign(h, tau=loss.tau, centre=loss.centre_over_tau())  # (n, K)
             probability, k = p.max(1)  # (n,) each

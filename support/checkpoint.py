@@ -195,7 +195,7 @@ def load_run(path):
     """
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt = checkpoints.read(path)
         script = ckpt["args"].get("script", "train.py")
         if re.fullmatch(r"zoo/\w+\.py", script):
             module = importlib.import_module(script[:-3].replace("/", "."))
@@ -207,6 +207,8 @@ def load_run(path):
         protos.load_state_dict(ckpt["prototypes"]["teacher"] | read_mixture(ckpt))
         loss.load_state_dict(ckpt["loss"])
     except Exception as error:  # whatever a damaged or foreign file can raise
+        if isinstance(error, ValueError):
+            raise
         reason = type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of a run of ours ({reason})") from error
     return net.eval(), protos, loss, ckpt["args"]

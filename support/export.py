@@ -7,7 +7,7 @@ import torch
 import models
 from support import ddp
 from support.checkpoints import listing
-from support.features import load_backbone, sides
+from support.features import load_backbone, networks_in
 from support.files import write
 
 
@@ -48,7 +48,7 @@ def init(path, backbones):
     names what is missing, of another shape, or not used. ValueError if the file cannot be read
     safely or nothing in it fits.
     """
-    networks = sides(path)  # {rank: {name: tensor}}, the lowest rank is the teacher
+    networks = networks_in(path)  # {rank: {name: tensor}}, the lowest rank is the teacher
     ours = backbones[0].state_dict()
     theirs = {}
     for rank in sorted(networks, reverse=True):

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from data import Images, eval_batches
+from data import Images
 from models import ARCHS, build
 from support import checkpoints
 from support.files import write
-from views import THREADS
+from views import THREADS, eval_batches
 
 VERSION = "features-1"  # part of every cached file's name; raise it when the numbers in them change
 POOLS = ("cls", "mean", "cls+mean")
@@ -81,7 +81,7 @@ def embed(backbone, x, layers=1, pool="cls"):
 
 
 def uncropped(images, size, *, batch_size=512, device="cpu"):
-    """As data.eval_batches, but the shorter side becomes `size` itself and not 256/224 of it, so
+    """As views.eval_batches, but the shorter side becomes `size` itself and not 256/224 of it, so
     that less is cut off (Ericsson et al. 2021, for Table 4)."""
     def resized(i):
         if hasattr(images, "x"):
@@ -289,7 +289,7 @@ def small_stem(weights):
     return "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3
 
 
-def sides(path):
+def networks_in(path):
     """The networks in anybody's checkpoint: {rank in checkpoints.NETWORKS: {name: tensor}}, without
     wrappers and "backbone." in the names. ValueError where the file cannot be read."""
     networks = {}
@@ -326,7 +326,7 @@ def foreign(path, which, arch):
         raise ValueError(f"--arch {arch} is not one of {', '.join(ARCHS)}")
     is_vit = arch.startswith("vit")
     telling = "pos_embed" if is_vit else "conv1.weight"  # a tensor that only such a network has
-    networks = sides(path)
+    networks = networks_in(path)
     rank = next((rank for rank in COPIES[which] if telling in networks.get(rank, {})), None)
     if rank is None:
         names = [name for tensors in networks.values() for name in tensors]

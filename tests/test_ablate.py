@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,14 +97,6 @@ def test_a_table_is_run_once_and_shown(ablate_main, tmp_path, capfd, monkeypatch
     assert len(ablate_main("0", "1")) == 2 and len(calls) == 1
     assert "| one | 2 |" in capfd.readouterr().out
 
-    # a folder whose run has other flags than the command is refused
-    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [("one", "--prototypes joint")]))
-    os.remove(tmp_path / "results" / "main.csv")
-    with pytest.raises(SystemExit):
-        ablate_main("0")
-    assert ("holds a run with other flags (--prototypes frozen -> joint); move it away"
-            in capfd.readouterr().err)
-
 
 def test_a_run_that_was_stopped_goes_on(ablate_main, tmp_path, capfd):
     whole = ablate_main("0")[0]
@@ -127,15 +120,6 @@ def test_a_run_that_fails_is_named(ablate_main, capfd):
             in capfd.readouterr().err)
 
 
-def ablate_in(tree, table, folder, *flags):
-    """`python -m lab.ablate main` in a copy of the project whose table "main" is `table`."""
-    code = ("import sys; from lab import ablate; "
-            f"ablate.TABLES['main'] = ('a test', {table!r}); ablate.main(sys.argv[1:])")
-    command = [sys.executable, "-c", code, "main", "--seeds", "0", *flags, "--", *TINY,
-               "--data", folder]
-    return subprocess.run(command, cwd=tree, capture_output=True, text=True)
-
-
 def test_a_script_of_the_zoo_is_run_beside_train(tmp_path):
     """The script is a copy of train.py, so both rows must come out the same."""
     tree = tmp_path / "tree"
@@ -144,7 +128,10 @@ def test_a_script_of_the_zoo_is_run_beside_train(tmp_path):
     shutil.copy(tree / "train.py", tree / "zoo" / "copied.py")
     folder = make_images(tmp_path / "set")
     table = [("one", "--prototypes frozen"), ("two", "zoo/copied.py --prototypes frozen")]
-    done = ablate_in(tree, table, folder)
+    code = ("import sys; from lab import ablate; "
+            f"ablate.TABLES['main'] = ('a test', {table!r}); ablate.main(sys.argv[1:])")
+    command = [sys.executable, "-c", code, "main", "--seeds", "0", "--", *TINY, "--data", folder]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = ablate.read(tree / "results" / "main.csv")
     assert [one[column] for column in MEASURED] == [two[column] for column in MEASURED]
@@ -157,15 +144,41 @@ def test_a_script_of_the_zoo_is_run_beside_train(tmp_path):
             scripts[row] = json.load(f)["script"]
     assert scripts == {"one": "train.py", "two": "zoo/copied.py"}
 
-    # a folder that holds a run of another script is refused; the flags are the same
-    os.remove(tree / "results" / "main.csv")
-    done = ablate_in(tree, [("one", "zoo/copied.py --prototypes frozen")], folder)
-    assert done.returncode == 2
-    assert "holds a run of train.py, not of zoo/copied.py; move it away" in done.stderr
-    # and so are other flags of the same script
-    done = ablate_in(tree, [("two", "zoo/copied.py --prototypes joint")], folder)
-    assert done.returncode == 2
-    assert "holds a run with other flags (--prototypes frozen -> joint); move it" in done.stderr
+
+def refusal(out, script, *flags):
+    """The sentence with which a folder is refused for a run of this script, None if it is not."""
+    try:
+        ablate.refuse_another_run(ablate.Run("a row", 0, script, [*flags, "--device", "cpu"]), out)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch):
+    def parse(flags):  # of a script with a flag of its own
+        own, rest = flags[1], flags[2:]
+        args = config.parse(rest)
+        args.masked = float(own)
+        return args
+
+    monkeypatch.setitem(sys.modules, "zoo.copied", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "zoo.special", SimpleNamespace(parse=parse))
+    out = str(tmp_path)
+    assert refusal(out, "train.py") is None  # an empty folder
+    for script, more in ("train.py", {}), ("zoo/copied.py", {}), ("zoo/special.py", {"masked": 0.5}):
+        args = vars(config.parse(["--lr", "2", "--device", "cpu"])) | {"script": script} | more
+        with open(tmp_path / "args.json", "w") as f:
+            json.dump(args, f)
+        own = ["--masked", "0.5"] if more else []
+        assert refusal(out, script, *own, "--lr", "2") is None
+        changed = refusal(out, script, *own, "--lr", "3")
+        assert changed == f"{out} holds a run with other flags (--lr 2.0 -> 3.0); move it away"
+        other = "zoo/other.py"
+        assert refusal(out, other) == f"{out} holds a run of {script}, not of {other}; move it away"
+    assert "(--masked 0.5 -> 0.25)" in refusal(out, "zoo/special.py", "--masked", "0.25", "--lr", "2")
+    del args["script"]  # as train.py wrote it before zoo/ had scripts
+    with open(tmp_path / "args.json", "w") as f:
+        json.dump(args, f)
+    assert refusal(out, "train.py", "--lr", "2") is None
 
 
 # ---- the printed table -------------------------------------------------------------------------

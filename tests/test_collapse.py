@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import collapse
+import data
 from support import assign
 from support import plots
 from support import report
@@ -623,8 +624,8 @@ def test_with_images(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(assign.checkpoint, "load_run",
                         lambda path: (net, prototypes, loss, saved), raising=False)
-    monkeypatch.setattr(assign.datasets, "load", load)
-    monkeypatch.setattr(assign.datasets, "eval_batches",
+    monkeypatch.setattr(data, "load", load)
+    monkeypatch.setattr(assign.views, "eval_batches",
                         lambda images, size, device: torch.eye(8)[k].split(10))
     run = fake_run(tmp_path / "run", "joint", 1)
     files = ["--assign", str(tmp_path / "a.csv"), "--montage", str(tmp_path / "m.png")]

@@ -23,6 +23,7 @@ import data
 import eval_knn
 import models
 import train
+import views
 from eval_knn import knn_accuracy, knn_predict, knn_scores
 from support import evaluation
 from support import features
@@ -313,7 +314,7 @@ class Tiny(nn.Module):
 
 
 def in_memory(images, img_size, *, batch_size=512, device="cpu"):
-    """A stand-in for data.eval_batches on a float tensor."""
+    """A stand-in for views.eval_batches on a float tensor."""
     assert img_size == images.shape[-1]
     return iter(images.to(device).split(batch_size))
 
@@ -448,7 +449,7 @@ def test_the_networks_of_a_file_by_rank(tmp_path):
     a, b, c = torch.zeros(2), torch.ones(2), torch.ones(3)
     torch.save({"teacher": {"module.backbone.norm.weight": a, "module.head.last.weight": c},
                 "student": {"backbone.norm.weight": b}, "extra": {"x": c}}, tmp_path / "f.pt")
-    networks = features.sides(tmp_path / "f.pt")
+    networks = features.networks_in(tmp_path / "f.pt")
     assert {rank: list(tensors) for rank, tensors in networks.items()} == {
         0: ["norm.weight", "head.last.weight"], 2: ["norm.weight"], 3: ["extra.x"]}
     assert torch.equal(networks[0]["norm.weight"], a) and torch.equal(networks[2]["norm.weight"], b)
@@ -632,7 +633,7 @@ def test_command_line_takes_weights_of_others(tmp_path, capsys):
     a, b = (torch.load(tmp_path / f, weights_only=True)["test_x"] for f in ("a.pt", "b.pt"))
     assert not torch.allclose(a, b) and torch.allclose(a.norm(dim=1), torch.ones(6))
     _, test = data.load(str(tmp_path / "images"))
-    x = torch.cat(list(data.eval_batches(test, 32)))  # (6, 3, 32, 32)
+    x = torch.cat(list(views.eval_batches(test, 32)))  # (6, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(a, F.normalize(net.eval()(x)[0], dim=1))
     for flag in ("--patch-size 16", "--arch vit_huge"):

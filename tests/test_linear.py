@@ -19,6 +19,7 @@ from torchvision.transforms import InterpolationMode, v2
 import data
 import eval_linear
 import models
+import views
 from support import evaluation
 from support import features
 from support import probes
@@ -157,7 +158,7 @@ def test_a_head_of_the_grid_is_torchs_adamw(lr, wd):
     rate = torch.optim.lr_scheduler.LambdaLR(
         solver, lambda t: t / 4 if t < 4 else 0.5 * (1 + math.cos(math.pi * (t - 4) / 36)))
     for step in range(40):
-        rows = data.indices(200, 64, 0, step)
+        rows = views.indices(200, 64, 0, step)
         solver.zero_grad()
         F.cross_entropy(x[rows] @ W.T + b, y[rows]).backward()
         solver.step()
@@ -405,13 +406,13 @@ def test_ericsson_resizes_to_the_crop_itself(tmp_path, on_disk):
         for i in range(3):
             Image.fromarray(x[i].permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
         images = data.Files([str(tmp_path / f"{i}.png") for i in range(3)], None, [], "")
-    mean, std = (torch.tensor(values)[:, None, None] for values in (data.MEAN, data.STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (views.MEAN, views.STD))
     wanted = v2.functional.resize(x, [32], InterpolationMode.BICUBIC, antialias=True)
     wanted = (v2.functional.center_crop(wanted, [32, 32]) / 255 - mean) / std  # (3, 3, 32, 32)
     got = list(features.uncropped(images, 32, batch_size=2))
     assert [len(b) for b in got] == [2, 1]
     torch.testing.assert_close(torch.cat(got), wanted, atol=1e-5, rtol=0)
-    dino = torch.cat(list(data.eval_batches(images, 32)))  # which cuts more off
+    dino = torch.cat(list(views.eval_batches(images, 32)))  # which cuts more off
     assert (dino - wanted).abs().max() > 0.1
 
 
@@ -590,7 +591,7 @@ def test_timms_vit_small_in_dinos_format_gives_timms_features(tmp_path):
     images = data.Images(x, None, [], "")
     got = features.features(ours, images, 224, normalize=False)
     with torch.no_grad():
-        wanted = theirs(torch.cat(list(data.eval_batches(images, 224))))
+        wanted = theirs(torch.cat(list(views.eval_batches(images, 224))))
     assert (got - wanted).abs().max() < 1e-4 and wanted.std() > 0.1
 
 
@@ -745,7 +746,7 @@ def test_sgd_crops_anew_for_each_epoch(tmp_path, small, monkeypatch):
     monkeypatch.setattr(probes, "sgd", sgd)
     go(checkpoint(tmp_path / "run"), "--protocol", "sgd", "--epochs", "2", "--no-cache")
     assert [tuple(x.shape) for x in crops] == [(60, 3, 32, 32)] * 2
-    mean, std = (torch.tensor(values)[:, None, None] for values in (data.MEAN, data.STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (views.MEAN, views.STD))
     for x, y in zip(crops, labels):  # a crop of a picture still shows its class
         assert torch.equal((x * std + mean).mean((2, 3)).argmax(1), y)
     sums = [x.sum((1, 2, 3)).sort().values for x in crops]  # whatever the order of the images

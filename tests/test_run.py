@@ -1,6 +1,5 @@
-"""What a run survives: stops, kills, signals, full disks, damaged and foreign files, numbers that are not finite."""
+"""What a run survives: stops, signals, full disks, damaged and foreign files, numbers like NaN."""
 import contextlib
-import csv
 import errno
 import functools
 import json
@@ -8,7 +7,6 @@ import os
 import pickle
 import re
 import resource
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,212 +15,210 @@ import time
 
 import pytest
 import torch
-from torchvision.utils import save_image
 
 import data
-import methods
+import losses
 import models
-from support import optim
-from support import run as folder
-from support import shapes
 import train
 import views
-from support import weights
+from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
+                      sentence_of_refusal, train_tiny)
 from gmm import OnlineGMM
+from support import checkpoint, checkpoints, export
+from support.log import Log
+from support.optim import CheckedStep
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "6", "--num-prototypes", "16", "--partition-size", "8",
-        "--bottleneck-dim", "8", "--head-hidden", "16", "--local-crops", "1", "--eval-bank", "60", "--eval-queries", "40",
-        "--log-every", "2", "--eval-every", "6", "--gmm-start", "1"]
-TIMES = ("images_per_s", "data_share", "memory_mb")
-
-
-@functools.lru_cache
-def small():
-    x, y, classes = shapes.make(150, 5)
-    images = data.Images(x, y, classes, "shapes")
-    return data.subset(images, torch.arange(100)), data.subset(images, torch.arange(100, 150))
+pytestmark = pytest.mark.usefixtures("small_shapes")
 
 
-@pytest.fixture(autouse=True)
-def small_shapes(monkeypatch):
-    real = data.load
-    monkeypatch.setattr(data, "load", lambda name, **kw: small() if name == "shapes" else real(name, **kw))
+def at_steps(monkeypatch, change, *steps):
+    """The terms of the loss become change(terms) at the given steps, counted from 0."""
+    forward = losses.CARPLoss.forward
+
+    def changed(self, h_s, h_t, protos_s, protos_t, step):
+        terms = forward(self, h_s, h_t, protos_s, protos_t, step)
+        return change(terms) if step in steps else terms
+    monkeypatch.setattr(losses.CARPLoss, "forward", changed)
 
 
-def run(out, *flags):
-    return train.main([*TINY, "--out", str(out), *map(str, flags)])
+def with_nan(terms):
+    return {**terms, "entropy": terms["entropy"] * float("nan")}
 
 
-def refused(capsys, out, *flags, code=2):
-    with pytest.raises(SystemExit) as stop:
-        run(out, *flags)
-    assert stop.value.code == code
-    return capsys.readouterr().err.strip().splitlines()[-1]
+# ---- exact resume ------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [
+    ["--prototypes", "decoupled", "--accum", "2"],
+    ["--prototypes", "joint", "--accum", "4"],
+    ["--prototypes", "decoupled", "--workers", "1", "--drop-path", "0.5"]])
+def test_stopped_anywhere_and_resumed_is_the_same_to_the_bit(tmp_path, monkeypatch, flags):
+    """Weights, optimiser, mixture and log, also where a run stops between two rows of the log.
 
-
-def ckpt(out, name="ckpt.pt"):
-    return torch.load(out / name, weights_only=True)
-
-
-def flat(x, name=""):
-    if isinstance(x, (dict, list, tuple)):
-        return {k: v for key, part in (x.items() if isinstance(x, dict) else enumerate(x)) for k, v in flat(part, f"{name}/{key}").items()}
-    return {name: x}
-
-
-def different(a, b, *parts):
-    """Paths of tensors and numbers that are not the same to the bit, args aside; parts: only these."""
-    a, b = ({k: v for k, v in flat(c).items() if k.split("/")[1] != "args" and (not parts or k.split("/")[1] in parts)} for c in (a, b))
-    assert a and a.keys() == b.keys()
-    return [k for k in a if not (torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k])]
-
-
-def rows(out):
-    with open(out / "log.csv", newline="") as f:
-        return [{k: v for k, v in r.items() if k not in TIMES} for r in csv.DictReader(f)]
-
-
-def make_folder(path, n=24, broken=0, size=32):
-    for c in "ab":
-        os.makedirs(path / c)
-        for i in range(n // 2):
-            save_image(torch.rand(3, size, size, generator=torch.Generator().manual_seed(ord(c) * 1000 + i)), path / c / f"{i}.png")
-    for i in range(broken):
-        name = path / "ab"[i % 2] / f"{5 + i}.png"
-        open(name, "r+b").truncate(30)
-    return str(path)
-
-
-def at_step(monkeypatch, what, *steps):
-    """Do what(loss terms) -> loss terms inside the given steps, counted from 0."""
-    real = methods.CARPLoss.forward
-
-    def forward(self, h_s, h_t, protos_s, protos_t, step):
-        terms = real(self, h_s, h_t, protos_s, protos_t, step)
-        return what(terms) if step in steps else terms
-    monkeypatch.setattr(methods.CARPLoss, "forward", forward)
-
-
-# ---- exact resume ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("prototypes, flags", [
-    ("decoupled", ["--accum", "2"]), ("joint", ["--accum", "4"]), ("decoupled", ["--workers", "1", "--drop-path", "0.5"])])
-def test_stopped_anywhere_and_resumed_is_the_same_to_the_bit(tmp_path, monkeypatch, prototypes, flags):
-    """Weights, optimiser, mixture and log; stopped between two rows of the log; with accumulation, and with workers."""
+    With accumulation, and with processes that decode images.
+    """
     if "--workers" in flags:
         monkeypatch.setattr(data, "IN_MEMORY", 0)
         flags = [*flags, "--data", make_folder(tmp_path / "set", 40)]
-    flags = [*flags, "--prototypes", prototypes, "--save-every", "1"]
-    run(tmp_path / "whole", *flags)
-    for stop in ("1", "3", "6"):
-        run(tmp_path / "parts", *flags, "--stop-at", stop, "--resume")
-    assert not different(ckpt(tmp_path / "whole"), ckpt(tmp_path / "parts"))
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
-    assert [r["step"] for r in rows(tmp_path / "whole")] == ["0", "2", "4", "6"]
+    flags = [*flags, "--save-every", "1"]
+    train_tiny(tmp_path / "whole", *flags)
+    for step in (1, 3, 6):
+        train_tiny(tmp_path / "parts", *flags, "--stop-at", step, "--resume")
+    whole, parts = (read_checkpoint(tmp_path / name) for name in ("whole", "parts"))
+    assert not differences(whole, parts)
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
+    assert [row["step"] for row in read_log(tmp_path / "whole")] == ["0", "2", "4", "6"]
 
 
 def test_a_row_is_the_mean_of_its_steps(tmp_path):
-    run(tmp_path / "1", "--log-every", "1", "--stop-at", "2", "--head-norm")
-    run(tmp_path / "2", "--head-norm")
-    one, two = rows(tmp_path / "1"), rows(tmp_path / "2")
+    train_tiny(tmp_path / "each", "--head-norm", "--log-every", "1", "--stop-at", "2")
+    train_tiny(tmp_path / "pairs", "--head-norm")
+    each, pairs = read_log(tmp_path / "each"), read_log(tmp_path / "pairs")
     for name in ("loss", "grad_norm", "entropy"):
-        assert (float(one[1][name]) + float(one[2][name])) / 2 == pytest.approx(float(two[1][name]), rel=1e-5)
+        mean = (float(each[1][name]) + float(each[2][name])) / 2
+        assert float(pairs[1][name]) == pytest.approx(mean, rel=1e-5)
 
 
 def test_a_finished_run_resumed_is_left_as_it_is(tmp_path, capsys):
-    run(tmp_path, "--stop-at", "3")
-    before = [open(tmp_path / n, "rb").read() for n in ("ckpt.pt", "log.csv")]
-    assert run(tmp_path, "--stop-at", "3", "--resume") == {} and "nothing left to do" in capsys.readouterr().out
-    assert before == [open(tmp_path / n, "rb").read() for n in ("ckpt.pt", "log.csv")]
+    train_tiny(tmp_path, "--stop-at", "3")
+    before = [(tmp_path / name).read_bytes() for name in ("ckpt.pt", "log.csv")]
+    assert train_tiny(tmp_path, "--stop-at", "3", "--resume") == {}
+    assert "nothing left to do" in capsys.readouterr().out
+    assert [(tmp_path / name).read_bytes() for name in ("ckpt.pt", "log.csv")] == before
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------
 def damage(path, how):
-    content = bytearray(open(path, "rb").read())
-    if how == "altered":
-        content[len(content) // 2] ^= 255
-    open(path, "wb").write({"cut short": content[:-5000], "empty": b"", "altered": content}[how])
+    content = path.read_bytes()
+    if how == "cut short":
+        content = content[:-5000]
+    elif how == "empty":
+        content = b""
+    elif how == "altered":
+        middle = len(content) // 2
+        content = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1:]
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("how", ["cut short", "empty", "altered"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, how):
-    run(tmp_path / "whole")
-    run(tmp_path / "a", "--stop-at", "4", "--save-every", "1", "--keep-every", "2")
-    assert sorted(n for n in os.listdir(tmp_path / "a")) == ["args.json", "ckpt-2.pt", "ckpt-4.pt", "ckpt.prev.pt", "ckpt.pt", "log.csv"]
-    assert [ckpt(tmp_path / "a", n)["step"] for n in ("ckpt-2.pt", "ckpt-4.pt", "ckpt.pt", "ckpt.prev.pt")] == [2, 4, 4, 3]
-    os.remove(tmp_path / "a" / "ckpt-4.pt")
-    damage(tmp_path / "a" / "ckpt.pt", how)
+    train_tiny(tmp_path / "whole")
+    out = tmp_path / "damaged"
+    train_tiny(out, "--stop-at", "4", "--save-every", "1", "--keep-every", "2")
+    steps = {"ckpt-2.pt": 2, "ckpt-4.pt": 4, "ckpt.prev.pt": 3, "ckpt.pt": 4}
+    assert sorted(os.listdir(out)) == sorted(["args.json", "log.csv", *steps])
+    assert {name: read_checkpoint(out, name)["step"] for name in steps} == steps
+    os.remove(out / "ckpt-4.pt")
+    damage(out / "ckpt.pt", how)
     capsys.readouterr()
-    run(tmp_path / "a", "--resume")
-    out = capsys.readouterr().out
-    assert re.search(r"not used: \S+ckpt.pt: ", out) and "ckpt.prev.pt at step 3" in out
-    assert os.path.exists(tmp_path / "a" / "ckpt.damaged.pt")  # and it never took the place of the good one
-    assert not different(ckpt(tmp_path / "whole"), ckpt(tmp_path / "a")) and rows(tmp_path / "whole") == rows(tmp_path / "a")
+    train_tiny(out, "--resume")
+    printed = capsys.readouterr().out
+    assert re.search(r"not used: \S+ckpt.pt: ", printed)
+    assert "ckpt.prev.pt at step 3" in printed
+    assert os.path.exists(out / "ckpt.damaged.pt")  # it never took the place of the good one
+    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(out))
+    assert read_log(tmp_path / "whole") == read_log(out)
 
 
 def test_a_newer_kept_checkpoint_wins_over_the_previous(tmp_path, capsys):
-    run(tmp_path, "--stop-at", "4", "--save-every", "1", "--keep-every", "4")
+    train_tiny(tmp_path, "--stop-at", "4", "--save-every", "1", "--keep-every", "4")
     damage(tmp_path / "ckpt.pt", "cut short")
-    run(tmp_path, "--resume", "--stop-at", "5")
+    train_tiny(tmp_path, "--resume", "--stop-at", "5")
     assert "ckpt-4.pt at step 4" in capsys.readouterr().out
 
 
-def test_other_versions_and_other_keys(tmp_path, capsys):
-    run(tmp_path, "--stop-at", "2")
-    good = ckpt(tmp_path)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_says_why(tmp_path, capsys):
+    train_tiny(tmp_path, "--stop-at", "2")
+    good = read_checkpoint(tmp_path)
 
-    def resumed(**changes):
+    def refusal(**changes):
         torch.save({**good, **changes}, tmp_path / "ckpt.pt")
-        return refused(capsys, tmp_path, "--resume")
-    assert re.search(r"ckpt.pt is of version 9, and this code reads 1 to \d", resumed(version=9))
-    keys = list(good["student"])
-    renamed = {("new." + k if i < 7 else k): v for i, (k, v) in enumerate(good["student"].items())}
-    text = resumed(student=renamed)
-    assert f"student does not fit; missing: {', '.join(keys[:5])} and 2 more; unexpected: new.{keys[0]}, " in text
-    assert f"of another shape: {keys[3]}" in resumed(student={**good["student"], keys[3]: torch.zeros(1)})
-    assert "optimizer does not fit" in resumed(optimizer={"state": {}, "param_groups": []})
-    assert "not a checkpoint of ours" in resumed() if good.pop("optimizer") else False
-    torch.save({**{k: v for k, v in good.items() if k != "trail"}, "version": 1, "optimizer": ckpt_optimizer(tmp_path)}, tmp_path / "ckpt.pt")
-    run(tmp_path, "--resume")
+        return sentence_of_refusal(capsys, tmp_path, "--resume")
+
+    assert re.search(r"ckpt.pt is of version 9, and this code reads 1 to \d", refusal(version=9))
+    names = list(good["student"])
+    renamed = {f"new.{name}" if i < 7 else name: value
+               for i, (name, value) in enumerate(good["student"].items())}
+    assert (f"student does not fit; missing: {', '.join(names[:5])} and 2 more; "
+            f"unexpected: new.{names[0]}, ") in refusal(student=renamed)
+    other_shape = {**good["student"], names[3]: torch.zeros(1)}
+    assert f"of another shape: {names[3]}" in refusal(student=other_shape)
+    empty = {"state": {}, "param_groups": []}
+    assert "optimizer does not fit" in refusal(optimizer=empty)
+    del good["optimizer"]
+    assert "not a checkpoint of ours" in refusal()
+
+
+def test_a_checkpoint_that_names_no_script_goes_on(tmp_path):
+    """Older runs do not say which script made them, in their checkpoint or in args.json."""
+    train_tiny(tmp_path / "whole")
+    out = tmp_path / "parts"
+    train_tiny(out, "--stop-at", "3")
+    ckpt = read_checkpoint(out)
+    assert ckpt["args"].pop("script") == "train.py"
+    torch.save(ckpt, out / "ckpt.pt")
+    about = json.loads((out / "args.json").read_text())
+    del about["script"]
+    (out / "args.json").write_text(json.dumps(about))
+    train_tiny(out, "--resume")
+    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(out))
+    assert read_log(tmp_path / "whole") == read_log(out)
+    assert read_checkpoint(out)["args"]["script"] == "train.py"
+
+
+def test_version_1_goes_on(tmp_path, capsys):
+    """It has no values of the steps since the last row of the log."""
+    train_tiny(tmp_path / "whole")
+    out = tmp_path / "parts"
+    train_tiny(out, "--stop-at", "2")
+    old = read_checkpoint(out)
+    del old["trail"]
+    torch.save(old | {"version": 1}, out / "ckpt.pt")
+    train_tiny(out, "--resume")
     assert "version 1" in capsys.readouterr().out
+    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(out))
 
 
-@pytest.mark.parametrize("begin", ["0", "0.5"])
-def test_version_2_goes_on(tmp_path, begin):
-    """A mixture without its floor, whose mu was the ring of waiting vectors before its start."""
-    flags = ["--gmm-start", begin, "--num-prototypes", "32", "--var-floor", "0.9"]  # 16 vectors a step: two steps wait
-    run(tmp_path / "whole", *flags)
-    run(tmp_path / "a", *flags, "--stop-at", "3")
-    old = ckpt(tmp_path / "a")
-    assert old["prototypes"]["teacher"]["_extra_state"]["started"] == (begin == "0")
+@pytest.mark.parametrize("gmm_start", ["0", "0.5"])
+def test_version_2_goes_on(tmp_path, gmm_start):
+    """It has no floor of the variances, and before the mixture's start the waiting vectors as mu.
+
+    A step has 16 vectors and K is 32: the vectors of two steps wait.
+    """
+    flags = ["--gmm-start", gmm_start, "--num-prototypes", "32", "--var-floor", "0.9"]
+    train_tiny(tmp_path / "whole", *flags)
+    out = tmp_path / "parts"
+    train_tiny(out, *flags, "--stop-at", "3")
+    old = read_checkpoint(out)
+    started = old["prototypes"]["teacher"]["_extra_state"]["started"]
+    assert started == (gmm_start == "0")
     del old["gmm"]["floor"]
-    if begin != "0":
+    if not started:
         old["gmm"]["S_mu"].fill_(7.)
-    torch.save(old | {"version": 2}, tmp_path / "a" / "ckpt.pt")
-    run(tmp_path / "a", *flags, "--resume")
-    assert not different(ckpt(tmp_path / "whole"), ckpt(tmp_path / "a"))
+    torch.save(old | {"version": 2}, out / "ckpt.pt")
+    train_tiny(out, *flags, "--resume")
+    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(out))
 
 
 def test_version_2_keeps_the_variances_that_lie_at_the_floor():
     gmm = OnlineGMM(4, 3, var_floor=0.5)
-    h = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1, 0.1])
+    h = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))  # (64, 3)
+    h = h * torch.tensor([1, 1, 0.1])
     gmm.init_from(h)
     for _ in range(20):
         gmm.update(h, 1.0, 0.01)
     assert 0 < (gmm.var == gmm.floor).sum() < 12
-    old = {k: v for k, v in gmm.state_dict().items() if k != "floor"} | {"mu": gmm.mu, "var": gmm.var}
-    state = folder.mixture({"version": 2, "gmm": old, "prototypes": {"teacher": {"_extra_state": {"started": True}}}})
-    new = OnlineGMM(4, 3)
-    new.load_state_dict({k.removeprefix("gmm."): v for k, v in state.items()})
-    assert torch.equal(new.var, gmm.var) and torch.equal(new.mu, gmm.mu)
+    state = {name: value for name, value in gmm.state_dict().items() if name != "floor"}
+    old = {"version": 2, "gmm": state | {"mu": gmm.mu, "var": gmm.var},
+           "prototypes": {"teacher": {"_extra_state": {"started": True}}}}
+    state = checkpoint.read_mixture(old)
+    again = OnlineGMM(4, 3)
+    again.load_state_dict({name.removeprefix("gmm."): value for name, value in state.items()})
+    assert torch.equal(again.var, gmm.var)
+    assert torch.equal(again.mu, gmm.mu)
 
 
-def ckpt_optimizer(tmp_path):
-    run(tmp_path / "again", "--stop-at", "2")
-    return ckpt(tmp_path / "again")["optimizer"]
+class Hostile:
+    """Unpickled, it runs a command that creates a file."""
 
-
-class Evil:
     def __init__(self, path):
         self.path = path
 
@@ -230,273 +226,389 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("dump", [pickle.dump, torch.save])
-def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, capsys, dump):
-    for flags in (["--resume"], ["--init", tmp_path / "a" / "ckpt.pt"]):
-        shutil.rmtree(tmp_path / "a", ignore_errors=True)
-        os.makedirs(tmp_path / "a")
-        with open(tmp_path / "a" / "ckpt.pt", "wb") as f:
-            dump({"version": 2, "student": Evil(tmp_path / "ran")}, f)
-        out = tmp_path / "a" if flags == ["--resume"] else tmp_path / "b"
-        text = {pickle.dump: "cannot be read", torch.save: r"refused, it wants to build (posix|os).system.*nothing was run"}[dump]
-        assert re.search(rf"a/ckpt.pt: {text}", refused(capsys, out, *flags))
-        assert not os.path.exists(tmp_path / "ran")
+@pytest.mark.parametrize("flag", ["--resume", "--init"])
+@pytest.mark.parametrize("dump, reason", [
+    (pickle.dump, "cannot be read"),
+    (torch.save, r"refused, it wants to build (posix|os).system.*nothing was run")])
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, capsys, dump, reason, flag):
+    os.makedirs(tmp_path / "a")
+    path = tmp_path / "a" / "ckpt.pt"
+    with open(path, "wb") as file:
+        dump({"version": 2, "student": Hostile(tmp_path / "created")}, file)
+    if flag == "--resume":
+        sentence = sentence_of_refusal(capsys, tmp_path / "a", "--resume")
+    else:
+        sentence = sentence_of_refusal(capsys, tmp_path / "b", "--init", path)
+    assert re.search(f"a/ckpt.pt: {reason}", sentence)
+    assert not os.path.exists(tmp_path / "created")
 
 
-# ---- disks -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("size, name", [(100, "log.csv"), (2_000_000, "ckpt.pt")])
-def test_disk_full(tmp_path, capsys, size, name):
-    """A limit on the size of files: the write that passes it fails half-way, as on a full disk."""
-    run(tmp_path, "--stop-at", "2")
-    before = open(tmp_path / "ckpt.pt", "rb").read()
-    assert len(before) > 2_000_000
+# ---- disks -------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def largest_file(size):
+    """A write that makes a file larger than `size` bytes fails half-way, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        text = refused(capsys, tmp_path, "--resume", "--stop-at", "3")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert text == f"train.py: error: {tmp_path / name}: File too large; what was there before is untouched"
-    assert open(tmp_path / "ckpt.pt", "rb").read() == before
-    assert not [n for n in os.listdir(tmp_path) if n.endswith(".tmp") or n == "lock"]
-    run(tmp_path, "--resume", "--stop-at", "3")
+
+
+@pytest.mark.parametrize("size, name", [(100, "log.csv"), (2_000_000, "ckpt.pt")])
+def test_a_full_disk(tmp_path, capsys, size, name):
+    train_tiny(tmp_path, "--stop-at", "2")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    assert len(before) > 2_000_000
+    with largest_file(size):
+        sentence = sentence_of_refusal(capsys, tmp_path, "--resume", "--stop-at", "3")
+    assert sentence == (f"train.py: error: {tmp_path / name}: File too large; what was there "
+                        "before is untouched")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    unfinished = [file for file in os.listdir(tmp_path) if file.endswith(".tmp")]
+    assert not unfinished
+    assert not os.path.exists(tmp_path / "lock")
+    train_tiny(tmp_path, "--resume", "--stop-at", "3")
 
 
 def test_no_space_left_while_a_row_is_written(tmp_path, capsys, monkeypatch):
-    def full(self, step, values):
+    def full(self, step, values, terms=()):
         raise OSError(errno.ENOSPC, "No space left on device", self.path)
-    run(tmp_path, "--stop-at", "2")
-    monkeypatch.setattr(folder.Log, "row", full)
-    assert f"{tmp_path}/log.csv: No space left on device" in refused(capsys, tmp_path, "--resume")
-    monkeypatch.undo()
+    train_tiny(tmp_path, "--stop-at", "2")
+    monkeypatch.setattr(Log, "row", full)
+    sentence = sentence_of_refusal(capsys, tmp_path, "--resume")
+    assert f"{tmp_path}/log.csv: No space left on device" in sentence
 
 
 def test_a_row_cut_short_by_a_kill_is_dropped(tmp_path):
-    run(tmp_path / "whole")
-    run(tmp_path / "a", "--stop-at", "4")
-    with open(tmp_path / "a" / "log.csv", "a") as f:
-        f.write("4,0.1,9.")
-    run(tmp_path / "a", "--resume")
-    assert rows(tmp_path / "a") == rows(tmp_path / "whole")
+    train_tiny(tmp_path / "whole")
+    train_tiny(tmp_path / "parts", "--stop-at", "4")
+    with open(tmp_path / "parts" / "log.csv", "a") as file:
+        file.write("4,0.1,9.")
+    train_tiny(tmp_path / "parts", "--resume")
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
 
 
 def test_out_that_cannot_be_written(tmp_path, capsys, monkeypatch):
-    open(tmp_path / "file", "w").close()
-    assert "Not a directory" in refused(capsys, tmp_path / "file" / "out")
+    (tmp_path / "file").touch()
+    assert "Not a directory" in sentence_of_refusal(capsys, tmp_path / "file" / "out")
 
-    def read_only(path, **kw):
+    def read_only(path, **settings):
         raise OSError(errno.EROFS, "Read-only file system", path)
-    monkeypatch.setattr(data, "load", None)  # said before the images are read
+    monkeypatch.setattr(data, "load", None)  # the refusal comes before the images are read
     monkeypatch.setattr(os, "makedirs", read_only)
-    assert refused(capsys, tmp_path / "out") == f"train.py: error: {tmp_path / 'out'}: Read-only file system"
+    sentence = sentence_of_refusal(capsys, tmp_path / "out")
+    assert sentence == f"train.py: error: {tmp_path / 'out'}: Read-only file system"
 
 
-# ---- one run at a time -----------------------------------------------------------------------------------------------
-def test_lock(tmp_path, capsys):
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    owner = {"host": socket.gethostname(), "pid": os.getppid(), "time": "2026-01-02 03:04:05"}
-    for change, text in (({}, f"in use by process {os.getppid()} on {owner['host']} since 2026-01-02 03:04:05"),
-                         ({"host": "elsewhere", "pid": gone.pid}, f"in use by process {gone.pid} on elsewhere")):
-        json.dump(owner | change, open(tmp_path / "lock", "w"))
-        assert text in refused(capsys, tmp_path) and json.load(open(tmp_path / "lock")) == owner | change
-    json.dump(owner | {"pid": gone.pid}, open(tmp_path / "lock", "w"))
-    run(tmp_path, "--stop-at", "1")
-    assert f"process {gone.pid} of 2026-01-02 03:04:05 is gone" in capsys.readouterr().out
+# ---- one run at a time -------------------------------------------------------------------------
+SINCE = "2026-01-02 03:04:05"
+
+
+def process_that_ended():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def write_lock(out, host, pid):
+    text = json.dumps({"host": host, "pid": pid, "time": SINCE})
+    (out / "lock").write_text(text)
+    return text
+
+
+@pytest.mark.parametrize("owner", ["a process that lives", "a process elsewhere"])
+def test_a_folder_in_use_is_refused(tmp_path, capsys, owner):
+    host, pid = socket.gethostname(), os.getppid()
+    if owner == "a process elsewhere":  # whose life nobody here can tell
+        host, pid = "elsewhere", process_that_ended()
+    lock = write_lock(tmp_path, host, pid)
+    sentence = sentence_of_refusal(capsys, tmp_path)
+    assert f"in use by process {pid} on {host} since {SINCE}" in sentence
+    assert (tmp_path / "lock").read_text() == lock
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, capsys):
+    pid = process_that_ended()
+    write_lock(tmp_path, socket.gethostname(), pid)
+    train_tiny(tmp_path, "--stop-at", "1")
+    assert f"process {pid} of {SINCE} is gone" in capsys.readouterr().out
     assert not os.path.exists(tmp_path / "lock")
 
 
-def test_lock_is_there_while_the_run_is(tmp_path, monkeypatch):
-    seen = []
-    at_step(monkeypatch, lambda terms: seen.append(json.load(open(tmp_path / "lock"))) or terms, 1)
-    run(tmp_path, "--stop-at", "2")
-    assert seen[0]["pid"] == os.getpid() and seen[0]["host"] == socket.gethostname() and time.strptime(seen[0]["time"], "%Y-%m-%d %H:%M:%S")
+def test_the_lock_is_there_while_the_run_is(tmp_path, monkeypatch):
+    locks = []
+
+    def read_lock(terms):
+        locks.append(json.loads((tmp_path / "lock").read_text()))
+        return terms
+    at_steps(monkeypatch, read_lock, 1)
+    train_tiny(tmp_path, "--stop-at", "2")
+    assert len(locks) == 1
+    assert locks[0]["pid"] == os.getpid()
+    assert locks[0]["host"] == socket.gethostname()
+    assert time.strptime(locks[0]["time"], "%Y-%m-%d %H:%M:%S")
+    assert not os.path.exists(tmp_path / "lock")
 
 
-# ---- signals ---------------------------------------------------------------------------------------------------------
+# ---- signals -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number, code):
-    run(tmp_path / "whole")
-    before = signal.getsignal(number)
+    def send(terms):
+        signal.raise_signal(number)
+        return terms
+    train_tiny(tmp_path / "whole")
+    handler = signal.getsignal(number)
+    out = tmp_path / "parts"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        at_step(patch, lambda terms: signal.raise_signal(number) or terms, 2)
-        run(tmp_path / "a")
-    assert stop.value.code == code and signal.getsignal(number) is before
-    assert ckpt(tmp_path / "a")["step"] == 3 and not os.path.exists(tmp_path / "a" / "lock")
-    run(tmp_path / "a", "--resume")
-    assert not different(ckpt(tmp_path / "whole"), ckpt(tmp_path / "a")) and rows(tmp_path / "whole") == rows(tmp_path / "a")
+        at_steps(patch, send, 2)
+        train_tiny(out)
+    assert stop.value.code == code
+    assert signal.getsignal(number) is handler
+    assert read_checkpoint(out)["step"] == 3
+    assert not os.path.exists(out / "lock")
+    train_tiny(out, "--resume")
+    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(out))
+    assert read_log(tmp_path / "whole") == read_log(out)
 
 
-def script(tmp_path, body):
-    """A file that runs train.py with something done in the loss of a step, for a process of its own."""
-    path = tmp_path / "script.py"
-    path.write_text(f"""
+SCRIPT = """
 import os, signal, sys, time
-sys.path.insert(0, {HERE!r})
-import data, methods, train
-data.IN_MEMORY = 0 if "--workers" in sys.argv else data.IN_MEMORY
-real, RANK, LIFE = methods.CARPLoss.forward, int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-def forward(self, h_s, h_t, protos_s, protos_t, step):
-    terms = real(self, h_s, h_t, protos_s, protos_t, step)
-{body}
+sys.path.insert(0, {root!r})
+import data, losses, train
+
+RANK = int(os.environ.get("RANK", 0))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+if "--workers" in sys.argv:
+    data.IN_MEMORY = 0
+forward = losses.CARPLoss.forward
+
+def changed(self, h_s, h_t, protos_s, protos_t, step):
+    terms = forward(self, h_s, h_t, protos_s, protos_t, step)
+{lines}
     return terms
-methods.CARPLoss.forward = forward
+
+losses.CARPLoss.forward = changed
 train.main()
-""")
+"""
+
+
+def write_script(tmp_path, *lines):
+    """A script that runs train.py and `lines` after the loss of every step."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT.format(root=ROOT, lines="\n".join(f"    {line}" for line in lines)))
     return str(path)
 
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
 def wait_for(path, process, seconds=60):
     end = time.monotonic() + seconds
     while not os.path.exists(path):
-        assert process.poll() is None and time.monotonic() < end
+        assert process.poll() is None, "the process ended"
+        assert time.monotonic() < end
         time.sleep(0.02)
 
 
+def signal_to_a_group(tmp_path, numbers, seconds, *flags):
+    """(exit code, stdout, stderr) of a run that gets these signals in its second step.
+
+    The first signal goes to the whole group of processes, the next one to the run alone. Each step
+    from the second one on takes `seconds` longer than it needs.
+    """
+    busy = tmp_path / "busy"
+    script = write_script(tmp_path, "if step > 0:", f"    open({str(busy)!r}, 'w').close()",
+                          f"    time.sleep({seconds})")
+    command = [sys.executable, script, *TINY, "--steps", "1000", "--eval-every", "1000", *flags]
+    process = subprocess.Popen(command, text=True, start_new_session=True, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        wait_for(busy, process)
+        os.killpg(process.pid, numbers[0])
+        for number in numbers[1:]:
+            time.sleep(1.2)  # within a second it would count as the first
+            process.send_signal(number)
+        printed, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    os.remove(busy)
+    return process.returncode, printed, errors
+
+
 def test_signals_to_a_process(tmp_path):
-    """SIGTERM to the whole group, workers included: code 143 and a checkpoint. A second SIGINT during a step that takes
-    long: gone at once, nothing saved."""
-    body = f"    open({str(tmp_path / 'busy')!r}, 'w').close() if step else None\n    time.sleep(float(os.environ['NAP']) if step else 0)"
-    flags = [*TINY, "--steps", "1000", "--eval-every", "1000", "--data", make_folder(tmp_path / "set"), "--out", str(tmp_path / "a")]
-    for numbers, code, nap, extra in (((signal.SIGTERM,), 143, "0.5", ["--workers", "1"]),
-                                      ((signal.SIGINT, signal.SIGINT), -signal.SIGINT, "60", [])):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(tmp_path / "busy")
-        process = subprocess.Popen([sys.executable, script(tmp_path, body), *flags, *extra, "--resume"], text=True,
-                                   start_new_session=True, env={**environment(), "NAP": nap},
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            wait_for(tmp_path / "busy", process)
-            os.killpg(process.pid, numbers[0])
-            if len(numbers) > 1:
-                time.sleep(1.2)
-                process.send_signal(numbers[1])
-            out, err = process.communicate(timeout=30)
-        finally:
-            process.kill()
-        assert process.returncode == code, err
-        assert f"{numbers[0].name}: finishing this step, then saving" in err
-        if code == 143:
-            step = ckpt(tmp_path / "a")["step"]
-            assert step in (2, 3) and f"step {step} is saved" in out
-    assert ckpt(tmp_path / "a")["step"] == step
-    assert "finishing" in err and os.path.exists(tmp_path / "a" / "lock")  # of a dead process: the next run takes it over
+    """SIGTERM to the whole group, decoding processes included: exit code 143 and a checkpoint.
+
+    A second SIGINT during a long step: the run is gone at once, and nothing is saved.
+    """
+    flags = ["--data", make_folder(tmp_path / "set"), "--out", str(tmp_path / "out"), "--resume"]
+    code, printed, errors = signal_to_a_group(tmp_path, [signal.SIGTERM], 0.5, *flags,
+                                              "--workers", "1")
+    assert code == 143, errors
+    assert "SIGTERM: finishing this step, then saving" in errors
+    step = read_checkpoint(tmp_path / "out")["step"]
+    assert step in (2, 3)
+    assert f"step {step} is saved" in printed
+
+    code, printed, errors = signal_to_a_group(tmp_path, [signal.SIGINT, signal.SIGINT], 60, *flags)
+    assert code == -signal.SIGINT, errors
+    assert "SIGINT: finishing this step, then saving" in errors
+    assert read_checkpoint(tmp_path / "out")["step"] == step
+    assert os.path.exists(tmp_path / "out" / "lock")  # the next run takes it over
 
 
-# ---- numbers that are not finite -------------------------------------------------------------------------------------
-def nan(terms):
-    return {**terms, "entropy": terms["entropy"] * float("nan")}
+# ---- numbers that are not finite ---------------------------------------------------------------
+def nan_crops_at(monkeypatch, skipped):
+    """All crops of the training step `skipped`, counted from 0, are NaN."""
+    batches = views.batches
+
+    def changed(*args, start, stop, **settings):
+        training = settings.get("recipe", args[1]).n_local > 0  # an evaluation has no local crops
+        for step, crops in enumerate(batches(*args, start=start, stop=stop, **settings), start):
+            yield [x * float("nan") if training and step == skipped else x for x in crops]
+    monkeypatch.setattr(views, "batches", changed)
 
 
 @pytest.mark.parametrize("prototypes", ["decoupled", "joint"])
 @pytest.mark.parametrize("where", ["loss", "crops"])
-def test_a_step_that_is_not_finite_is_named_and_skipped(tmp_path, monkeypatch, capsys, where, prototypes):
-    """Step 3 leaves weights, optimiser, teacher and running averages as step 2 left them; NaN crops also the mixture."""
-    flags = ["--prototypes", prototypes, "--warmup-epochs", "0", "--save-every", "1"]
-    if where == "loss":
-        at_step(monkeypatch, nan, 2)
-    else:
-        real = views.batches
+def test_a_step_that_is_not_finite_is_named_and_skipped(tmp_path, monkeypatch, capsys, where,
+                                                        prototypes):
+    """Step 3 leaves weights, optimiser, teacher and running averages as step 2 left them.
 
-        def batches(*args, start, stop, **kw):
-            for step, crops in zip(range(start, stop), real(*args, start=start, stop=stop, **kw)):
-                yield [c * float("nan") if step == 2 and stop == 6 else c for c in crops]
-        monkeypatch.setattr(views, "batches", batches)
-    run(tmp_path, *flags, "--keep-every", "1")
-    two, three, four = (ckpt(tmp_path, f"ckpt-{n}.pt") for n in (2, 3, 4))
-    still = ["student", "teacher", "loss"] + ["gmm", "prototypes"] * (where == "crops" or prototypes == "joint")
-    changed = [k for k in different(two, three, *still) if "_extra_state" not in k]
-    assert not changed
-    state = {k: v for k, v in two["optimizer"]["state"].items()}
-    assert not different({"x": state}, {"x": three["optimizer"]["state"]})
-    assert len(different(three, four, "student")) > 20
-    term = "entropy nan, loss nan (lr" if where == "loss" else "consistency nan, entropy nan, loss nan, grad_norm nan"
-    assert f"step 3 is not finite: {term}" in capsys.readouterr().out
-    log = rows(tmp_path)
-    assert [r["skipped"] for r in log] == ["", "0", "1", "0"] and all(float(r["loss"]) == float(r["loss"]) for r in log[1:])
+    A mixture moves on if only the loss is NaN; vectors that are NaN leave it as it was too.
+    """
+    if where == "loss":
+        at_steps(monkeypatch, with_nan, 2)
+        terms = "entropy nan, loss nan (lr"
+    else:
+        nan_crops_at(monkeypatch, 2)
+        terms = "consistency nan, entropy nan, loss nan, grad_norm nan"
+    train_tiny(tmp_path, "--prototypes", prototypes, "--warmup-epochs", "0", "--save-every", "1",
+               "--keep-every", "1")
+    two, three, four = (read_checkpoint(tmp_path, f"ckpt-{step}.pt") for step in (2, 3, 4))
+    parts = ["student", "teacher", "loss"]
+    if where == "crops" or prototypes == "joint":
+        parts += ["gmm", "prototypes"]
+    changed = differences(two, three, *parts)
+    assert not [path for path in changed if "_extra_state" not in path]
+    states = [{"state": ckpt["optimizer"]["state"]} for ckpt in (two, three)]
+    assert not differences(*states)
+    assert len(differences(three, four, "student")) > 20
+    assert f"step 3 is not finite: {terms}" in capsys.readouterr().out
+    log = read_log(tmp_path)
+    assert [row["skipped"] for row in log] == ["", "0", "1", "0"]
+    assert all(float(row["loss"]) == float(row["loss"]) for row in log[1:])  # none is NaN
 
 
 def test_three_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):
-    at_step(monkeypatch, nan, 1, 2, 4, 5, 6)
-    text = refused(capsys, tmp_path, "--steps", "9", "--save-every", "1", "--warmup-epochs", "0")
-    assert re.search(r"three steps in a row, up to 7, were skipped; step 5 is not finite: entropy nan, loss nan "
-                     r"\(lr \S+, gradient norm \S+\). The last checkpoint is untouched", text)
-    assert ckpt(tmp_path)["step"] == 6
+    at_steps(monkeypatch, with_nan, 1, 2, 4, 5, 6)
+    sentence = sentence_of_refusal(capsys, tmp_path, "--steps", "9", "--save-every", "1",
+                                   "--warmup-epochs", "0")
+    assert re.search("three steps in a row, up to 7, were skipped; step 5 is not finite: entropy "
+                     r"nan, loss nan \(lr \S+, gradient norm \S+\). The last checkpoint is "
+                     "untouched", sentence)
+    assert read_checkpoint(tmp_path)["step"] == 6
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys):
-    run(tmp_path, "--stop-at", "2")
-    before = open(tmp_path / "ckpt.pt", "rb").read()
-    real = optim.advance
+    train_tiny(tmp_path, "--stop-at", "2")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    take_step = CheckedStep.__call__
 
-    def advance(optimizer, finite):
-        real(optimizer, finite)
-        optimizer.param_groups[0]["params"][0].data.flatten()[0] = float("inf")
-    monkeypatch.setattr(optim, "advance", advance)
-    assert "step 3 is not saved: student.backbone" in refused(capsys, tmp_path, "--resume", "--save-every", "3")
-    assert open(tmp_path / "ckpt.pt", "rb").read() == before
+    def to_infinity(self, *args):
+        outcome = take_step(self, *args)
+        self.params[0].data.view(-1)[0] = float("inf")
+        return outcome
+    monkeypatch.setattr(CheckedStep, "__call__", to_infinity)
+    sentence = sentence_of_refusal(capsys, tmp_path, "--resume", "--save-every", "3")
+    assert "step 3 is not saved: student.backbone" in sentence
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
-# ---- broken images ---------------------------------------------------------------------------------------------------
+# ---- broken images -----------------------------------------------------------------------------
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_broken_images(tmp_path, monkeypatch, capsys, in_memory):
-    """0.5 %: named, and the run goes on; 2 %: the end."""
+    """Half a percent of them are named, and the run goes on; 2 % end it."""
     if not in_memory:
         monkeypatch.setattr(data, "IN_MEMORY", 0)
-    run(tmp_path / "x", "--data", make_folder(tmp_path / "half", 400, broken=2, size=16), "--steps", "45", "--eval-every", "45")
-    out = capsys.readouterr().out
-    assert "a/5.png cannot be read; a neighbour stands in for it" in out and "b/6.png cannot be read" in out
-    text = refused(capsys, tmp_path / "y", "--data", make_folder(tmp_path / "two", 400, broken=8, size=16), "--steps", "45", "--eval-every", "45")
-    assert re.search(r"of 3\d\d images of two cannot be read, more than 1 %; the first is \S+\.png", text)
+    flags = ["--steps", "45", "--eval-every", "45"]
+    half_percent = make_folder(tmp_path / "half", 400, broken=2, size=16)
+    train_tiny(tmp_path / "out", *flags, "--data", half_percent)
+    printed = capsys.readouterr().out
+    assert "a/5.png cannot be read; a neighbour stands in for it" in printed
+    assert "b/6.png cannot be read" in printed
+    two_percent = make_folder(tmp_path / "two", 400, broken=8, size=16)
+    sentence = sentence_of_refusal(capsys, tmp_path / "other", *flags, "--data", two_percent)
+    assert re.search(r"of 3\d\d images of two cannot be read, more than 1 %; the first is \S+\.png",
+                     sentence)
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------
-def torchrun(path, *flags, restarts=0):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           f"--max_restarts={restarts}", path, *flags], text=True, timeout=120, capture_output=True, env=environment())
+# ---- several processes -------------------------------------------------------------------------
+def torchrun(script, *flags, restarts=0):
+    """(exit code, all that was printed) of a script on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               f"--max_restarts={restarts}", script, *flags]
+    done = subprocess.run(command, text=True, timeout=120, capture_output=True, env=environment())
     return done.returncode, done.stdout + done.stderr
 
 
 def test_two_processes(tmp_path, monkeypatch):
-    """A run of one process goes on with two: NaN in one of them is skipped by both; a signal to one stops both at one
-    step, and the restart by torchrun goes on; one is killed, the other notices, and the next restart ends at the same bits."""
+    """A run that one process began goes on with two, through NaN, a signal and a kill.
+
+    NaN in one of them is skipped by both. A signal to one stops both at the same step, and torchrun
+    starts them again. One is killed, the other notices, and the next start ends at the same bits.
+    """
     flags = [*TINY, "--data", make_folder(tmp_path / "set"), "--warmup-epochs", "0"]
     with monkeypatch.context() as patch:
-        at_step(patch, nan, 3)
+        at_steps(patch, with_nan, 3)
         train.main([*flags, "--out", str(tmp_path / "one")])
-    for name in ("nan", "hard"):
+    for name in ("two", "stopped"):
         train.main([*flags, "--out", str(tmp_path / name), "--stop-at", "2"])
-    body = "    if step == 3 and RANK == 1: terms['entropy'] = terms['entropy'] * float('nan')\n"
-    code, text = torchrun(script(tmp_path, body), *flags, "--out", str(tmp_path / "nan"), "--resume")
-    assert code == 0 and text.count("step 4 is not finite: entropy nan, loss nan (lr") == 1, text
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "nan")
-    assert [r["skipped"] for r in two] == [r["skipped"] for r in one] == ["", "0", "1", "0"]
+    nan = ["if step == 3 and RANK == 1:", "    terms['entropy'] = terms['entropy'] * float('nan')"]
+    code, printed = torchrun(write_script(tmp_path, *nan), *flags, "--resume",
+                             "--out", str(tmp_path / "two"))
+    assert code == 0, printed
+    assert printed.count("step 4 is not finite: entropy nan, loss nan (lr") == 1, printed
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    for rows in (one, two):
+        assert [row["skipped"] for row in rows] == ["", "0", "1", "0"]
     for name in ("consistency", "entropy", "loss"):
-        assert [float(r[name]) for r in two[1:]] == pytest.approx([float(r[name]) for r in one[1:]], rel=1e-3, abs=1e-5)
+        for row_1, row_2 in zip(one[1:], two[1:], strict=True):
+            assert float(row_2[name]) == pytest.approx(float(row_1[name]), rel=1e-3, abs=1e-5)
 
-    body += "    if step == 4 and RANK == 1 and LIFE == 0: os.kill(os.getpid(), signal.SIGTERM)\n"
-    body += "    if step == 5 and RANK == 1 and LIFE == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-    code, text = torchrun(script(tmp_path, body), *flags, "--out", str(tmp_path / "hard"), "--resume", restarts=2)
-    assert code == 0 and "step 5 is saved" in text and text.count("ckpt.pt at step 5") == 2, text
-    assert "process 0 lost its connection to another one and leaves; the last checkpoint is whole" in text, text
-    assert not different(ckpt(tmp_path / "nan"), ckpt(tmp_path / "hard"))
+    stops = ["if step == 4 and RANK == 1 and RESTARTS == 0:",
+             "    os.kill(os.getpid(), signal.SIGTERM)",
+             "if step == 5 and RANK == 1 and RESTARTS == 1:",
+             "    os.kill(os.getpid(), signal.SIGKILL)"]
+    code, printed = torchrun(write_script(tmp_path, *nan, *stops), *flags, "--resume",
+                             "--out", str(tmp_path / "stopped"), restarts=2)
+    assert code == 0, printed
+    assert "step 5 is saved" in printed, printed
+    assert printed.count("ckpt.pt at step 5") == 2, printed
+    assert ("process 0 lost its connection to another one and leaves; the last checkpoint is whole"
+            in printed), printed
+    ends = [read_checkpoint(tmp_path / name) for name in ("two", "stopped")]
+    assert not differences(*ends)
 
 
 def test_a_restart_by_torchrun_implies_resume(tmp_path, monkeypatch, capsys):
-    run(tmp_path, "--stop-at", "2")
+    train_tiny(tmp_path, "--stop-at", "2")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert "already holds a run" in refused(capsys, tmp_path)
+    assert "already holds a run" in sentence_of_refusal(capsys, tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run(tmp_path, "--stop-at", "3")
+    train_tiny(tmp_path, "--stop-at", "3")
     assert "ckpt.pt at step 2" in capsys.readouterr().out
 
 
-# ---- backbones in and out --------------------------------------------------------------------------------------------
+# ---- backbones in and out ----------------------------------------------------------------------
 VIT = ["--arch", "vit_tiny", "--patch-size", "8", "--steps", "1"]
+NANO = dict(patch_size=8, img_size=32)
+
+
+def backbone_of(ckpt, network):
+    return {name.removeprefix("backbone."): value for name, value in ckpt[network].items()
+            if name.startswith("backbone.")}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -504,54 +616,87 @@ def test_export_goes_into_timm_and_back(tmp_path, capsys, suffix):
     timm = pytest.importorskip("timm")
     if suffix == ".safetensors":
         pytest.importorskip("safetensors")
-    from support import checkpoints
-    run(tmp_path / "a", *VIT)
+    train_tiny(tmp_path / "a", *VIT)
     file = tmp_path / f"backbone{suffix}"
     train.main(["--export", str(file), "--out", str(tmp_path / "a")])
-    net = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=12, num_heads=3, num_classes=0)
-    net.load_state_dict(checkpoints.read(file))  # strict
-    mine = models.build("vit_tiny", patch_size=8, img_size=32)
-    weights.init(file, [mine])
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=192, depth=12, num_heads=3, num_classes=0)
+    theirs.load_state_dict(checkpoints.read(file), strict=True)
+    ours = models.build("vit_tiny", **NANO)
+    export.init(file, [ours])
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.allclose(net.eval()(x), mine.eval()(x)[0], atol=1e-5)
-    teacher = {k[9:]: v for k, v in ckpt(tmp_path / "a")["teacher"].items() if k.startswith("backbone.")}
-    assert not different({"x": teacher}, {"x": mine.state_dict()})
+        assert torch.allclose(theirs.eval()(x), ours.eval()(x)[0], atol=1e-5)
+    teacher = backbone_of(read_checkpoint(tmp_path / "a"), "teacher")
+    assert not differences(teacher, ours.state_dict())
     assert "150 of 150 tensors matched; missing: none" in capsys.readouterr().out
-    run(tmp_path / "b", *VIT, "--init", file)  # its only step has learning rate 0
+
+    train_tiny(tmp_path / "b", *VIT, "--init", file)  # its only step has learning rate 0
     assert "150 of 150 tensors matched" in capsys.readouterr().out
-    saved = ckpt(tmp_path / "b")
-    assert all(torch.equal(saved[net][f"backbone.{k}"], v) for k, v in teacher.items() for net in ("student", "teacher"))
+    ckpt = read_checkpoint(tmp_path / "b")
+    for network in ("student", "teacher"):
+        assert not differences(teacher, backbone_of(ckpt, network))
     with pytest.raises(SystemExit):
         train.main(["--export", str(file), "--out", str(tmp_path / "a")])
     assert "exists already" in capsys.readouterr().err
 
 
-def test_init_reads_what_people_release(tmp_path, capsys):
-    other = models.build("vit_nano", patch_size=8, img_size=32).state_dict()
-    dino = {side: {f"module.backbone.{k}": v + i for k, v in other.items()} | {"module.head.mlp.0.weight": torch.zeros(3)}
-            for i, side in enumerate(("student", "teacher"))}
-    timm = {**other, "head.weight": torch.zeros(10, 96), "head.bias": torch.zeros(10)}
-    for name, stored, off, text in (("dino", dino, 1, "not used: head.mlp.0.weight"), ("timm", timm, 0, "not used: head.weight, head.bias"),
-                                    ("run", {"version": 2, "teacher": {f"backbone.{k}": v for k, v in other.items()}}, 0, "not used: none")):
-        torch.save(stored, tmp_path / f"{name}.pth")
-        net = models.build("vit_nano", patch_size=8, img_size=32)
-        weights.init(tmp_path / f"{name}.pth", [net])
-        assert not different({"x": {k: v + off for k, v in other.items()}}, {"x": net.state_dict()})
-        assert f"matched; missing: none; of another shape: none; {text}" in capsys.readouterr().out
+@functools.lru_cache
+def nano_weights():
+    return models.build("vit_nano", **NANO).state_dict()
+
+
+def dino_release():
+    """The layout of DINO's full checkpoints; the teacher's weights are those of nano plus 1."""
+    release = {}
+    for more, network in enumerate(("student", "teacher")):
+        release[network] = {f"module.backbone.{name}": value + more
+                            for name, value in nano_weights().items()}
+        release[network]["module.head.mlp.0.weight"] = torch.zeros(3)
+    return release
+
+
+def timm_file():
+    return {**nano_weights(), "head.weight": torch.zeros(10, 96), "head.bias": torch.zeros(10)}
+
+
+def file_of_a_run():
+    teacher = {f"backbone.{name}": value for name, value in nano_weights().items()}
+    return {"version": 2, "teacher": teacher}
+
+
+@pytest.mark.parametrize("stored, added, unused", [
+    (dino_release, 1, "head.mlp.0.weight"),
+    (timm_file, 0, "head.weight, head.bias"),
+    (file_of_a_run, 0, "none")])
+def test_init_reads_what_people_release(tmp_path, capsys, stored, added, unused):
+    torch.save(stored(), tmp_path / "x.pth")
+    net = models.build("vit_nano", **NANO)
+    export.init(tmp_path / "x.pth", [net])
+    expected = {name: value + added for name, value in nano_weights().items()}
+    assert not differences(expected, net.state_dict())
+    assert (f"matched; missing: none; of another shape: none; not used: {unused}"
+            in capsys.readouterr().out)
 
 
 def test_init_names_what_does_not_fit(tmp_path, capsys):
+    """A position embedding of another grid is interpolated."""
     other = models.build("vit_nano", patch_size=8, img_size=64).state_dict()
     other["norm.weight"] = torch.ones(7)
     del other["norm.bias"]
     torch.save(other, tmp_path / "x.pth")
-    net = models.build("vit_nano", patch_size=8, img_size=32)
-    weights.init(tmp_path / "x.pth", [net])
-    assert "missing: norm.bias; of another shape: norm.weight (7,) for (96,); not used: none" in capsys.readouterr().out
-    assert torch.equal(net.state_dict()["pos_embed"][:, 0], other["pos_embed"][:, 0])  # the grid is interpolated
-    grid = other["pos_embed"][0, 1:].reshape(8, 8, 96)
-    assert (net.state_dict()["pos_embed"][0, 1:].mean(0) - grid.mean((0, 1))).abs().max() < 0.02
+    net = models.build("vit_nano", **NANO)
+    export.init(tmp_path / "x.pth", [net])
+    assert ("missing: norm.bias; of another shape: norm.weight (7,) for (96,); not used: none"
+            in capsys.readouterr().out)
+    ours, theirs = net.state_dict()["pos_embed"], other["pos_embed"]  # (1, 17, 96) (1, 65, 96)
+    assert torch.equal(ours[:, 0], theirs[:, 0])
+    assert (ours[0, 1:].mean(0) - theirs[0, 1:].mean(0)).abs().max() < 0.02
+
+
+def test_init_refuses_files_of_which_nothing_fits(tmp_path, capsys):
     torch.save({"a": torch.zeros(3)}, tmp_path / "y.pth")
-    assert "nothing in it matches this --arch; its keys: a; wanted: cls_token" in refused(capsys, tmp_path / "o", "--init", tmp_path / "y.pth")
-    assert "no such file" in refused(capsys, tmp_path / "o", "--init", tmp_path / "z.pth")
+    sentence = sentence_of_refusal(capsys, tmp_path / "out", "--init", tmp_path / "y.pth")
+    assert "nothing in it matches this --arch; its keys: a; wanted: cls_token" in sentence
+    sentence = sentence_of_refusal(capsys, tmp_path / "out", "--init", tmp_path / "z.pth")
+    assert "no such file" in sentence

@@ -200,10 +200,11 @@ import train
 from support import ddp
 leave_group = ddp.cleanup
 ddp.cleanup = lambda: None  # one process group for all runs but the last
-for flags in {flags!r}:
-    if flags == {flags!r}[-1]:
-        ddp.cleanup = leave_group
+runs = {runs!r}  # the flags of each
+for flags in runs[:-1]:
     train.main(flags)
+ddp.cleanup = leave_group
+train.main(runs[-1])
 """
 
 
@@ -222,7 +223,7 @@ def one_and_two(tmp_path_factory):
                 for case, (flags, _) in enumerate(CASES)]
 
     script = base / "two.py"
-    script.write_text(ALL_ON_TWO.format(root=ROOT, flags=all_flags(2)))
+    script.write_text(ALL_ON_TWO.format(root=ROOT, runs=all_flags(2)))
     port = 29_900 + os.getpid() % 90
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
               "--master_port", str(port), str(script)]
