@@ -168,7 +168,7 @@ class CARPLoss(Loss):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         perm = torch.randperm(self.K, generator=generator).to(h_s.device, non_blocking=True)  # (K,)
         if fast := fast_losses(self.K, h_s, protos_s, protos_t):
-            return fast.carp(h_s, h_t, protos_s, protos_t, self.partition_size, perm,
+            return fast.carp(carp, h_s, h_t, protos_s, protos_t, self.partition_size, perm,
                              ddp.mean_over_ranks)
         z_s = protos_s.logits(h_s)  # (V, B, K)
         z_t = protos_t.logits(h_t)  # (2, B, K)

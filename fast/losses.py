@@ -11,9 +11,6 @@ Letters as in losses.py; ks (|ks|,) are the indices of the prototypes in a block
 """
 import torch
 
-import losses
-from losses import pairs
-
 
 def logits_at_a_time(device):
     """Student logits of one block. On a CPU they should fit its caches."""
@@ -36,27 +33,29 @@ class PerBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         h, *cut = ctx.saved_tensors
-        trained = [x for x, needed in zip(cut, ctx.needs_input_grad[3:]) if needed]
-        G_h, G_cut = torch.zeros_like(h), [torch.zeros_like(x) for x in trained]
+        wanted = ctx.needs_input_grad[3:]  # for each tensor in `cut`
         h = h.detach().requires_grad_()
+        G_h = torch.zeros_like(h)
+        G_cut = [torch.zeros_like(x) if w else None for x, w in zip(cut, wanted)]
         for ks, g in zip(ctx.blocks, gradient):
-            parts = [x[ks].detach().requires_grad_(x.requires_grad) for x in cut]
+            parts = [x[ks].detach().requires_grad_(w) for x, w in zip(cut, wanted)]
             with torch.enable_grad():
                 out = ctx.f(h, *parts, ks)
             inputs = [h] + [part for part in parts if part.requires_grad]
-            of_h, *of_parts = torch.autograd.grad(out, inputs, g)
-            G_h += of_h
-            for G, of_part in zip(G_cut, of_parts):
-                G[ks] = of_part
-        G_cut = iter(G_cut)
-        return None, None, G_h, *(next(G_cut) if n else None for n in ctx.needs_input_grad[3:])
+            gradients = iter(torch.autograd.grad(out, inputs, g))
+            G_h += next(gradients)
+            for G in G_cut:
+                if G is not None:
+                    G[ks] = next(gradients)
+        return None, None, G_h, *G_cut
 
 
-def carp(h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ranks=None):
+def carp(plain, h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ranks=None):
     """losses.carp of the logits of h_s (V, B, D) and h_t (2, B, D): {"consistency", "entropy"}.
 
-    Both terms are means over partitions, so a block of whole partitions gives its share of them. If
-    one partition alone has more logits than a block should have (CARL), it is a block all the same.
+    plain: losses.carp itself, which computes each block; what is changed there is changed here.
+    Both terms are means over partitions, so a block of whole partitions gives its share of them.
+    A partition that alone has more logits than a block should have (CARL) is a block all the same.
     """
     (V, B, _), K, P = h_s.shape, len(perm), partition_size
     if K % P:
@@ -65,16 +64,18 @@ def carp(h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ranks=Non
         h_s, h_t = h_s.float() - protos_s.origin, (h_t.float() - protos_t.origin).detach()
         C_s = protos_s.directions()  # (K, D)
         C_t = None if protos_t is protos_s else protos_t.directions().detach()  # (K, D)
+        names = []  # of the terms
 
         def share(h, c_s, ks):
             c_t = c_s.detach() if C_t is None else C_t[ks]  # (|ks|, D)
             z_s, z_t = protos_s.scale * (h @ c_s.T), protos_t.scale * (h_t @ c_t.T)
-            terms = losses.carp(z_s, z_t, P, mean_over_ranks=mean_over_ranks)
-            return torch.stack([terms["consistency"], terms["entropy"]]) * len(ks) / K  # (2,)
+            terms = plain(z_s, z_t, P, mean_over_ranks=mean_over_ranks)
+            names[:] = terms
+            return torch.stack([*terms.values()]) * len(ks) / K  # (terms,)
 
         partitions = max(1, logits_at_a_time(h_s.device) // (V * B * P))
-        consistency, entropy = PerBlock.apply(share, perm.split(partitions * P), h_s, C_s).sum(0)
-    return {"consistency": consistency, "entropy": entropy}
+        terms = PerBlock.apply(share, perm.split(partitions * P), h_s, C_s).sum(0)  # (terms,)
+    return dict(zip(names, terms))
 
 
 def dino(h_s, p_t, protos_s, tau=0.1):
@@ -101,5 +102,6 @@ def dino(h_s, p_t, protos_s, tau=0.1):
         parts = PerBlock.apply(sums, blocks, h_s, *cut)  # (blocks, V, 3, B)
         log_Z = parts[:, :, 0].logsumexp(0)  # (V, B)
         cross, mass = parts[:, :, 1:].sum(0), p_t.sum(-1)  # (V, 2, B) (2, B)
-        terms = [(log_Z[i] * mass[j] - cross[i, j]).mean() for i, j in pairs(V)]
-    return {"cross_entropy": torch.stack(terms).mean()}
+        pairs = (log_Z[:, None] * mass - cross).mean(-1)  # (V, 2)
+        other = 1 - torch.eye(V, 2, device=h_s.device)  # (V, 2): 0 where i == j
+    return {"cross_entropy": (other * pairs).sum() / (2 * V - 2)}

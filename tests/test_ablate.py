@@ -145,40 +145,52 @@ def test_a_script_of_the_zoo_is_run_beside_train(tmp_path):
     assert scripts == {"one": "train.py", "two": "zoo/copied.py"}
 
 
-def refusal(out, script, *flags):
-    """The sentence with which a folder is refused for a run of this script, None if it is not."""
-    try:
-        ablate.refuse_another_run(ablate.Run("a row", 0, script, [*flags, "--device", "cpu"]), out)
-    except ValueError as error:
-        return str(error)
+def parse_special(flags):
+    """`parse` of a script of zoo/ whose first flag, --masked X, is one that train.py lacks."""
+    args = config.parse(flags[2:])
+    args.masked = float(flags[1])
+    return args
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path, monkeypatch):
-    def parse(flags):  # of a script with a flag of its own
-        own, rest = flags[1], flags[2:]
-        args = config.parse(rest)
-        args.masked = float(own)
-        return args
-
+@pytest.fixture
+def refusal(tmp_path, monkeypatch):
+    """A function (script, flags): the sentence with which their run is refused in the folder OUT,
+    None if it is not. zoo/special.py has a flag of its own, and zoo/copied.py has none."""
     monkeypatch.setitem(sys.modules, "zoo.copied", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "zoo.special", SimpleNamespace(parse=parse))
-    out = str(tmp_path)
-    assert refusal(out, "train.py") is None  # an empty folder
-    for script, more in ("train.py", {}), ("zoo/copied.py", {}), ("zoo/special.py", {"masked": 0.5}):
-        args = vars(config.parse(["--lr", "2", "--device", "cpu"])) | {"script": script} | more
-        with open(tmp_path / "args.json", "w") as f:
-            json.dump(args, f)
-        own = ["--masked", "0.5"] if more else []
-        assert refusal(out, script, *own, "--lr", "2") is None
-        changed = refusal(out, script, *own, "--lr", "3")
-        assert changed == f"{out} holds a run with other flags (--lr 2.0 -> 3.0); move it away"
-        other = "zoo/other.py"
-        assert refusal(out, other) == f"{out} holds a run of {script}, not of {other}; move it away"
-    assert "(--masked 0.5 -> 0.25)" in refusal(out, "zoo/special.py", "--masked", "0.25", "--lr", "2")
-    del args["script"]  # as train.py wrote it before zoo/ had scripts
-    with open(tmp_path / "args.json", "w") as f:
-        json.dump(args, f)
-    assert refusal(out, "train.py", "--lr", "2") is None
+    monkeypatch.setitem(sys.modules, "zoo.special", SimpleNamespace(parse=parse_special))
+
+    def call(script, flags):
+        run = ablate.Run("a row", 0, script, [*flags.split(), "--device", "cpu"])
+        try:
+            ablate.refuse_another_run(run, str(tmp_path))
+        except ValueError as error:
+            return str(error).replace(str(tmp_path), "OUT")
+    return call
+
+
+@pytest.mark.parametrize("script, own", [("train.py", {}), ("zoo/copied.py", {}),
+                                         ("zoo/special.py", {"masked": 0.5})])
+def test_a_folder_of_another_run_is_refused(script, own, refusal, tmp_path):
+    args = vars(config.parse(["--lr", "2", "--device", "cpu"])) | {"script": script} | own
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    masked = "--masked 0.5 " if own else ""
+    assert refusal(script, masked + "--lr 2") is None
+    assert (refusal(script, masked + "--lr 3")
+            == "OUT holds a run with other flags (--lr 2.0 -> 3.0); move it away")
+    assert (refusal("zoo/other.py", masked + "--lr 2")
+            == f"OUT holds a run of {script}, not of zoo/other.py; move it away")
+    if own:
+        assert (refusal(script, "--masked 0.25 --lr 2")
+                == "OUT holds a run with other flags (--masked 0.5 -> 0.25); move it away")
+
+
+def test_an_old_folder_without_a_script_is_of_train(refusal, tmp_path):
+    assert refusal("train.py", "--lr 2") is None  # a folder without a run
+    args = vars(config.parse(["--lr", "2", "--device", "cpu"]))
+    del args["script"]
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    assert refusal("train.py", "--lr 2") is None
+    assert "holds a run of train.py" in refusal("zoo/copied.py", "--lr 2")
 
 
 # ---- the printed table -------------------------------------------------------------------------
