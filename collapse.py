@@ -21,8 +21,6 @@ import sys
 
 import torch
 
-from support import checkpoints
-
 # Up to this many prototypes the plain search below runs. On one CPU core it takes 0.04 s for 1,024
 # and 0.2 s for 2,048. Time and memory grow with the square: 8,192 would take 3 s, and their cosines
 # 512 MiB. fast/unique.py gives the same answers for 8,192 in 0.4 s and a fraction of that memory.
@@ -188,6 +186,7 @@ def random_directions(K, D, seed=0):
 def load_prototypes(path, key=None):
     """{name: (K, D) float32 tensor} of every prototype set in a checkpoint, ours or foreign; see
     support/checkpoints.py."""
+    from support import checkpoints
     return checkpoints.load_prototypes(path, key)
 
 

@@ -12,7 +12,8 @@ else:
     assign(h)             h (N, D) -> (N, K), how much each prototype answers for each vector
     twin()                the teacher's set: the same object, or a copy of a set with gradients
 
-Frozen has all of them. A new set overrides what differs, mostly `vectors` and `step`.
+Frozen has all of them. A new set overrides what differs, mostly `vectors` and `step`; one that is
+trained overrides `directions` too, the rows of C that h is multiplied with.
 """
 import copy
 import importlib
@@ -98,7 +99,7 @@ class Frozen(nn.Module):
 
         fast/losses.py takes that product apart, so it serves no set that overrides `logits`.
         """
-        return type(self).logits is Frozen.logits
+        return getattr(self.logits, "__func__", None) is Frozen.logits
 
     def bias(self, tau):
         return 0.0

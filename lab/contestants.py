@@ -134,7 +134,7 @@ def loss(way, sizes):
 
     def work():
         if way == "ours":
-            terms = fast.losses.carp(h_s, h_t, protos_s, protos_t, P, perm)
+            terms = fast.losses.carp(losses.carp, h_s, h_t, protos_s, protos_t, P, perm)
         else:
             terms = losses.carp(protos_s.logits(h_s), protos_t.logits(h_t), P, perm)
         return torch.autograd.grad(sum(terms.values()), [h_s, *protos_s.parameters()])

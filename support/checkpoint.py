@@ -25,7 +25,7 @@ import config
 import heads
 import losses
 import models
-from support import checkpoints, ddp
+from support import ddp
 from support.files import write
 from support.log import Record
 
@@ -84,6 +84,7 @@ def saved(out):
 
 def load(path):
     """A checkpoint of ours as a dict; ValueError if it is damaged, unsafe or something else."""
+    from support import checkpoints
     ckpt = checkpoints.read(path, mmap=False)
     needed = {"version", "step", "args", "student", "optimizer"}
     if not isinstance(ckpt, dict) or needed - ckpt.keys():
@@ -164,6 +165,7 @@ def load_part(path, name, part, state):
     shared = [k for k in here if k in state and torch.is_tensor(here[k])]
     shapes = [k for k in shared if here[k].shape != state[k].shape]
     if missing or unexpected or shapes:
+        from support import checkpoints
         raise ValueError(f"--resume: {path}: {name} does not fit; "
                          f"missing: {checkpoints.listing(missing)}; "
                          f"unexpected: {checkpoints.listing(unexpected)}; "
@@ -193,6 +195,7 @@ def load_run(path):
     centre=loss.centre_over_tau()) -> (N, K). A script of zoo/ that saves other networks defines a
     function `load_run` of its own. ValueError if it is no checkpoint of a run of ours.
     """
+    from support import checkpoints
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
         ckpt = checkpoints.read(path)

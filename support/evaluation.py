@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import data
-from support import features
+from support import backbones
 from support import groups
 from support.files import write
 
@@ -59,7 +59,7 @@ def check_common_flags(flags):
         path = Path(flags.dump).absolute()
         if not path.parent.is_dir() or path.exists() and not path.is_file():
             raise ValueError(f"--dump {flags.dump} must be a file in a folder that exists")
-    flags.device = features.choose_device(flags.device)
+    flags.device = backbones.choose_device(flags.device)
 
 
 @contextmanager
@@ -78,9 +78,9 @@ def errors_as_sentences(script):
 # ---- what is evaluated ---------------------------------------------------------------------------
 
 def open_backbone(flags, patch_size=None):
-    """(backbone on the CPU, args dict of its run), as features.load_backbone gives them; a line
+    """(backbone on the CPU, args dict of its run), as backbones.load_backbone gives them; a line
     that describes it is printed. patch_size: refuse a ViT of other patches."""
-    backbone, args, description = features.load_backbone(
+    backbone, args, description = backbones.load_backbone(
         flags.checkpoint, flags.which, flags.arch, patch_size, flags.img_size)
     print(description)
     return backbone, args
@@ -137,7 +137,7 @@ def features_of(images, backbone, flags, img_size, layers=1, pool="cls", crop=Tr
     """Features (N, D) float32 on the CPU of plain images, from features/ next to the checkpoint
     where they are there, unless --no-cache. layers, pool, crop: see features.features."""
     folder = None if flags.no_cache else run_folder(flags.checkpoint) / "features"
-    return features.cached(backbone, images, img_size, folder, layers=layers, pool=pool, crop=crop,
+    return backbones.cached(backbone, images, img_size, folder, layers=layers, pool=pool, crop=crop,
                            device=flags.device, batch_size=flags.batch_size, progress=True)
 
 
@@ -152,7 +152,7 @@ def groups_with_classes(tables):
 def result_row(tool, protocol, flags, backbone, args, name):
     """The first columns of results.csv: which weights were evaluated, on the data `name`."""
     return {"tool": tool, "protocol": protocol, "checkpoint": flags.checkpoint,
-            "weights": features.fingerprint(backbone), "which": flags.which, "arch": backbone.arch,
+            "weights": backbones.fingerprint(backbone), "which": flags.which, "arch": backbone.arch,
             "method": args.get("method", ""), "prototypes": args.get("prototypes", ""),
             "num_prototypes": args.get("num_prototypes", ""), "data": name}
 

@@ -7,7 +7,7 @@ import torch
 import models
 from support import ddp
 from support.checkpoints import listing
-from support.features import load_backbone, networks_in
+from support.backbones import load_backbone, networks_in
 from support.files import write
 
 

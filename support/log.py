@@ -198,7 +198,7 @@ class Due:
 
 
 def due(args, done, stop, total, leaving):
-    """done: steps so far; stop, total: last step of this process and of the run; leaving: a signal."""
+    """done: steps so far; stop, total: last step of this process, of the run; leaving: a signal."""
     regular = done == total or done % args.log_every == 0 or done % args.eval_every == 0
     evaluation = done == stop or done % args.eval_every == 0
     often = [n for n in (args.save_every, args.keep_every) if n and done % n == 0]

@@ -26,6 +26,7 @@ import train
 import views
 from eval_knn import knn_accuracy, knn_predict, knn_scores
 from support import evaluation
+from support import backbones
 from support import features
 from support import groups
 
@@ -368,7 +369,7 @@ def checkpoint(path, arch="vit_nano", patch_size=8, img_size=32, in_small=True, 
 def test_load_backbone_from_file_and_directory(tmp_path, which):
     ckpt = checkpoint(tmp_path / "ckpt.pt")
     for path in (tmp_path, tmp_path / "ckpt.pt", str(tmp_path)):
-        net, args, description = features.load_backbone(path, which)
+        net, args, description = backbones.load_backbone(path, which)
         assert args == ckpt["args"] and not net.training and net.arch == "vit_nano"
         for key, w in net.state_dict().items():
             assert torch.equal(w, ckpt[which]["backbone." + key])
@@ -382,7 +383,7 @@ def test_load_backbone_from_file_and_directory(tmp_path, which):
 @pytest.mark.parametrize("in_small", [True, False])
 def test_load_backbone_knows_the_stem_of_a_resnet(tmp_path, in_small):
     checkpoint(tmp_path / "ckpt.pt", arch="resnet18", patch_size=16, in_small=in_small)
-    net, _, _ = features.load_backbone(tmp_path)
+    net, _, _ = backbones.load_backbone(tmp_path)
     assert net.conv1.kernel_size == ((3, 3) if in_small else (7, 7))
 
 
@@ -393,7 +394,7 @@ def test_load_backbone_refuses_in_one_sentence(tmp_path):
         if content is not None:
             torch.save(content, tmp_path / name)
         with pytest.raises(ValueError, match=words) as error:
-            features.load_backbone(tmp_path / name, which)
+            backbones.load_backbone(tmp_path / name, which)
         assert "\n" not in str(error.value)
 
     refused("no checkpoint .*absent.pt", "absent.pt")
@@ -434,12 +435,12 @@ def test_load_backbone_refuses_in_one_sentence(tmp_path):
 def test_runs_of_other_scripts_are_read_as_those_of_train(tmp_path):
     """A script of zoo/ names itself in its args, and may have no method and other prototypes."""
     ckpt = checkpoint(tmp_path / "ckpt.pt", script="train.py")
-    assert "step 123, carp with decoupled" in features.load_backbone(tmp_path)[2]
+    assert "step 123, carp with decoupled" in backbones.load_backbone(tmp_path)[2]
     ckpt["args"] = {"script": "zoo/ibot.py", "arch": "vit_nano", "patch_size": 8, "img_size": 32,
                     "num_prototypes": 64}
     torch.save(ckpt, tmp_path / "ckpt.pt")
     for which in ("teacher", "student"):
-        net, args, description = features.load_backbone(tmp_path, which)
+        net, args, description = backbones.load_backbone(tmp_path, which)
         assert torch.equal(net.cls_token, ckpt[which]["backbone.cls_token"])
         assert f"step 123, zoo/ibot.py (K = 64), {which} vit_nano" in description
 
@@ -449,7 +450,7 @@ def test_the_networks_of_a_file_by_rank(tmp_path):
     a, b, c = torch.zeros(2), torch.ones(2), torch.ones(3)
     torch.save({"teacher": {"module.backbone.norm.weight": a, "module.head.last.weight": c},
                 "student": {"backbone.norm.weight": b}, "extra": {"x": c}}, tmp_path / "f.pt")
-    networks = features.networks_in(tmp_path / "f.pt")
+    networks = backbones.networks_in(tmp_path / "f.pt")
     assert {rank: list(tensors) for rank, tensors in networks.items()} == {
         0: ["norm.weight", "head.last.weight"], 2: ["norm.weight"], 3: ["extra.x"]}
     assert torch.equal(networks[0]["norm.weight"], a) and torch.equal(networks[2]["norm.weight"], b)
@@ -539,7 +540,7 @@ def test_command_line_appends_results_and_keeps_features(tmp_path, capsys, monke
     checkpoint(tmp_path / "ckpt.pt", data=str(tmp_path / "images"))
     out = command(tmp_path, "--k", 3, 5)
     assert len(list((tmp_path / "features").iterdir())) == 2
-    monkeypatch.setattr(features, "features", None)  # the second time nothing is computed
+    monkeypatch.setattr(backbones, "features", None)  # the second time nothing is computed
     assert command(tmp_path, "--k", 3, 5, "--T", 0.5)["test"] == 15
     with open(tmp_path / "results.csv", newline="") as f:
         rows = list(csv.DictReader(f))
@@ -549,7 +550,7 @@ def test_command_line_appends_results_and_keeps_features(tmp_path, capsys, monke
         assert row["settings"] == "T=0.07 leave_one_out=False"
         assert row["train"] == "24" and row["head"] == "" and row["metric"] == "top1"
     assert rows[3]["settings"] == "T=0.5 leave_one_out=False"
-    weights = features.fingerprint(features.load_backbone(tmp_path)[0])
+    weights = backbones.fingerprint(backbones.load_backbone(tmp_path)[0])
     assert {row["weights"] for row in rows} == {weights}
     assert {row["which"] for row in rows} == {"teacher"}
     assert list(rows[0]) == [
@@ -676,7 +677,7 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--head", "5", "--tail", "50"], "tail ends at 50"),
 ])
 def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, words):
-    monkeypatch.delattr(features, "cached")  # refused before the long work, not after it
+    monkeypatch.delattr(backbones, "cached")  # refused before the long work, not after it
     write_images(tmp_path / "images", "train", (2, 2))
     write_images(tmp_path / "images", "val", (1, 1))
     (tmp_path / "loose").mkdir()

@@ -21,6 +21,7 @@ import eval_linear
 import models
 import views
 from support import evaluation
+from support import backbones
 from support import features
 from support import probes
 
@@ -434,22 +435,22 @@ class Counting(nn.Module):
 
 def test_cached_features_are_computed_once_and_belong_to_what_made_them(tmp_path, capsys):
     net, images = Counting(), pictures([0, 1, 2, 0, 1])
-    x = features.cached(net, images, 32, tmp_path / "features")
+    x = backbones.cached(net, images, 32, tmp_path / "features")
     assert net.calls == 5 and torch.equal(x, features.features(net, images, 32, normalize=False))
     net.calls = 0
-    again = features.cached(net, images, 32, tmp_path / "features")
+    again = backbones.cached(net, images, 32, tmp_path / "features")
     assert net.calls == 0 and torch.equal(again, x) and "read from" in capsys.readouterr().out
     others = {"weights": (Counting(1), images, 32), "size": (net, images, 16),
               "pixels": (net, pictures([0, 1, 2, 0, 1], seed=1), 32),
               "fewer": (net, data.subset(images, 4), 32)}
     for name, (backbone, part, img_size) in others.items():
         backbone.calls = 0
-        features.cached(backbone, part, img_size, tmp_path / "features")
+        backbones.cached(backbone, part, img_size, tmp_path / "features")
         assert backbone.calls == len(part), name
     net.calls = 0
-    features.cached(net, images, 32, tmp_path / "features", crop=False)
-    features.cached(net, images, 32, tmp_path / "features", pool="mean")
-    features.cached(net, images, 32, None)  # --no-cache
+    backbones.cached(net, images, 32, tmp_path / "features", crop=False)
+    backbones.cached(net, images, 32, tmp_path / "features", pool="mean")
+    backbones.cached(net, images, 32, None)  # --no-cache
     assert net.calls == 15 and len(os.listdir(tmp_path / "features")) == 7
     assert all(f.endswith(".pt") for f in os.listdir(tmp_path / "features"))
 
@@ -457,7 +458,7 @@ def test_cached_features_are_computed_once_and_belong_to_what_made_them(tmp_path
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other", "text"])
 def test_a_damaged_cache_file_is_said_and_computed_anew(tmp_path, capsys, damage):
     net, images = Counting(), pictures([0, 1, 2] * 30)
-    x = features.cached(net, images, 32, tmp_path)
+    x = backbones.cached(net, images, 32, tmp_path)
     path, = tmp_path.iterdir()
     whole = path.read_bytes()
     at = whole.index(x.numpy().tobytes()[:64]) + 5  # a byte in the numbers
@@ -467,15 +468,15 @@ def test_a_damaged_cache_file_is_said_and_computed_anew(tmp_path, capsys, damage
     if damage == "other":
         torch.save({"about": {}, "x": torch.zeros(90, 4)}, path)
     net.calls = 0
-    assert torch.equal(features.cached(net, images, 32, tmp_path), x) and net.calls == 90
+    assert torch.equal(backbones.cached(net, images, 32, tmp_path), x) and net.calls == 90
     assert "computed anew" in capsys.readouterr().out
     net.calls = 0
-    assert torch.equal(features.cached(net, images, 32, tmp_path), x) and net.calls == 0
+    assert torch.equal(backbones.cached(net, images, 32, tmp_path), x) and net.calls == 0
 
 
 def test_a_cache_that_cannot_be_written_is_not_fatal(tmp_path, capsys):
     (tmp_path / "features").write_text("a file is in the way")
-    assert features.cached(Counting(), pictures([0, 1]), 32, tmp_path / "features").shape == (2, 4)
+    assert backbones.cached(Counting(), pictures([0, 1]), 32, tmp_path / "features").shape == (2, 4)
     assert "not kept" in capsys.readouterr().out
 
 
@@ -483,10 +484,10 @@ def test_files_on_disk_are_known_by_path_size_and_time(tmp_path):
     for i in range(2):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     images = data.Files([str(tmp_path / f"{i}.png") for i in range(2)], None, [], "")
-    first = features.identity(images)
-    assert features.identity(images) == first
+    first = backbones.identity(images)
+    assert backbones.identity(images) == first
     os.utime(tmp_path / "1.png", (1, 1))
-    assert features.identity(images) != first
+    assert backbones.identity(images) != first
 
 
 # ---- backbones of others -------------------------------------------------------------------------
@@ -516,7 +517,7 @@ CLASSIFIER = nano(1) | {"head.weight": torch.zeros(10, 96), "head.bias": torch.z
 def test_layouts_of_others(tmp_path, content, which, seed, words):
     torch.save(content, tmp_path / "foreign.pth")
     path = tmp_path / "foreign.pth"
-    net, args, description = features.load_backbone(path, which, arch="vit_nano")
+    net, args, description = backbones.load_backbone(path, which, arch="vit_nano")
     wanted = nano(seed)
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, wanted[name])
@@ -526,15 +527,15 @@ def test_layouts_of_others(tmp_path, content, which, seed, words):
 
 def test_a_run_of_ours_can_be_read_by_arch_and_at_another_size(tmp_path):
     path = checkpoint(tmp_path / "run")
-    ours, args, description = features.load_backbone(path, img_size=64)
+    ours, args, description = backbones.load_backbone(path, img_size=64)
     assert args["img_size"] == 64
     assert "step 7, carp with joint prototypes (K = 64), teacher" in description
-    foreign = features.load_backbone(path, arch="vit_nano")[0]
-    student = features.load_backbone(path, "student")[0]
-    assert features.fingerprint(ours) == features.fingerprint(foreign)
-    assert features.fingerprint(ours) != features.fingerprint(student)
+    foreign = backbones.load_backbone(path, arch="vit_nano")[0]
+    student = backbones.load_backbone(path, "student")[0]
+    assert backbones.fingerprint(ours) == backbones.fingerprint(foreign)
+    assert backbones.fingerprint(ours) != backbones.fingerprint(student)
     with pytest.raises(ValueError, match="--img-size 30 must be a multiple of 8"):
-        features.load_backbone(path, img_size=30)
+        backbones.load_backbone(path, img_size=30)
 
 
 @pytest.mark.parametrize("size", [7, 3])
@@ -546,7 +547,7 @@ def test_torchvisions_resnets(tmp_path, size):
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     old = {name: w for name, w in net.state_dict().items() if "tracked" not in name}  # as old files
     torch.save(old, tmp_path / "r.pth")
-    ours, args, description = features.load_backbone(tmp_path / "r.pth", arch="resnet18")
+    ours, args, description = backbones.load_backbone(tmp_path / "r.pth", arch="resnet18")
     assert args["img_size"] == (224 if size == 7 else 32)
     assert "not used: fc.weight, fc.bias" in description
     net.fc = nn.Identity()
@@ -575,7 +576,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(tmp_path, change, kind, wo
     change(state)
     torch.save(state, tmp_path / "f.pth")
     with pytest.raises(ValueError, match=words) as error:
-        features.load_backbone(tmp_path / "f.pth", **{"arch": "vit_nano"} | kind)
+        backbones.load_backbone(tmp_path / "f.pth", **{"arch": "vit_nano"} | kind)
     assert "\n" not in str(error.value)
 
 
@@ -585,7 +586,7 @@ def test_timms_vit_small_in_dinos_format_gives_timms_features(tmp_path):
     theirs = timm.create_model("vit_small_patch16_224", num_classes=0).eval()
     teacher = prefixed(theirs.state_dict(), "backbone.") | {"head.mlp.0.bias": torch.zeros(2)}
     torch.save({"teacher": teacher}, tmp_path / "dino.pth")
-    ours, args, _ = features.load_backbone(tmp_path / "dino.pth", arch="vit_small")
+    ours, args, _ = backbones.load_backbone(tmp_path / "dino.pth", arch="vit_small")
     assert args == {"arch": "vit_small", "patch_size": 16, "img_size": 224}
     x = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
     images = data.Images(x, None, [], "")
@@ -662,7 +663,7 @@ def test_every_protocol_learns_colours_and_says_so(tmp_path, monkeypatch, small,
         "medium", "tail", "per_class"]
     assert float(line["all"]) == pytest.approx(out["accuracy"], abs=1e-3)
     assert line["protocol"] == f"linear-1 {protocol}"
-    weights = features.fingerprint(features.load_backbone(run)[0])
+    weights = backbones.fingerprint(backbones.load_backbone(run)[0])
     assert line["weights"] == out["weights"] == weights
     assert line["imbalance"] == "" and line["head"] == ""
     assert float(line["medium"]) > 90 and float(line["per_class"]) > 90
@@ -680,13 +681,12 @@ def test_every_protocol_learns_colours_and_says_so(tmp_path, monkeypatch, small,
 def test_sgd_reports_the_best_epoch_and_the_last_and_leaves_the_backbone_alone(tmp_path, small,
                                                                                monkeypatch):
     run = checkpoint(tmp_path / "run", arch="resnet18")
-    backbones, load_backbone = [], features.load_backbone
+    loaded, load_backbone = [], backbones.load_backbone
 
     def spy(*args):
-        loaded = load_backbone(*args)
-        backbones.append(loaded[0])
-        return loaded
-    monkeypatch.setattr(features, "load_backbone", spy)
+        loaded.append(load_backbone(*args))
+        return loaded[-1]
+    monkeypatch.setattr(backbones, "load_backbone", spy)
 
     def always(c):  # W, b of a head that predicts class c
         return torch.zeros(3, 512), 9.0 * F.one_hot(torch.tensor(c), 3)
@@ -702,7 +702,8 @@ def test_sgd_reports_the_best_epoch_and_the_last_and_leaves_the_backbone_alone(t
         "lr 1, best": 3, "lr 1, last": 1, "lr 2, best": 1, "lr 2, last": 1}
     assert out["accuracy"] == 50 and "the best epoch, 1, 1, is" in out["note"]
     fresh = load_backbone(run)[0]
-    assert features.fingerprint(backbones[0]) == features.fingerprint(fresh)  # statistics too
+    used = loaded[0][0]
+    assert backbones.fingerprint(used) == backbones.fingerprint(fresh)  # statistics too
 
 
 class Stop(Exception):
@@ -911,7 +912,7 @@ def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeyp
     (["--device", "abacus"], "--device abacus"),
 ])
 def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, words):
-    monkeypatch.delattr(features, "cached")  # before the long work, not after it
+    monkeypatch.delattr(backbones, "cached")  # before the long work, not after it
     device = [] if "--device" in flags else ["--device", "cpu"]
     with pytest.raises(SystemExit) as stop:
         eval_linear.main([checkpoint(tmp_path / "run"), *device, *flags])
@@ -938,7 +939,7 @@ def test_raw_features_are_left_as_they_are(tmp_path, monkeypatch, small):
     standardised, raw = fitted_to
     assert standardised.mean(0).abs().max() < 1e-4
     assert (standardised.std(0, correction=0) - 1).abs().max() < 1e-3
-    backbone = features.load_backbone(run)[0]
+    backbone = backbones.load_backbone(run)[0]
     plain = features.features(backbone, small[0], 32, normalize=False)
     torch.testing.assert_close(raw, plain)
 
@@ -950,7 +951,7 @@ def test_transfer_alone_cuts_no_border_off(tmp_path, monkeypatch, small, protoco
     def cached(*args, crop, **kw):
         crops.append(crop)
         raise ValueError("enough")
-    monkeypatch.setattr(features, "cached", cached)
+    monkeypatch.setattr(backbones, "cached", cached)
     with pytest.raises(SystemExit):
         go(checkpoint(tmp_path / "run"), "--protocol", protocol)
     assert crops == [protocol != "transfer"]

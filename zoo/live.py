@@ -21,8 +21,8 @@ component whose mean is nearest to a vector wins this vector, and only component
          g = (1 - w) / (1 - eta), and u_k is the mean of the u_i that k wins
     L.4  Two means are twins if their cosine is above 1 - apart. If a winner and the mean nearest
          to it are twins, the one with the larger k has to restart.
-    L.5  A component restarts if L.4 says so, or if it won nothing in patience K vectors. The first
-         one restarts on the vector that is farthest from its winner, the second one on the next
+    L.5  A component restarts if L.4 says so, or if it won nothing in patience K vectors. The most
+         idle one restarts on the vector that is farthest from its winner, the next one on the next
          such vector, and so on. A vector is left out if its cosine with a farther vector, or with
          its winner, is above 1 - apart.
 

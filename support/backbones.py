@@ -1,0 +1,256 @@
+"""Backbones to evaluate: whose weights they have, and where their features are kept.
+
+A backbone comes from a run of ours, or from a foreign file by naming its architecture. Its features
+of a set of images lie in features/ next to the checkpoint, under a name made of everything they
+depend on, so that every protocol shares them.
+"""
+import hashlib
+from pathlib import Path
+
+import torch
+
+from models import ARCHS, build
+from support import checkpoints
+from support.features import features, width
+from support.files import write
+
+VERSION = "features-1"  # part of every cached file's name; raise it when the numbers in them change
+# Which copy of a network stands for the teacher or the student, best first, as ranks of
+# checkpoints.NETWORKS: teacher 0, moving average of the student 1, student 2, unnamed 3.
+COPIES = {"teacher": (0, 1, 3, 2), "student": (2, 3)}
+# Parts that some ViTs of others have and ours lack: without them the network would compute
+# something else.
+PARTS_OURS_LACK = {"reg_token", "register_tokens", "dist_token", "fc_norm", "norm_pre"}
+
+
+def choose_device(name):
+    """"auto" is "cuda" where there is one, else "cpu"; another name is returned if the device
+    works, else it is a ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(f"--device {name} does not work here") from None
+    return name
+
+
+# ---- whose weights -------------------------------------------------------------------------------
+
+def load_backbone(path, which="teacher", arch=None, patch_size=None, img_size=None):
+    """(backbone in eval mode on the CPU, args dict, one line that describes it) of a checkpoint.
+
+    path        a run folder of ours, its ckpt.pt, or with `arch` a file of others
+    which       "teacher" (what the papers report) or "student"
+    arch        of a file of others, see `foreign`; None: a run of ours, which says so itself
+    patch_size  pixels that the patches of the file's ViT must have; None: any
+    img_size    pixels to evaluate at, in place of those that the file names; the positions of a
+                ViT are interpolated
+
+    The file is mapped into memory, so only the tensors that are needed are read. ValueError where
+    it is missing, unreadable, not a run of ours, or does not fit its own args.
+    """
+    if which not in COPIES:
+        raise ValueError(f"which must be teacher or student, got '{which}'")
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    if arch is None:
+        backbone, args, description = ours(path, which)
+    else:
+        backbone, args, description = foreign(path, which, arch)
+    if patch_size is not None and patch_size != getattr(backbone, "patch_size", patch_size):
+        raise ValueError(f"--patch-size {patch_size} does not fit {path}, whose patches are "
+                         f"{backbone.patch_size} px")
+    if img_size is not None:
+        patch = getattr(backbone, "patch_size", 1)
+        if img_size < 1 or img_size % patch:
+            raise ValueError(f"--img-size {img_size} must be a multiple of {patch}, the pixels of "
+                             "a patch")
+        args = args | {"img_size": img_size}
+    return backbone.eval(), args, description
+
+
+def check_ours(path, ckpt, which):
+    """ValueError unless ckpt is what a script of ours writes: a step, args of the right types, and
+    the weights of `which`."""
+    if not isinstance(ckpt, dict):
+        raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint of a run; for "
+                         "another's backbone say which --arch it has")
+    lacking = [key for key, kind in {"args": dict, "step": int, which: dict}.items()
+               if not isinstance(ckpt.get(key), kind)]
+    if not lacking:
+        lacking = [f"args['{key}']" for key in ("arch", "patch_size", "img_size")
+                   if key not in ckpt["args"]]
+    if lacking:
+        raise ValueError(f"{path} is not a checkpoint of a run of ours: it lacks "
+                         f"{', '.join(lacking)}; for another's backbone say which --arch it has")
+    kinds = {"arch": str, "patch_size": int, "img_size": int, "data": str, "data_root": str,
+             "seed": int, "imbalance": (int, float), "imbalance_law": str}
+    for key, kind in kinds.items():
+        if key in ckpt["args"] and not isinstance(ckpt["args"][key], kind):
+            raise ValueError(f"{path}: its args give {key} as {ckpt['args'][key]!r}")
+
+
+def ours(path, which):
+    """load_backbone for a checkpoint of train.py, or of a script of zoo/ (args["script"])."""
+    ckpt = checkpoints.read(path)
+    check_ours(path, ckpt, which)
+    args = ckpt["args"]
+    weights = {key.removeprefix("backbone."): tensor for key, tensor in ckpt[which].items()
+               if key.startswith("backbone.")}
+    try:
+        backbone = build(args["arch"], patch_size=args["patch_size"], img_size=args["img_size"],
+                         in_small=small_stem(weights))
+        backbone.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: the {which}'s weights do not fit its args, arch {args['arch']}, "
+                         f"patch {args['patch_size']}, {args['img_size']} px ({reason})") from None
+    script = args.get("script", "train.py")
+    if script == "train.py":
+        method = (f"{args.get('method', '?')} with {args.get('prototypes', '?')} prototypes "
+                  f"(K = {args.get('num_prototypes', '?')})")
+    else:
+        method = f"{script} (K = {args.get('num_prototypes', '?')})"
+    return backbone, args, f"{path}: step {ckpt['step']}, {method}, {which} {args['arch']}"
+
+
+def small_stem(weights):
+    """Whether a ResNet's weights have the 3x3 stem for small images."""
+    return "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3
+
+
+def networks_in(path):
+    """The networks in anybody's checkpoint: {rank in checkpoints.NETWORKS: {name: tensor}}, without
+    wrappers and "backbone." in the names. ValueError where the file cannot be read."""
+    networks = {}
+    for key, tensor in checkpoints.flatten(checkpoints.read(path)).items():
+        rank, name = checkpoints.split_key(key)
+        networks.setdefault(rank, {})[name.removeprefix("backbone.")] = tensor
+    return networks
+
+
+def misfits(own, theirs):
+    """What keeps the tensors `theirs` from being the network whose state dict is `own`: a list of
+    words, one for each tensor that is missing, of another shape, or would change what the network
+    computes and has no place in ours. Heads and the like, which only come after it, are allowed."""
+    missing = [f"no {name}" for name in own
+               if name not in theirs and not name.endswith("num_batches_tracked")]
+    other_shape = [f"{name} {tuple(theirs[name].shape)} for {tuple(tensor.shape)}"
+                   for name, tensor in own.items()
+                   if name in theirs and theirs[name].shape != tensor.shape]
+    parts = {name.split(".")[0] for name in own} | PARTS_OURS_LACK
+    too_many = [f"{name} too many" for name in theirs
+                if name not in own and name.split(".")[0] in parts]
+    return missing + other_shape + too_many
+
+
+def foreign(path, which, arch):
+    """load_backbone for a file of others: DINO's releases (whole or backbone alone), torchvision's,
+    timm's, an export.
+
+    Patch and grid of a ViT are read off its tensors. Heads are left out and named; anything else
+    that is missing, of another shape, or would make the network compute something else is a
+    ValueError.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"--arch {arch} is not one of {', '.join(ARCHS)}")
+    is_vit = arch.startswith("vit")
+    telling = "pos_embed" if is_vit else "conv1.weight"  # a tensor that only such a network has
+    networks = networks_in(path)
+    rank = next((rank for rank in COPIES[which] if telling in networks.get(rank, {})), None)
+    if rank is None:
+        names = [name for tensors in networks.values() for name in tensors]
+        raise ValueError(f"{path} holds no {which} that fits --arch {arch}; its keys: "
+                         f"{checkpoints.listing(names)}")
+    theirs = networks[rank]
+    small = small_stem(theirs)
+    patch, side = 16, 32 if small else 224
+    if is_vit:
+        if arch == "vit_nano":
+            patch = 8
+        elif "patch_embed.proj.weight" in theirs:
+            patch = theirs["patch_embed.proj.weight"].shape[-1]
+        grid = round((theirs["pos_embed"].shape[-2] - 1) ** 0.5)  # there are 1 + grid^2 positions
+        side = max(1, grid) * patch
+    backbone = build(arch, patch_size=patch, img_size=side, in_small=small)
+    own = backbone.state_dict()
+    if wrong := misfits(own, theirs):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path} does not fit --arch {arch}: {', '.join(wrong[:3])}{more}")
+    backbone.load_state_dict({name: theirs[name] for name in own if name in theirs}, strict=False)
+    copy = checkpoints.NETWORKS[rank][0] or "only copy"
+    size = f", patch {patch}, positions of {side} px" if is_vit else ""
+    unused = [name for name in theirs if name not in own]
+    description = (f"{path}: weights of others (step, method and K unknown), {copy}, {arch}{size}; "
+                   f"not used: {checkpoints.listing(unused, most=3)}")
+    return backbone, {"arch": arch, "patch_size": patch, "img_size": side}, description
+
+
+# ---- features kept for the next time -------------------------------------------------------------
+
+def digest(*parts):
+    """16 hex digits of a hash over tensors (their bytes) and anything else (its repr)."""
+    total = hashlib.sha256()
+    for part in parts:
+        if torch.is_tensor(part):
+            total.update(repr((part.dtype, tuple(part.shape))).encode())
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        else:
+            part = repr(part).encode()
+        total.update(part)
+    return total.hexdigest()[:16]
+
+
+def fingerprint(backbone):
+    """16 hex digits that change with any weight or running statistic of the backbone, and with
+    nothing else."""
+    parts = []
+    for name, tensor in backbone.state_dict().items():
+        parts += [name, tensor]
+    return digest(*parts)
+
+
+def identity(images):
+    """16 hex digits of a set of images: a hash of its pixels where they are in memory, else of the
+    paths, sizes and times of its files. OSError for a file that is gone."""
+    if hasattr(images, "x"):
+        return digest(images.x)
+    stats = [Path(path).stat() for path in images.paths]
+    return digest([(str(path), stat.st_size, stat.st_mtime_ns)
+                   for path, stat in zip(images.paths, stats)])
+
+
+def cached(backbone, images, img_size, folder, *, layers=1, pool="cls", crop=True, **options):
+    """`features` without normalisation, from a file in `folder` where it is there; else they are
+    computed and put there.
+
+    folder None: neither read nor written. A damaged file is computed anew. Where it cannot be
+    written, a printed line says so. options: those of `features`.
+    """
+    choice = dict(layers=layers, pool=pool, crop=crop)
+    if folder is None:
+        return features(backbone, images, img_size, normalize=False, **choice, **options)
+    about = choice | dict(version=VERSION, backbone=fingerprint(backbone),
+                          images=identity(images), img_size=img_size)
+    path = Path(folder) / f"{digest(sorted(about.items()))}.pt"
+    if path.exists():
+        try:
+            stored = checkpoints.read(path, mmap=False)  # compares the checksums
+            shape = len(images), width(backbone, layers, pool)
+            if stored["about"] == about and stored["x"].shape == shape:
+                print(f"features of {len(images)} images: read from {path}")
+                return stored["x"]
+            reason = "it holds something else"
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            reason = str(error)
+        print(f"{path} is not used and computed anew ({reason})")
+    x = features(backbone, images, img_size, normalize=False, **choice, **options)  # (N, D)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(str(path), lambda file: torch.save({"about": about, "x": x}, file))
+    except OSError as error:
+        print(f"features are not kept for the next time: {error}")
+    return x
