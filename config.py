@@ -104,7 +104,8 @@ def parser():
     flag("--out", help="folder for ckpt.pt, log.csv and args.json; "
          "None: runs/PRESET-METHOD-PROTOTYPES-sSEED")
     flag("--seed", type=int, default=0,
-         help="of weights, prototypes, partitions, order and crops; not of the built-in images")
+         help="seed of weights, prototypes, partitions, order and crops; the built-in images have "
+         "their own")
     flag("--device", default="auto",
          help="cpu, cuda, mps or auto: the first of cuda, mps and cpu that is there")
     flag("--resume", action="store_true",
@@ -140,21 +141,22 @@ def parser():
          metavar=("B", "C", "S", "H"), help="brightness, contrast, saturation, hue; strong enough "
          "that colour alone does not tell which crops belong together")
     flag("--jitter-p", type=float, default=0.8, help="share of the crops that are jittered")
-    flag("--gray", type=float, default=0.3, help="share of the crops made grey")
+    flag("--gray", type=float, default=0.3, help="share of the crops turned grey")
     flag("--blur", type=float, nargs=3, default=[0.0, 0.0, 0.0], metavar=("G1", "G2", "L"),
          help="share blurred: of first global, second global and local crops")
     flag("--solarize", type=float, nargs=3, default=[0.0, 0.0, 0.0], metavar=("G1", "G2", "L"),
-         help="share solarized, likewise")
+         help="share solarized: of first global, second global and local crops")
 
     flag = p.add_argument_group("model (results)").add_argument
     flag("--arch", default="vit_nano", choices=models.ARCHS,
          help="backbone; vit_nano has 3 blocks of width 96 behind a convolutional stem")
     flag("--patch-size", type=int, default=8,
-         help="of a ViT, pixels; the sizes of images and crops must be multiples of it")
+         help="side of a ViT's patches, pixels; images and crops must be multiples of it")
     flag("--init", metavar="FILE",
          help="start both backbones from a run of ours or its --export, timm's or DINO's weights")
     flag("--drop-path", type=float, default=0.0,
-         help="stochastic depth of the student, rate of the last block")
+         help="share of the images for which the student's last block is skipped; of earlier "
+         "blocks less")
     flag("--head-hidden", type=int, default=256,
          help="width of the projection head (2048 in the papers)")
     flag("--bottleneck-dim", type=int, default=128,
@@ -168,13 +170,15 @@ def parser():
     flag("--method", default="carp", choices=list(losses.LOSSES),
          help="the loss; carl is carp with one block of K prototypes")
     flag("--prototypes", default="decoupled", choices=list(heads.PROTOTYPES),
-         help="joint: trained by the loss; kp: the same with KoLeo; vmf: with lengths as "
-         "concentrations, for dino; frozen: random; decoupled: means of the paper's online "
-         "mixture; live: of a mixture of ours (zoo/live.py)")
+         help="joint: trained by the loss; kp: the same with KoLeo; vmf: the same with trained "
+         "lengths (von Mises-Fisher), for --method dino; frozen: random, never moved; decoupled: "
+         "means of the paper's online mixture; live: of a mixture of ours (zoo/live.py)")
     flag("--kp-weight", type=float,
-         help="KoLeo on trained prototypes; None: 0.1 (B.1) with kp, else 0")
+         help="weight of KoLeo, which pushes trained prototypes apart; None: 0.1 (B.1) with kp, "
+         "else 0")
     flag("--norm-last-layer", action=on_off, default=True,
-         help="joint and kp: prototypes have no lengths to train, as published")
+         help="joint and kp keep prototypes at length one, as published; --no-norm-last-layer "
+         "trains their lengths too")
     flag("--freeze-prototypes", type=float, default=0.0, metavar="EPOCHS",
          help="passes over the images before trained prototypes move (1 in DINO)")
     flag("--num-prototypes", type=int, default=1024, metavar="K",
@@ -200,18 +204,19 @@ def parser():
 
     flag = p.add_argument_group("mixture of --prototypes decoupled (results)").add_argument
     flag("--gmm-init", default="features", choices=["features", "random"],
-         help="means start from teacher vectors, or from random directions, where it dies")
+         help="what the means start from: teacher vectors, or random directions, from which most "
+         "components are never used")
     flag("--gmm-start", type=float,
          help="step at which the mixture starts, or below 1 the share of the run; random "
-         "directions serve before it. Early in a run h turns too fast for it. None: 0.75, and 0.5 "
-         "for live")
+         "directions serve before it. Early in a run the vectors h change faster than the mixture "
+         "follows. None: 0.75, and 0.5 for live")
     flag("--beta", type=float, nargs=2, default=[0.1, 0.5], metavar=("START", "END"),
-         help="A.1, smoothing of the density; 1 1: none")
+         help="A.1, exponent of the density over the run; below 1 it softens the responsibilities")
     flag("--eta-a", type=float, default=0.001, help="A.7, how fast eta rises")
     flag("--eta-c", type=float, default=0.89, help="A.7, where eta starts")
     flag("--forgetting", default="responsibility", choices=["responsibility", "plain", "sample"],
-         help="A.3; plain: Table A.1, row 1; sample: the rule that A.3 cites "
-         "(zoo/sample_forgetting.py)")
+         help="A.3, how a component forgets: responsibility: by how much the step uses it; plain: "
+         "as all others (Table A.1, row 1); sample: vector by vector (zoo/sample_forgetting.py)")
     flag("--resurrect", type=float, default=0.3,
          help="weight above which a component is split; 0: never")
     flag("--rescale", action=on_off, default=True, help="A.6, for components above that weight")
@@ -234,7 +239,8 @@ def parser():
          help="micro-batches per step: less memory, but batch norms see less at once")
     flag("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
          help="lars and sgd: the papers' ResNets")
-    flag("--lr", type=float, default=0.024, help="peak, per 256 images: times batch-size / 256")
+    flag("--lr", type=float, default=0.024,
+         help="peak learning rate for 256 images; a run uses it times batch-size / 256")
     flag("--min-lr", type=float, default=0.0, help="end of the cosine, whatever the batch size")
     flag("--warmup-epochs", type=float, default=0.5,
          help="linear warm-up of lr, at most a tenth of the run")
@@ -242,7 +248,8 @@ def parser():
          help="start of its cosine; biases and norms have none")
     flag("--weight-decay-end", type=float, default=0.04,
          help="end of its cosine (0.4 in the papers)")
-    flag("--momentum", type=float, default=0.98, help="of the teacher, cosine to 1")
+    flag("--momentum", type=float, default=0.98,
+         help="share of itself that the teacher keeps in a step; rises to 1 along a cosine")
     flag("--clip-grad", type=float, default=3.0,
          help="largest gradient norm of one parameter tensor; 0: no clipping")
 

@@ -23,7 +23,7 @@ import views
 from support import checkpoint, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
-from support.log import Clock, Log, due, keep_freed_memory, line, peak_memory
+from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 
@@ -135,11 +135,12 @@ def train(args, device, stop_request):
         if device.type == "cpu" or now.row or now.checkpoint:
             record.read()
         if now.row:
+            first_term = next(iter(terms))
             row = record.means() | report | clock.speed(args.batch_size)
             row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
                     "memory_mb": peak_memory(device)}
             if loss_fn.uniform:
-                row["loss_over_ln_k"] = row[next(iter(terms))] / loss_fn.uniform
+                row["loss_over_ln_k"] = row[first_term] / loss_fn.uniform
             if now.evaluation:
                 h = measures.coming_vectors(teacher, images, recipe, done, args, device,
                                             amp(args, device))
@@ -149,7 +150,7 @@ def train(args, device, stop_request):
                     row |= metrics
             if ddp.RANK == 0:
                 log.row(done, row, terms)
-                tqdm.write(line(done, total, row))
+                tqdm.write(printed(done, total, row, first_term))
                 for sentence in monitor.warnings(row | {"progress": done / total}):
                     tqdm.write(f"warning, step {done}: {sentence}")
         if now.regular:

@@ -86,18 +86,19 @@ class Log:
         return float(self.rows[0].get(column) or "nan")
 
 
-def line(step, total, row):
-    """A row of the log as one printed line."""
+def printed(step, total, row, first_term):
+    """A row of the log as one printed line; two where it holds an evaluation."""
     text = f"step {step:>{len(str(total))}}/{total}  loss {row['loss']:.3f}"
     if row.get("loss_over_ln_k") is not None:
-        text += f" ({row['loss_over_ln_k']:.3f} of uniform)"
+        text += f" ({first_term} {row['loss_over_ln_k']:.3f} of uniform)"
+    text += f"  {row['images_per_s']:.0f} images/s"
     if "used" in row:
-        text += "" if row["knn"] is None else f"  k-NN {row['knn']:.1f}"
-        text += (f"  unique(.025) {row['unique_0.025']:.3f}  unique(.5) {row['unique_0.5']:.3f} "
-                 f"(ceiling {row['ceiling_0.5']:.3f})  used {row['used']:.3f}  "
-                 f"perplexity {row['perplexity']:.3f}  drift {row['drift']:.3f}  "
-                 f"|h| {row['h_norm']:.2f}")
-    return text + f"  {row['images_per_s']:.0f} images/s"
+        knn = "" if row["knn"] is None else f"k-NN {row['knn']:.1f}  "
+        text += (f"\n     {knn}unique(.025) {row['unique_0.025']:.3f}  "
+                 f"unique(.5) {row['unique_0.5']:.3f} (ceiling {row['ceiling_0.5']:.3f})  "
+                 f"used {row['used']:.3f}  perplexity {row['perplexity']:.3f}  "
+                 f"drift {row['drift']:.3f}  |h| {row['h_norm']:.2f}")
+    return text
 
 
 class Record:

@@ -81,20 +81,20 @@ def summary(args, log, metrics, bank, queries, step):
     if metrics["knn"] is not None:
         metrics.update(raw_knn=log.first("raw_knn"), untrained_knn=log.first("knn"))
         untrained = "--init, at step 0" if args.init else "untrained backbone"
-        print(f"\nk-NN (k 20, T 0.07, {len(bank)} images in the bank, {len(queries)} queries), "
-              "percent\n"
-              f"  raw pixels          {metrics['raw_knn']:6.1f}\n"
-              f"  {untrained:<19} {metrics['untrained_knn']:6.1f}\n"
-              f"  teacher at step {step:<5d}{metrics['knn']:5.1f}")
+        print(f"\nk-NN accuracy in percent (20 neighbours among {len(bank)} training images, "
+              f"{len(queries)} test images)\n"
+              f"  raw pixels            {metrics['raw_knn']:5.1f}\n"
+              f"  {untrained:<21} {metrics['untrained_knn']:5.1f}\n"
+              f"  teacher, step {step:<7d} {metrics['knn']:5.1f}")
     print(f"prototypes ({args.prototypes}, K {args.num_prototypes}, D {args.bottleneck_dim}), "
           "shares of K")
     for eps, name in ((0.025, "unique(.025)"), (0.5, "unique(.5)  ")):
         print(f"  {name} {metrics[f'unique_{eps}']:.3f}   "
-              f"as many random features: {metrics[f'ceiling_{eps}']:.3f}")
+              f"ceiling {metrics[f'ceiling_{eps}']:.3f} (as many random vectors h)")
     print(f"  used {metrics['used']:.3f}   perplexity {metrics['perplexity']:.3f}   "
           f"drift {metrics['drift']:.3f}   |h| {metrics['h_norm']:.2f}\n"
-          "a unique share alone means little: run --prototypes frozen for the control, then "
-          f"python collapse.py {args.out} ...")
+          "A unique share means little alone. Compare it with random prototypes:\n"
+          f"  python train.py --prototypes frozen, then python collapse.py {args.out} OTHER_RUN")
     for name in ("unique", "ceiling"):
         metrics[name] = {eps: metrics.pop(f"{name}_{eps}") for eps in EPS}
     return metrics | {"step": step, "out": args.out}
