@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a run small enough for a test, and readers of what it writes."""
+"""What the tests of whole runs share: a run small enough for a test, and readers of its files."""
 import csv
 import functools
 import os

@@ -32,14 +32,14 @@ def test_every_row_of_every_table_is_a_command_of_train(name, capsys):
     assert len(set(lines)) == len(lines)
     assert all(line.startswith(("python train.py ", "python -m zoo.")) for line in lines)
 
-    seen, frozen = set(), False
+    distinct, frozen = set(), False
     runs = [run for run in ablate.runs(name, [0], []) if run.script == "train.py"]
     for run in runs:
         args = vars(config.parse([*run.flags, "--device", "cpu"]))
         frozen |= args["prototypes"] == "frozen"
         args.pop("out")
-        seen.add(json.dumps(args, sort_keys=True))
-    assert len(seen) == len(runs)  # no two rows are the same run
+        distinct.add(json.dumps(args, sort_keys=True))
+    assert len(distinct) == len(runs)  # no two rows are the same run
     assert frozen  # no table without the control
 
 

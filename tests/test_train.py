@@ -1,4 +1,4 @@
-"""train.py through main([...]): every method and prototype set, two processes, bad input, presets."""
+"""train.py by main([...]): methods and prototype sets, two processes, bad input, presets."""
 import json
 import os
 import re
