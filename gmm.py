@@ -10,25 +10,26 @@ Its means are the prototypes.
     var        diag Sigma_k    diagonal covariances                               (K, D)
     gamma      gamma_ik        responsibility of component k for vector i         (N, K)
     T_*        S~_k            statistics of this step                            (K,) (K, D) (K, D)
-    S_*        S_k             running statistics, in samples: sum to about N     (K,) (K, D) (K, D)
+    S_*        S_k             running statistics; S_pi counts samples, about N   (K,) (K, D) (K, D)
     g          gamma^_k        mean responsibility over the step                  (K,)
     eta, beta                  forgetting factor (A.7), smoothing of the density (A.1)
     mass       JB / K          samples that each component starts with (A.4)
     c                          mean of h, around which products are taken         (D,)
     ks                         a block of components, as a slice                  |ks| of them
 
-The mixture keeps S; mu and var follow from it (A.5) and are computed when they are asked for. S is
-float64, since at g = 1/K a step changes it by less than float32 can show. Components are handled in
-blocks, which bounds the memory and never changes the result. fast/gmm.py computes the same for very
-large N K. The paper leaves some things open and misprints others; each choice of ours is a line
-that starts with `# differs:`.
+gamma^_k is the paper's gamma with a hat, S~ its S with a tilde; eta^g is a power. The mixture keeps
+S; mu and var follow from it (A.5) and are computed when they are asked for. S is float64, since at
+large K a step changes it by less than float32 can show (g = 1/65,536). Components are handled in
+blocks: that bounds all memory but gamma's own, and changes no more than rounding. fast/gmm.py
+computes the same for very large N K. The paper leaves some things open and misprints others; each
+choice of ours is a line that starts with `# differs:`.
 """
 import math
 
 import torch
 from torch import nn
 
-TINY = torch.finfo(torch.float64).tiny  # smallest positive weight: its logarithm is finite
+TINY = torch.finfo(torch.float64).tiny  # the smallest weight; its logarithm is finite
 
 
 def eta_at(t, a=0.001, c=0.89):
@@ -46,7 +47,10 @@ def statistics(n, mu, var):
 
 
 def spread(h):
-    """Of h (N, D): mean c (D,) float32, pooled variance () and root mean square length ()."""
+    """Of h (N, D): mean c (D,), variance averaged over dimensions (), root mean square length ().
+
+    The mean is float32, the others float64. The averaged variance is called pooled.
+    """
     h = h.double()
     return h.mean(0).float(), h.var(0, correction=0).mean(), h.square().sum(1).mean().sqrt()
 
@@ -146,7 +150,8 @@ class OnlineGMM(nn.Module):
     def variance(self, ks, mu):
         """Sigma (|ks|, D) of the components ks with means mu (|ks|, D), float64."""
         # A.5  Sigma = S_sig / S_pi - mu^2
-        # differs: the paper names no floor, but rounding can make the difference negative
+        # differs: the paper names no floor. Without one, a component of a single vector has
+        # variance 0, and rounding can make the difference negative
         var = self.S_sig[ks] / self.S_pi[ks, None].clamp_min(TINY) - mu * mu
         return var.clamp_min(self.floor)
 
@@ -177,13 +182,14 @@ class OnlineGMM(nn.Module):
         """Take in the teacher vectors h (N, D) of all processes, at beta in [0, 1], eta in (0, 1).
 
         Returns 0-dim tensors: used (components that are the most responsible one of some vector),
-        pi_max (largest weight) and resurrected (components that restarted). Vectors that are not
-        finite leave the mixture as it was. Raises ValueError for beta or eta out of range.
+        pi_max (largest weight afterwards) and resurrected (components that restarted). If a value
+        of h is not finite, the step is discarded and only t goes on. Raises ValueError for beta or
+        eta out of range.
         """
         h, eta = self.checked(h, beta, eta)
         c, pooled, rms = spread(h)  # (D,) () ()
         self.t += 1
-        with torch.autocast(h.device.type, enabled=False):  # bfloat16 would ruin A.1's exponent
+        with torch.autocast(h.device.type, enabled=False):  # bfloat16 is too coarse for log P
             # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta
             gamma = self.responsibilities(h, beta)  # (N, K)
 
@@ -196,9 +202,9 @@ class OnlineGMM(nn.Module):
 
             # A.5  pi = S_pi / sum_k S_pi;  mu and Sigma follow from S too, see mean and variance
             self.log_pi.copy_(self.weights().log())
-            self.raise_floor(pooled, eta)
+            self.set_floor(pooled, eta)
 
-            # A.6  mu_k <- mu_k / sqrt(||mu_k||),  pi_k <- pi_j <- pi_k / 2  where pi_k is too large
+            # A.6  mu_k <- mu_k / sqrt(||mu_k||) where pi_k is too large; pi_k is shared with j
             resurrected = self.split_resurrect(pooled, rms)
             used = torch.zeros_like(self.log_pi).index_fill_(0, gamma.argmax(1), 1).sum()
         return {"used": used, "pi_max": self.log_pi.max().exp(), "resurrected": resurrected}
@@ -206,8 +212,9 @@ class OnlineGMM(nn.Module):
     def checked(self, h, beta, eta):
         """h (N, D) float32 and eta (), safe to compute with. ValueError: beta or eta out of range.
 
-        Where a value of h is not finite, h becomes 0 and eta 1, which forgets nothing and takes
-        nothing in. The device decides this, and the host does not wait for it.
+        If any value is not finite, or too large for its square to be, all of h becomes 0 and eta
+        becomes 1, which discards the step: A.3 then leaves S as it is. This is a tensor operation
+        and not an `if`, so that the CPU does not wait for a GPU.
         """
         if not 0 < eta < 1:
             raise ValueError(f"eta must lie in (0, 1), got {eta}")
@@ -226,7 +233,8 @@ class OnlineGMM(nn.Module):
             log_P = torch.cat([self.log_density(h, ks) for ks in self.blocks()], dim=1)  # (N, K)
             # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta
             gamma = (self.log_pi + beta * log_P).softmax(1)  # (N, K)
-            # what S cannot see becomes 0: products with numbers near float32's end are very slow
+            # a gamma below 1e-20 cannot change S; as 0 it makes no products that are subnormal
+            # numbers, which are very slow on CPUs
             return nn.functional.threshold_(gamma, 1e-20, 0.)
 
     def log_density(self, h, ks):
@@ -234,9 +242,10 @@ class OnlineGMM(nn.Module):
         c, mu = h.mean(0), self.mean(ks)  # (D,) (|ks|, D)
         var = self.variance(ks, mu)  # (|ks|, D)
         # P does not change when h and mu are both shifted by c, but float32 rounding does: far from
-        # the origin it would eat the signal
+        # the origin it would exceed the distances
         h, mu, precision = h - c, (mu - c).float(), (1 / var).float()  # (N, D) (|ks|, D) (|ks|, D)
-        # -2 log P = sum_d (h - mu)^2 / Sigma + log Sigma + log 2 pi, with the square multiplied out
+        # -2 log P = sum_d (h - mu)^2 / Sigma + log Sigma + log(2 * 3.14...). The square is
+        # multiplied out, so that two matrix products do most of the work
         const = (mu * mu * precision).sum(1) + (var.log() + math.log(2 * math.pi)).sum(1)  # (|ks|,)
         square = (h * h) @ precision.T - 2 * h @ (mu * precision).T  # (N, |ks|)
         return -(square + const.float()) / 2
@@ -244,26 +253,29 @@ class OnlineGMM(nn.Module):
     def step_statistics(self, gamma, h, c):
         """S~ of responsibilities gamma (N, |ks|) and vectors h (N, D): T_pi (|ks|,), T_mu and T_sig
         (|ks|, D), float64 (A.2)."""
-        # differs: the sums run around c, the mean of h, and are shifted back in float64, since
-        # float32 sums lose the signal of vectors that lie far from the origin
+        # differs: the sums are of h - c and of h^2 - c^2 = (h - c)(h + c), and are shifted back in
+        # float64; float32 sums of vectors far from the origin would consist of rounding
         T_pi = gamma.sum(0).double()  # (|ks|,)
         T_mu = (gamma.T @ (h - c)).double()  # (|ks|, D)
         T_sig = (gamma.T @ ((h - c) * (h + c))).double()  # (|ks|, D), of h^2 - c^2
-        c, n = c.double(), T_pi[:, None]  # (D,) (|ks|, 1)
-        return T_pi, T_mu + n * c, T_sig + n * c ** 2
+        c, mass = c.double(), T_pi[:, None]  # (D,) (|ks|, 1)
+        return T_pi, T_mu + mass * c, T_sig + mass * c ** 2
 
     def forget(self, ks, T_pi, T_mu, T_sig, N, eta):
-        """A.3 for the components ks and a step of N vectors; eta (), where 1 leaves S as it is."""
+        """A.3 for the components ks and a step of N vectors; eta (), where 1 leaves S as it is.
+
+        With the exponent g, a component forgets only as far as the step's vectors are its own.
+        """
         g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)  # (|ks|,)
         # A.3  S <- eta^g S + (1 - eta^g) S~
-        # 1 - eta^g as it stands would have no correct digit at g = 1e-6, and expm1 has them all
+        # expm1 keeps all digits of 1 - eta^g where g is small; float32 would keep none at g = 1e-6
         w = -torch.expm1(g * eta.log())  # (|ks|,)
         self.S_pi[ks].lerp_(T_pi, w)
         self.S_mu[ks].lerp_(T_mu, w[:, None])
         self.S_sig[ks].lerp_(T_sig, w[:, None])
 
-    def raise_floor(self, pooled, eta):
-        """The smallest variance that A.5 gives from now on, after a step that took something in."""
+    def set_floor(self, pooled, eta):
+        """Set the smallest variance that A.5 gives, unless the step was discarded (eta = 1)."""
         floor = (self.var_floor * pooled).clamp_min(1e-8)
         self.floor.copy_(torch.where(eta < 1, floor, self.floor))
 
@@ -271,8 +283,8 @@ class OnlineGMM(nn.Module):
         """A component above the weight limit shares its mass with the lightest, which restarts.
 
         pooled, rms: what `spread` gives of the step's vectors. Returns how many restarted, ().
-        At most 1/limit components can be above the limit. So the heaviest few are always computed,
-        and a mask says which of them count: the host never waits for the device.
+        As weights sum to 1, at most 1/limit of them can be above the limit. So the heaviest few are
+        always computed, and a mask says which of them count: the CPU never waits for a GPU.
         """
         if self.resurrect is None or self.K == 1:
             return torch.zeros_like(self.S_pi[0])
@@ -280,6 +292,7 @@ class OnlineGMM(nn.Module):
         pi = self.weights()
         order = pi.argsort(descending=True, stable=True)
         k, j = order[:n], order[-n:].flip(0)  # (n,) heaviest, (n,) lightest
+        # rms is 0 where `checked` discarded the step
         heavy = (pi[k] > self.resurrect) & (pi[j] < self.resurrect) & (rms > 0)  # (n,)
         mu = self.mean(k)  # (n, D)
         var = self.variance(k, mu)  # (n, D)
@@ -287,8 +300,8 @@ class OnlineGMM(nn.Module):
             # A.6  mu_k <- mu_k / sqrt(||mu_k||)
             # differs: only where ||mu_k|| > 1, as shorter means would grow
             mu = mu / mu.norm(dim=1, keepdim=True).clamp_min(1).sqrt()  # (n, D)
-        # A.6  pi_k <- pi_j <- pi_k / 2
-        # differs: both get half of S_k + S_j, so that no mass is lost
+        # A.6  pi_k and pi_j both become pi_k / 2
+        # differs: each gets half of S_pi_k + S_pi_j, so that no mass is lost
         half = (self.S_pi[k] + self.S_pi[j]) / 2  # (n,)
         # differs: "scale-aware random initialization" is read as a random direction as long as the
         # typical vector, and "reset its variance" as the pooled variance of the step
@@ -297,7 +310,7 @@ class OnlineGMM(nn.Module):
         split = statistics(half, mu, var)
         restarted = statistics(half, fresh, pooled.clamp_min(1e-8).expand_as(fresh))
         for S, of_k, of_j in zip((self.S_pi, self.S_mu, self.S_sig), split, restarted):
-            mask = heavy.view(-1, *[1] * (S.dim() - 1))  # (n,) or (n, 1)
+            mask = heavy.view(-1, *[1] * (S.dim() - 1))  # (n,) for S (K,), (n, 1) for S (K, D)
             S[k] = torch.where(mask, of_k, S[k])
             S[j] = torch.where(mask, of_j, S[j])
         self.log_pi.copy_(self.weights().log())

@@ -89,7 +89,7 @@ class Frozen(nn.Module):
         return F.normalize(self.vectors(), dim=1)
 
     def logits(self, h, ks=None):
-        # Eq. 1  z = h C; float32 also under autocast
+        # Eq. 1  z = h C^T, as prototypes are rows here; float32 also under autocast
         with torch.autocast(h.device.type, enabled=False):
             C = self.directions() if ks is None else self.directions()[ks]  # (K, D) or (len(ks), D)
             return self.scale * ((h.float() - self.origin) @ C.T)  # (..., K) or (..., len(ks))

@@ -53,7 +53,7 @@ class FastGMM(OnlineGMM):
                 T = T.double().addcmul_(T_pi[:, None], shift)  # (|ks|, 2D)
                 self.forget(ks, T_pi, T[:, :self.D], T[:, self.D:], len(h), eta)  # A.3
             self.log_pi.copy_(self.weights().log())  # A.5
-            self.raise_floor(pooled, eta)
+            self.set_floor(pooled, eta)
             resurrected = self.split_resurrect(pooled, rms)  # A.6
         return {"used": used.sum(), "pi_max": self.log_pi.max().exp(), "resurrected": resurrected}
 

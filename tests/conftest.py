@@ -86,10 +86,10 @@ def leaves(tree, path=""):
         items = enumerate(tree)
     else:
         return {path: tree}
-    found = {}
+    values = {}
     for key, branch in items:
-        found |= leaves(branch, f"{path}/{key}")
-    return found
+        values |= leaves(branch, f"{path}/{key}")
+    return values
 
 
 def differences(a, b, *parts):

@@ -60,7 +60,7 @@ def imports(module, text, ours):
     `from fast import gmm` imports fast.gmm if that is a module, and fast otherwise. A call
     import_module("NAME") counts too.
     """
-    found = []
+    imported = []
 
     def visit(node, in_function):
         if isinstance(node, ast.Import):
@@ -74,13 +74,13 @@ def imports(module, text, ours):
             names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
         else:
             names = []
-        found.extend((name, node.lineno, in_function) for name in names if name in ours)
+        imported.extend((name, node.lineno, in_function) for name in names if name in ours)
         inside = in_function or isinstance(node, (ast.FunctionDef, ast.Lambda))
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
 
     visit(ast.parse(text), False)
-    return found
+    return imported
 
 
 def graph(texts):
@@ -99,21 +99,21 @@ def circle(graph):
         if module in finished:
             return None
         for imported in sorted(graph[module]):
-            if found := search(imported, [*path, module]):
-                return found
+            if closed := search(imported, [*path, module]):
+                return closed
         finished.add(module)
         return None
 
     for module in sorted(graph):
-        if found := search(module, []):
-            return found
+        if closed := search(module, []):
+            return closed
     return None
 
 
 def test_no_module_imports_itself_in_a_circle():
     """Imports inside functions count as well: they only hide that two files are one."""
-    found = circle(graph(sources()))
-    assert not found, f"these modules import each other: {' -> '.join(found)}"
+    closed = circle(graph(sources()))
+    assert not closed, f"these modules import each other: {' -> '.join(closed)}"
 
 
 def test_circles_are_found_also_inside_functions():
@@ -159,8 +159,8 @@ def test_imports_point_one_way():
 
     Root files may use fast/ and zoo/ where they need them, inside functions.
     """
-    found = forbidden(sources())
-    assert not found, "; ".join(found)
+    sentences = forbidden(sources())
+    assert not sentences, "; ".join(sentences)
 
 
 def test_imports_that_point_the_other_way_are_found():
@@ -198,7 +198,7 @@ print("\\n".join(["MODULES", *sys.modules]))
 def test_a_default_run_loads_neither_fast_nor_zoo_nor_lab(tmp_path):
     """What is read is what runs: the default sizes stay below those at which fast/ is chosen.
 
-    One step of the default run, with fewer images. Of their number only k-NN's choice depends.
+    One step of the default run, with fewer images: only the search of k-NN depends on their number.
     """
     args = config.parse(["--device", "cpu"])
     assert args.eval_bank * args.eval_queries <= eval_knn.PLAIN_UP_TO
@@ -314,7 +314,7 @@ def tools():
     return [command for command in commands if command != "train.py"]
 
 
-# as many words as it needs; whatever is not here needs none
+# words without which a command refuses to run; those that are not here need none
 NEEDED = {"collapse.py": ["RUN"], "eval_knn.py": ["RUN"], "eval_linear.py": ["RUN"],
           "lab.ablate": ["main"]}
 
@@ -330,9 +330,9 @@ def is_read(name, texts):
 def test_every_flag_of_train_has_a_help_text_and_is_read():
     """To check that a value can be is not to read it."""
     texts = sources()
-    check = inspect.getsource(config.check)
-    assert check in texts["config"]
-    texts["config"] = texts["config"].replace(check, "")
+    rules = inspect.getsource(config.check)
+    assert rules in texts["config"]
+    texts["config"] = texts["config"].replace(rules, "")
     for action in flags_of(config.parser()):
         assert action.help, action.dest
         assert is_read(action.dest, texts.values()), f"nobody reads --{action.dest}"
@@ -365,7 +365,7 @@ def inline_code(text):
 
 def commands(lines):
     """[(script or module, its words)] of the lines that start our Python files."""
-    found = []
+    started = []
     for line in lines:
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
@@ -377,8 +377,8 @@ def commands(lines):
             if words and words[0] == "-m":
                 words = words[1:]
             if words and (words[0].endswith(".py") or words[0].startswith(("lab.", "zoo."))):
-                found.append((words[0], words[1:]))
-    return found
+                started.append((words[0], words[1:]))
+    return started
 
 
 def test_commands_are_found_in_a_page():
