@@ -39,14 +39,14 @@ def troubles(row, K):
     # preset to leave it.
     if 0.995 < loss_over_ln_k < 1.005 and measure("progress") > 0.2:
         sentences["uniform"] = (
-            f"the loss rests at {loss_over_ln_k:.3f} of ln K, the loss of a student whose output "
-            "is the same for all prototypes. Try a lower --lr, a longer --warmup-epochs, or a "
-            "higher --logit-scale")
+            f"the first term of the loss stays at {loss_over_ln_k:.3f} of its value at the start: "
+            "the student gives all prototypes of a softmax the same probability. Try a lower --lr, "
+            "a longer --warmup-epochs, or a higher --logit-scale")
     if effective < 2 and K > 8:
         sentences["one prototype"] = (
-            f"one prototype takes all images: {effective:.1f} of {K} are in effect. Try a lower "
-            "--lr, a higher --teacher-temp or --targets sinkhorn (dino), --gmm-init features and "
-            "a later --gmm-start (decoupled), or --prototypes live")
+            f"nearly all images go to one prototype: the perplexity is {effective:.1f} of {K}. Try "
+            "a lower --lr, a higher --teacher-temp or --targets sinkhorn (dino), --gmm-init "
+            "features and a later --gmm-start (decoupled), or --prototypes live")
     if unique < 0.5:
         sentences["collapse"] = (
             f"partial prototype collapse: {100 * unique:.0f} % of the prototypes are unique at "
@@ -55,19 +55,19 @@ def troubles(row, K):
     # are: for them, few at 0.5 are no collapse.
     elif unique_strict < 0.5 and not mixture_runs:
         sentences["collapse"] = (
-            f"partial prototype collapse begins: {100 * unique_strict:.0f} % of the prototypes are "
-            "unique at eps 0.5. Try --prototypes kp, live or frozen")
+            f"many prototypes lie close together: only {100 * unique_strict:.0f} % are unique at "
+            "eps 0.5 (60 degrees). Try --prototypes kp, live or frozen")
     if used < 0.05 and mixture_runs:
         sentences["unused"] = (
-            f"the mixture is dead: only {100 * used:.1f} % of its components are the most "
-            "responsible one for any image. Try a later --gmm-start, --head-norm, or "
+            f"most of the mixture is unused: only {100 * used:.1f} % of its components are the "
+            "most responsible one for any image. Try a later --gmm-start, --head-norm, or "
             "--prototypes live")
     if h_norm < 1e-2:
         sentences["vanishing"] = (
-            f"the vectors h vanish: their median length is {h_norm:.1e}. Try a lower "
-            "--weight-decay-end or --lr, or --head-norm")
+            f"the head's outputs h shrink to nothing: their median length is {h_norm:.1e}. Try a "
+            "lower --weight-decay-end or --lr, or --head-norm")
     if h_norm > 1e3:
         sentences["exploding"] = (
-            f"the vectors h explode: their median length is {h_norm:.1e}. Try --head-norm, a lower "
-            "--lr, or a smaller --clip-grad")
+            f"the head's outputs h grow without limit: their median length is {h_norm:.1e}. Try "
+            "--head-norm, a lower --lr, or a smaller --clip-grad")
     return sentences

@@ -30,13 +30,13 @@ def test_a_healthy_row_is_silent_and_so_are_rows_without_measures():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"loss_over_ln_k": 0.999}, "rests at 0.999 of ln K"),
-    ({"perplexity": 1.5 / 1024}, "1.5 of 1024 are in effect"),
+    ({"loss_over_ln_k": 0.999}, "stays at 0.999 of its value"),
+    ({"perplexity": 1.5 / 1024}, "the perplexity is 1.5 of 1024"),
     ({"unique_0.025": 0.3}, "30 % of the prototypes are unique at eps 0.025"),
-    ({"unique_0.5": 0.14}, "14 % of the prototypes are unique at eps 0.5"),
-    ({"used": 0.02, "mixture_used": 9}, "the mixture is dead: only 2.0 %"),
-    ({"h_norm": 1e-4}, "vanish"),
-    ({"h_norm": 1e5}, "explode")])
+    ({"unique_0.5": 0.14}, "only 14 % are unique at eps 0.5"),
+    ({"used": 0.02, "mixture_used": 9}, "most of the mixture is unused: only 2.0 %"),
+    ({"h_norm": 1e-4}, "shrink to nothing"),
+    ({"h_norm": 1e5}, "grow without limit")])
 def test_every_warning_is_given_once_and_names_flags(change, words):
     monitor = Monitor(1024)
     sentences = monitor.warnings(HEALTHY | change)
