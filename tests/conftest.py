@@ -3,6 +3,8 @@ import csv
 import functools
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch; two processes share the cores
+
 import pytest
 import torch
 from torchvision.utils import save_image
