@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from gmm import OnlineGMM, eta_at
 from losses import koleo
+from support import ddp
 
 
 class Head(nn.Module):
@@ -222,6 +223,8 @@ class Decoupled(Frozen):
         if 2 * args.batch_size * K > 2 ** 26:  # N K: more responsibilities than memory should hold
             from fast.gmm import FastGMM
             Mixture = FastGMM
+            ddp.print_once("N K is above 2^26: A.1 and A.2 are those of fast/gmm.py, so what you "
+                           "change of them in gmm.py has to be changed there too")
         forgetting = args.forgetting
         if forgetting == "sample":
             from zoo.sample_forgetting import per_sample

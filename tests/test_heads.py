@@ -329,13 +329,18 @@ def test_the_flags_of_live():
 
 @pytest.mark.parametrize("forgetting", ["responsibility", "sample"])
 @pytest.mark.parametrize("batch_size, fast", [(2 ** 15, False), (2 ** 15 + 1, True)])
-def test_the_number_of_responsibilities_chooses_the_mixture(batch_size, fast, forgetting):
-    """K is 2^10, so 2 batch_size K is 2^26, which is still plain, or more; no vector is needed."""
+def test_the_number_of_responsibilities_chooses_the_mixture(batch_size, fast, forgetting, capsys,
+                                                            monkeypatch):
+    """K is 2^10, so 2 batch_size K is 2^26, which is still plain, or more; no vector is needed.
+
+    Where gmm.py is not what runs, a printed line says so."""
+    monkeypatch.setattr(heads.ddp, "printed", set())
     args = arguments(f"--prototypes decoupled --num-prototypes 1024 --bottleneck-dim 4 "
                      f"--batch-size {batch_size} --forgetting {forgetting}")
     gmm = heads.prototypes(args).gmm
     assert isinstance(gmm, OnlineGMM)
     assert isinstance(gmm, FastGMM) == fast
+    assert ("those of fast/gmm.py" in capsys.readouterr().out) == fast
     if forgetting == "responsibility":
         assert type(gmm) in (OnlineGMM, FastGMM)
         assert gmm.forgetting == "responsibility"
