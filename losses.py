@@ -21,9 +21,9 @@ MOST_LOGITS = 2 ** 24  # student logits V B K of a step that the plain losses ma
 
 
 # ---- the mathematics ---------------------------------------------------------------------------
-def pairs(V):
-    """(i, j): student view i meets teacher view j, another crop of the same image; 2V - 2 pairs."""
-    return [(i, j) for j in range(2) for i in range(V) if i != j]
+def other_crop(V, device):
+    """(V, 2), True where student view i and teacher view j are two crops: 2V - 2 pairs (i, j)."""
+    return ~torch.eye(V, 2, dtype=torch.bool, device=device)
 
 
 def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
@@ -44,7 +44,7 @@ def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
     p = z_s.float().reshape(V, B, K // P, P).softmax(-1)  # (V, B, K/P, P)
     q = z_t.detach().float().reshape(2, B, K // P, P).softmax(-1)  # (2, B, K/P, P)
     # consistency = mean over pairs i != j, images and blocks of -log sum_c p_ic q_jc
-    agree = torch.stack([(p[i] * q[j]).sum(-1) for i, j in pairs(V)])  # (2V-2, B, K/P)
+    agree = torch.einsum("ibnc,jbnc->ijbn", p, q)[other_crop(V, p.device)]  # (2V-2, B, K/P)
     consistency = -agree.clamp(EPS, 1 - EPS).log().mean()
     # entropy = mean over blocks of log P - H(p_bar), with p_bar the mean over the views of student
     # and teacher, the images and the processes
@@ -62,8 +62,8 @@ def dino(z_s, p_t, tau=0.1, bias=0.0):
     softmax(z_s / tau + bias).
     """
     log_p = (z_s.float() / tau + bias).log_softmax(-1)  # (V, B, K)
-    terms = [-(p_t[j].detach() * log_p[i]).sum(-1).mean() for i, j in pairs(len(z_s))]
-    return {"cross_entropy": torch.stack(terms).mean()}
+    agree = torch.einsum("ibk,jbk->ijb", log_p, p_t.detach())  # (V, 2, B)
+    return {"cross_entropy": -agree[other_crop(len(z_s), log_p.device)].mean()}
 
 
 @torch.no_grad()

@@ -103,5 +103,5 @@ def dino(h_s, p_t, protos_s, tau=0.1):
         log_Z = parts[:, :, 0].logsumexp(0)  # (V, B)
         cross, mass = parts[:, :, 1:].sum(0), p_t.sum(-1)  # (V, 2, B) (2, B)
         pairs = (log_Z[:, None] * mass - cross).mean(-1)  # (V, 2)
-        other = 1 - torch.eye(V, 2, device=h_s.device)  # (V, 2): 0 where i == j
-    return {"cross_entropy": (other * pairs).sum() / (2 * V - 2)}
+        other_crop = ~torch.eye(V, 2, dtype=torch.bool, device=h_s.device)  # (V, 2)
+    return {"cross_entropy": pairs[other_crop].mean()}
