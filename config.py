@@ -24,15 +24,17 @@ PRESETS = {"tiny": {}}
 # python train.py --preset cifar10: for one GPU; not run
 PRESETS["cifar10"] = dict(
     data="cifar10", arch="vit_tiny", patch_size=4, drop_path=0.1,
-    num_prototypes=4096, partition_size=512, head_hidden=1024, bottleneck_dim=256, gmm_start=0.05,
+    num_prototypes=4096, partition_size=512, head_hidden=1024, bottleneck_dim=256,
     batch_size=256, epochs=200, warmup_epochs=10, lr=1e-3, momentum=0.992,
     local_crops=6, global_scale=[0.32, 1.0], local_scale=[0.1, 0.32],
     jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, solarize=[0.0, 0.2, 0.0],
     log_every=100, eval_every=1950)
 
-# python train.py --preset cifar10-cpu: the tiny network, one pass; too short for natural images
+# python train.py --preset cifar10-cpu: the tiny network on real images, about 15 minutes on one core
+# of its own
 PRESETS["cifar10-cpu"] = dict(
-    data="cifar10", epochs=1.0, jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, eval_every=520)
+    data="cifar10", epochs=8.0, batch_size=32, lr=0.012, momentum=0.98,
+    jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, log_every=100, eval_every=1562)
 
 # The rows of the papers, for 8 GPUs. None of them was run.
 #   torchrun --nproc_per_node=8 train.py --preset NAME --data IMAGENET
@@ -42,7 +44,7 @@ PRESETS["paper-vits"] = dict(
     local_size=96, local_crops=10, global_scale=[0.32, 1.0], local_scale=[0.05, 0.32],
     jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0],
     head_hidden=2048, bottleneck_dim=256, head_bn=False,
-    num_prototypes=65536, partition_size=512, gmm_start=0.034,
+    num_prototypes=65536, partition_size=512,
     batch_size=1024, epochs=300, warmup_epochs=10, lr=5e-4, min_lr=1e-6,
     weight_decay=0.04, weight_decay_end=0.4, momentum=0.992, clip_grad=1.0,
     workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
@@ -50,7 +52,7 @@ PRESETS["paper-vits"] = dict(
 # Table B.1b: CARP, ViT-B
 PRESETS["paper-vitb"] = dict(
     PRESETS["paper-vits"], arch="vit_base", epochs=400, lr=7.5e-4, min_lr=2e-6, momentum=0.996,
-    clip_grad=0.3, gmm_start=0.025)
+    clip_grad=0.3)
 
 # Table 2: iNaturalist-2018; with --data-root DIR instead of --data
 PRESETS["inat18"] = dict(PRESETS["paper-vits"], data="inat18")
@@ -63,12 +65,12 @@ PRESETS["paper-dino"] = dict(
 
 # Last row of Table C.3: DINO with decoupled prototypes
 PRESETS["paper-dino-dec"] = dict(
-    PRESETS["paper-dino"], prototypes="decoupled", targets="sinkhorn", gmm_start=0.1,
+    PRESETS["paper-dino"], prototypes="decoupled", targets="sinkhorn",
     teacher_temp=[0.05, 0.025], teacher_temp_epochs=100, num_prototypes=2048)
 
 # CARP's official ResNet-50. Its batch size is not published; 1,024 is ours
 PRESETS["paper-rn50"] = dict(
-    PRESETS["paper-vits"], arch="resnet50", drop_path=0.0, head_bn=True, gmm_start=0.025,
+    PRESETS["paper-vits"], arch="resnet50", drop_path=0.0, head_bn=True,
     optimizer="lars", lr=0.45, min_lr=0.0048, warmup_epochs=0, epochs=400,
     weight_decay=1e-6, weight_decay_end=1e-6, momentum=0.99, clip_grad=0.0,
     local_crops=6, global_scale=[0.2, 1.0], local_scale=[0.05, 0.2])
@@ -87,7 +89,7 @@ PRESETS["paper-dino-rn50"] = dict(
 # printed, and not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank",
         "eval_queries", "data", "data_root", "amp", "compile", "save_every", "keep_every", "export",
-        "script"}
+        "script", "data_version"}  # support/checkpoint.py compares the versions of the data
 
 
 def parser():
@@ -168,7 +170,8 @@ def parser():
 
     flag = p.add_argument_group("method and prototypes (results)").add_argument
     flag("--method", default="carp", choices=list(losses.LOSSES),
-         help="the loss; carl is carp with one block of K prototypes")
+         help="the loss; carl is carp with one block of K prototypes; supervised uses the labels "
+         "and shows what the network can reach (zoo/supervised.py)")
     flag("--prototypes", default="decoupled", choices=list(heads.PROTOTYPES),
          help="joint: trained by the loss; kp: the same with KoLeo; vmf: the same with trained "
          "lengths (von Mises-Fisher), for --method dino; frozen: random, never moved; decoupled: "
@@ -203,13 +206,13 @@ def parser():
          "center")
 
     flag = p.add_argument_group("mixture of --prototypes decoupled (results)").add_argument
-    flag("--gmm-init", default="features", choices=["features", "random"],
-         help="what the means start from: teacher vectors, or random directions, from which most "
-         "components are never used")
+    flag("--gmm-init", default="random", choices=["features", "random"],
+         help="what the means start from: random directions, most of which then never move, or "
+         "teacher vectors, so that the means lie on the data")
     flag("--gmm-start", type=float,
          help="step at which the mixture starts, or below 1 the share of the run; random "
-         "directions serve before it. Early in a run the vectors h change faster than the mixture "
-         "follows. None: 0.75, and 0.5 for live")
+         "directions serve before it. None: 0; with --gmm-init features 0.75, since early in a "
+         "run the vectors h change faster than the mixture follows; 0.5 for live")
     flag("--beta", type=float, nargs=2, default=[0.1, 0.5], metavar=("START", "END"),
          help="A.1, exponent of the density over the run; below 1 it softens the responsibilities")
     flag("--eta-a", type=float, default=0.001, help="A.7, how fast eta rises")
@@ -234,7 +237,7 @@ def parser():
     flag = p.add_argument_group("optimiser and schedules (results)").add_argument
     flag("--epochs", type=float, default=5.0, help="length of the run in passes over the images")
     flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
-    flag("--batch-size", type=int, default=32, help="images per step over all processes")
+    flag("--batch-size", type=int, default=64, help="images per step over all processes")
     flag("--accum", type=int, default=1,
          help="micro-batches per step: less memory, but batch norms see less at once")
     flag("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
@@ -294,6 +297,7 @@ def parse(argv=None, script="train.py"):
     if args.method == "carl":
         args.partition_size = args.num_prototypes
     args.script = script
+    args.data_version = data.VERSIONS.get(args.data)  # None: images that are not made here
     return args
 
 
@@ -372,7 +376,9 @@ def complete(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     default("head_norm", args.method == "dino")
-    default("gmm_start", 0.5 if args.prototypes == "live" else 0.75)
+    if args.prototypes == "live":
+        default("gmm_start", 0.5)
+    default("gmm_start", 0.75 if args.gmm_init == "features" else 0.0)
     default("targets", "prob" if args.prototypes == "vmf" else "center")
     default("kp_weight", 0.1 if args.prototypes == "kp" else 0.0)
 

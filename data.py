@@ -47,6 +47,7 @@ class Images:
     name: str  # of the set
     paths: list = None  # in the order of x, where the images come from files
     broken: list = field(default_factory=list)  # paths of damaged files, replaced by a neighbour
+    label_map: torch.Tensor = None  # (N, H, W) uint8: class + 1 of each pixel, 0 for background
 
     def __len__(self):
         return len(self.x)
@@ -121,9 +122,11 @@ def load(data, *, root="data", seed=0, img_size=32, imbalance=1.0, imbalance_law
 
 def builtin_shapes(root):
     """The built-in set: 10,000 and 2,000 images of 25 classes. `root` is not needed."""
-    train = Images(*shapes.make(10_000, seed=20_261), "shapes")
-    test = Images(*shapes.make(2_000, seed=90_217), "shapes")
-    return train, test
+    splits = []
+    for n, seed in ((10_000, 31_415), (2_000, 27_182)):
+        x, y, classes, label_map = shapes.make(n, seed)
+        splits.append(Images(x, y, classes, "shapes", label_map=label_map))
+    return tuple(splits)
 
 
 def cifar10(root):
@@ -214,6 +217,7 @@ SETS = {
     "stl10": stl10,
     "inat18": inat18,
 }
+VERSIONS = {"shapes": shapes.VERSION}  # of sets that are made here: another version, other images
 
 
 # ---- a folder of images --------------------------------------------------------------------------
@@ -400,6 +404,7 @@ def subset(images, chosen):
     new = {"y": None if images.y is None else images.y[chosen]}
     if isinstance(images, Images):
         new["x"] = images.x[chosen]
+        new["label_map"] = None if images.label_map is None else images.label_map[chosen]
     if images.paths:
         new["paths"] = [images.paths[i] for i in chosen]
         new["broken"] = sorted(set(images.broken) & set(new["paths"]))

@@ -114,9 +114,9 @@ class OnlineGMM(nn.Module):
         mass  JB/K of the steps to come; None: N/K
         Raises ValueError if a value of h is not finite.
         """
-        # differs: the paper names no start. From random directions one component takes every vector
-        # and the others never move; from vectors of a teacher that has warmed up, A.1 to A.5 as
-        # printed stay alive
+        # differs: the paper names no start. It reports that all means are unique from the first
+        # epoch on, which random directions are: a few components then take every vector, and the
+        # others never move. Means that start from vectors of the teacher lie on the data instead
         h = h.float()
         if not torch.isfinite(h).all():
             raise ValueError("OnlineGMM.init_from: h holds values that are not finite")

@@ -8,6 +8,7 @@ The functions are the mathematics: tensors in, named scalars out. A loss of the 
 class, a subclass of Loss, and one entry of the table LOSSES at the end of this file. Above 2^24
 student logits, fast/losses.py computes the same without holding them all.
 """
+import importlib
 import math
 
 import torch
@@ -234,14 +235,19 @@ class DINOLoss(Loss):
         return dino(z_s, p_t, self.tau, protos_s.bias(self.tau))
 
 
-# name of --method: the class
+# name of --method: the class, or "module.Class" of one that is loaded when it is asked for
 LOSSES = {
     "carp": CARPLoss,
     "carl": CARPLoss,  # one block of K prototypes
     "dino": DINOLoss,
+    "supervised": "zoo.supervised.Supervised",
 }
 
 
 def loss(args, steps_per_epoch=1):
     """The loss that --method names; steps_per_epoch: steps of one pass over the images."""
-    return LOSSES[args.method].from_args(args, steps_per_epoch)
+    entry = LOSSES[args.method]
+    if isinstance(entry, str):
+        module, name = entry.rsplit(".", 1)
+        entry = getattr(importlib.import_module(module), name)
+    return entry.from_args(args, steps_per_epoch)

@@ -148,11 +148,14 @@ def train(args, device, stop_request):
                     metrics = measures.prototype_measures(protos_t, loss_fn, h, beta, args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
                     row |= metrics
+                    metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
             if ddp.RANK == 0:
                 log.row(done, row, terms)
                 tqdm.write(printed(done, total, row, first_term))
                 for sentence in monitor.warnings(row | {"progress": done / total}):
                     tqdm.write(f"warning, step {done}: {sentence}")
+                for sentence in monitor.remarks(row):
+                    tqdm.write(f"remark, step {done}: {sentence}")
         if now.regular:
             record.clear()
             clock.restart()

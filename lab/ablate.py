@@ -39,12 +39,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # pieces of commands that several rows share
 CARP = "--method carp --prototypes "
 DINO = "--method dino --prototypes "
-# the mixture starts early, so that its flags have time to matter
-EARLY = "--gmm-start 0.25 --prototypes decoupled"
+DECOUPLED = "--prototypes decoupled"
 SINKHORN = DINO + "decoupled --targets sinkhorn"
 RISING = " --teacher-temp 0.04 0.07 --teacher-temp-epochs 2"
 FALLING = " --teacher-temp 0.05 0.025 --teacher-temp-epochs 3"
 CONTROL = ("frozen random (control)", "--prototypes frozen")
+
+# The instrument: what its k-NN does if a run is shorter or longer, and with other seeds
+EPOCHS = config.parser().get_default("epochs")
+SYSTEMS = {"CARP, joint": CARP + "joint", "CARP, frozen": CARP + "frozen",
+           "CARP, decoupled": CARP + "decoupled", "DINO, joint": DINO + "joint"}
+LENGTHS = {"a third": 1 / 3, "default length": 1, "three times": 3}
+INSTRUMENT = [(f"{system}, {length}", f"{command} --epochs {factor * EPOCHS:g}")
+              for system, command in SYSTEMS.items() for length, factor in LENGTHS.items()]
+LABELS = "labels, default length"
 
 # name: (what it is, [(row, command)]). A command holds the flags of train.py, or a script of zoo/
 # and its flags: "zoo/NAME.py --lr 0.01"
@@ -64,19 +72,19 @@ TABLES = {
         ("DINO, decoupled", DINO + "decoupled"),
         ("DINO, live", DINO + "live")]),
     "A1": ("Table A.1 of the paper: components of the mixture", [
-        ("no responsibility forgetting", f"{EARLY} --forgetting plain"),
-        ("no annealing, no rescaling", f"{EARLY} --beta 1 1 --no-rescale"),
-        ("no annealing", f"{EARLY} --beta 1 1"),
-        ("no annealing, resurrect, rescaling", f"{EARLY} --beta 1 1 --resurrect 0"),
-        ("no resurrect, rescaling", f"{EARLY} --resurrect 0"),
-        ("full, as printed", EARLY),
+        ("no responsibility forgetting", f"{DECOUPLED} --forgetting plain"),
+        ("no annealing, no rescaling", f"{DECOUPLED} --beta 1 1 --no-rescale"),
+        ("no annealing", f"{DECOUPLED} --beta 1 1"),
+        ("no annealing, resurrect, rescaling", f"{DECOUPLED} --beta 1 1 --resurrect 0"),
+        ("no resurrect, rescaling", f"{DECOUPLED} --resurrect 0"),
+        ("full, as printed", DECOUPLED),
         CONTROL]),
     "A2": ("Table A.2: a and c of the forgetting factor", [
-        ("a 0.001, c 0.75", f"{EARLY} --eta-a 0.001 --eta-c 0.75"),
-        ("a 0.001, c 0.95", f"{EARLY} --eta-a 0.001 --eta-c 0.95"),
-        ("a 0.0005, c 0.89", f"{EARLY} --eta-a 0.0005 --eta-c 0.89"),
-        ("a 0.002, c 0.89", f"{EARLY} --eta-a 0.002 --eta-c 0.89"),
-        ("a 0.001, c 0.89", f"{EARLY} --eta-a 0.001 --eta-c 0.89"),
+        ("a 0.001, c 0.75", f"{DECOUPLED} --eta-a 0.001 --eta-c 0.75"),
+        ("a 0.001, c 0.95", f"{DECOUPLED} --eta-a 0.001 --eta-c 0.95"),
+        ("a 0.0005, c 0.89", f"{DECOUPLED} --eta-a 0.0005 --eta-c 0.89"),
+        ("a 0.002, c 0.89", f"{DECOUPLED} --eta-a 0.002 --eta-c 0.89"),
+        ("a 0.001, c 0.89", f"{DECOUPLED} --eta-a 0.001 --eta-c 0.89"),
         CONTROL]),
     "C3": ("Table C.3: DINO with decoupled prototypes, one change at a time", [
         ("joint, centre", DINO + "joint" + RISING),
@@ -87,14 +95,14 @@ TABLES = {
         ("+ K / 4 instead", SINKHORN + FALLING + " --num-prototypes 256"),
         ("frozen, Sinkhorn-Knopp (control)", DINO + "frozen --targets sinkhorn" + FALLING)]),
     "choices": ("points the paper leaves open: beta, exponent, means in the logits, start, scale", [
-        ("as shipped", "--prototypes decoupled"),
-        ("beta 1", "--prototypes decoupled --beta 1 1"),
-        ("exponent per sample", "--prototypes decoupled --forgetting sample"),
-        ("raw means in the logits", "--prototypes decoupled --proto-norm raw"),
-        ("start at 0, features", "--prototypes decoupled --gmm-start 0"),
-        ("start at 0, random", "--prototypes decoupled --gmm-start 0 --gmm-init random"),
-        ("variance floor .1", "--prototypes decoupled --var-floor 0.1"),
-        ("unit h, scale 20", "--prototypes decoupled --head-norm --logit-scale 20"),
+        ("as shipped", DECOUPLED),
+        ("beta 1", f"{DECOUPLED} --beta 1 1"),
+        ("exponent per sample", f"{DECOUPLED} --forgetting sample"),
+        ("raw means in the logits", f"{DECOUPLED} --proto-norm raw"),
+        ("start at 0, features", f"{DECOUPLED} --gmm-start 0 --gmm-init features"),
+        ("start at three quarters, features", f"{DECOUPLED} --gmm-init features"),
+        ("variance floor .1", f"{DECOUPLED} --var-floor 0.1"),
+        ("unit h, scale 20", f"{DECOUPLED} --head-norm --logit-scale 20"),
         ("unit h, scale 20, frozen (control)", "--prototypes frozen --head-norm --logit-scale 20"),
         CONTROL]),
     "longtail": ("long tail, largest class over smallest 100; head: above 1,000 images, "
@@ -104,7 +112,12 @@ TABLES = {
                      ("CARP, frozen", CARP + "frozen --imbalance 100"),
                      ("CARP, decoupled", CARP + "decoupled --imbalance 100"),
                      ("CARP, live", CARP + "live --imbalance 100")]),
+    "instrument": ("what the default run can tell: length, seeds, room above",
+                   [*INSTRUMENT, (LABELS, "--method supervised --prototypes joint")]),
 }
+SEEDS = [0, 1, 2]
+# rows of "instrument" whose spread over seeds is a claim
+FIVE_SEEDS = [f"{system}, default length" for system in SYSTEMS]
 # a third of CIFAR-10's classes each, at 5,000 to 50 images
 GROUP_LIMITS = ["--head", "1000", "--tail", "200"]
 
@@ -115,7 +128,8 @@ MEASURES = [("knn", "k-NN", 1), ("unique_0.025", "unique(.025)", 3),
 GROUPS = [("knn_head", "head", 1), ("knn_medium", "medium", 1), ("knn_tail", "tail", 1)]
 # block: the flags after --; command: the script of the run and its flags
 FIELDS = ["row", "seed", "block", *[column for column, _, _ in MEASURES + GROUPS], "ceiling_0.025",
-          "h_norm", "raw_knn", "untrained_knn", "steps", "command", "hardware", "torch", "date"]
+          "h_norm", "raw_knn", "untrained_knn", "steps", "command", "hardware", "torch", "date",
+          "data_version"]
 
 
 def measures(name):
@@ -135,12 +149,13 @@ class Run(NamedTuple):
 
 
 def runs(name, seeds, extra):
-    """[Run] of a table; extra: more flags for every run."""
+    """[Run] of a table; seeds: those of every row, None: the usual ones; extra: more flags."""
     result = []
     for row, command in TABLES[name][1]:
+        of_row = seeds or (range(5) if name == "instrument" and row in FIVE_SEEDS else SEEDS)
         words = shlex.split(command)
         script = words.pop(0) if words and words[0].startswith("zoo/") else "train.py"
-        result += [Run(row, seed, script, [*words, *extra, "--seed", str(seed)]) for seed in seeds]
+        result += [Run(row, seed, script, [*words, *extra, "--seed", str(seed)]) for seed in of_row]
     return result
 
 
@@ -216,7 +231,7 @@ def last_evaluation(out):
     columns = [column for column, _, _ in MEASURES] + ["ceiling_0.025", "h_norm"]
     return {column: last[column] for column in columns} | {
         "raw_knn": log[0].get("raw_knn", ""), "untrained_knn": log[0]["knn"], "steps": last["step"],
-        "torch": args["torch"]}
+        "torch": args["torch"], "data_version": args.get("data_version") or ""}
 
 
 def accuracy_of_groups(out):
@@ -312,6 +327,45 @@ def lines_of_block(name, block, rows):
         if len(rows[row]) > 1:
             cells = [deviation(rows[row], column, digits) for column, _, digits in shown]
             lines.append(f"| ± sd | | {' | '.join(cells)} |")
+    return [*lines, "", *(verdict(rows) if name == "instrument" else [])]
+
+
+def verdict(rows):
+    """[line]: what the rows {row: [results]} of the table "instrument" say of the default run.
+
+    A claim that lacks a run says so.
+    """
+    def knn(row):
+        return [float(result["knn"]) for result in rows.get(row, [])]
+
+    def line(claim, values, limit):
+        if None in values.values():
+            return f"* {claim}: not run"
+        met = all(value >= limit for value in values.values())
+        told = ", ".join(f"{name} {value:+.1f}" for name, value in values.items())
+        return f"* {claim}: {'met' if met else 'NOT MET'} ({told})"
+
+    def difference(a, b):
+        return statistics.mean(a) - statistics.mean(b) if a and b else None
+
+    third, default, three = ({s: knn(f"{s}, {length}") for s in SYSTEMS} for length in LENGTHS)
+    controls = {s: [max(float(r["raw_knn"]), float(r["untrained_knn"]))
+                    for r in rows.get(f"{s}, default length", [])] for s in SYSTEMS}
+    # five seeds and three seeds are compared on those they share
+    lines = [
+        line("(a) three times the length gains, or loses at most 0.5 points",
+             {s: difference(three[s], default[s][:len(three[s])]) for s in SYSTEMS}, -0.5),
+        line("(a) the default length gains on a third of it, or loses at most 0.5 points",
+             {s: difference(default[s][:len(third[s])], third[s]) for s in SYSTEMS}, -0.5),
+        line("(b) standard deviation over seeds at most 1.5 points (shown: 1.5 less it)",
+             {s: 1.5 - statistics.stdev(default[s]) if len(default[s]) > 1 else None
+              for s in SYSTEMS}, 0),
+        line("(c) at least 20 points above raw pixels and the untrained backbone",
+             {s: difference(default[s], controls[s]) for s in SYSTEMS}, 20),
+        line("(d) at most 88 % (shown: 88 less it)",
+             {s: difference([88], default[s]) for s in SYSTEMS}, 0),
+        line("(d) labels reach at least 5 points more",
+             {s: difference(knn(LABELS), default[s]) for s in SYSTEMS}, 5)]
     return [*lines, ""]
 
 
@@ -322,7 +376,8 @@ def parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
     flag("table", choices=TABLES, help=tables)
-    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of every row")
+    flag("--seeds", type=int, nargs="+", help="seeds of every row; None: 0 1 2, and 0 to 4 for the "
+         "default length in the table instrument")
     flag("--rows", nargs="+", metavar="ROW", help="only these rows of the table, by name")
     flag("--runs", default="runs", metavar="DIR", help="folder of the runs, DIR/TABLE/ROW-sSEED")
     flag("--results", default="results", metavar="DIR", help="folder of TABLE.csv and TABLE.png")

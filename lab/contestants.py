@@ -232,7 +232,7 @@ def knn(way, sizes):
 # ---- images ------------------------------------------------------------------------------------
 def data(way, sizes):
     """The views of 32 images as the default run makes them. Returns the first (32, 3, 32, 32)."""
-    x, _, _ = shapes.make(200, 0)  # (200, 3, 32, 32)
+    x = shapes.make(200, 0)[0]  # (200, 3, 32, 32)
     recipe = views.Recipe(global_size=32, local_size=16, n_local=4,
                           global_scale=(0.4, 1.0), local_scale=(0.15, 0.5),
                           jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=0.8, gray_p=0.3,
@@ -265,7 +265,7 @@ def lightly_loop(workers):
     except ImportError:
         return None
     from torchvision.transforms.functional import to_pil_image
-    x, _, _ = shapes.make(400, 0)  # (400, 3, 32, 32)
+    x = shapes.make(400, 0)[0]  # (400, 3, 32, 32)
     images = [to_pil_image(image) for image in x]
     crops = DINOTransform(global_crop_size=32, local_crop_size=16, n_local_views=4,
                           global_crop_scale=(0.4, 1.0), local_crop_scale=(0.15, 0.5),

@@ -22,6 +22,7 @@ import re
 import torch
 
 import config
+import data
 import heads
 import losses
 import models
@@ -129,6 +130,7 @@ def resume(args, paths, parts, protos_s, protos_t):
     if ckpt["version"] == 1:
         ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages "
                    "steps from it on")
+    check_data_version(path, ckpt["args"], args)
     if changed := config.differences(ckpt["args"], vars(args)):
         raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}")
     gmm = read_mixture(ckpt)
@@ -143,6 +145,16 @@ def resume(args, paths, parts, protos_s, protos_t):
         os.replace(newest, os.path.join(args.out, "ckpt.damaged.pt"))
     ddp.print0(f"resumed {path} at step {ckpt['step']}")
     return ckpt["step"], Record(ckpt.get("trail"))
+
+
+def check_data_version(path, old, args):
+    """ValueError if a run's images, made here, are no longer made; old: args of its checkpoint."""
+    old_version = old.get("data_version", 1)  # before there was a second one, none was noted
+    if old.get("data") in data.VERSIONS and args.data == old["data"]:
+        if old_version != args.data_version:
+            raise ValueError(f"--resume: {path} was trained on version {old_version} of the "
+                             f"images --data {args.data}, and this code makes version "
+                             f"{args.data_version}: use the code that made it")
 
 
 def read_mixture(ckpt):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import collapse
 import eval_knn
 import views
-from support import ddp
+from support import control, ddp
 from support.features import features
 
 EPS = (0.025, 0.5)  # Def. 2.1: the threshold of the literature, and the strict one
@@ -91,10 +91,11 @@ def summary(args, log, metrics, bank, queries, step):
     for eps, name in ((0.025, "unique(.025)"), (0.5, "unique(.5)  ")):
         print(f"  {name} {metrics[f'unique_{eps}']:.3f}   "
               f"ceiling {metrics[f'ceiling_{eps}']:.3f} (as many random vectors h)")
+    heaviest = metrics.get("pi_max")
     print(f"  used {metrics['used']:.3f}   perplexity {metrics['perplexity']:.3f}   "
-          f"drift {metrics['drift']:.3f}   |h| {metrics['h_norm']:.2f}\n"
-          "A unique share means little alone. Compare it with random prototypes:\n"
-          f"  python train.py --prototypes frozen, then python collapse.py {args.out} OTHER_RUN")
+          f"drift {metrics['drift']:.3f}   |h| {metrics['h_norm']:.2f}"
+          + ("" if heaviest is None else f"   heaviest component {float(heaviest):.3f}"))
+    print(control.sentence(args))
     for name in ("unique", "ceiling"):
         metrics[name] = {eps: metrics.pop(f"{name}_{eps}") for eps in EPS}
     return metrics | {"step": step, "out": args.out}

@@ -1,52 +1,83 @@
 """
 What goes wrong in prototype training, named while it happens: once, with the flags to try.
 
-The thresholds are round numbers, chosen so that the default run gives no warning.
+The thresholds are round numbers, chosen so that the default run gives no warning. What is no
+trouble but easily misread is a remark, and names the page to read.
 """
 import math
 
 
 class Monitor:
-    """Warns of each kind of trouble once in a run. K: number of prototypes."""
+    """Says each kind of thing once in a run. K: number of prototypes."""
 
     def __init__(self, K):
         self.K = K
-        self.kinds_warned_of = set()
+        self.kinds_said = set()
 
     def warnings(self, row):
-        """Sentences about a row of the log, {column of log.csv: number or None}, that are new."""
-        new = {kind: sentence for kind, sentence in troubles(row, self.K).items()
-               if kind not in self.kinds_warned_of}
-        self.kinds_warned_of |= new.keys()
-        return list(new.values())
+        """Sentences about troubles of a row of the log that are new; see `new`."""
+        return self.new(troubles(row, self.K))
+
+    def remarks(self, row):
+        """Sentences about states of a row of the log that are expected; see `new`."""
+        return self.new(states(row, self.K))
+
+    def new(self, sentences):
+        """[sentence] of those in {kind: sentence} whose kind has not been said in this run.
+
+        A row of the log is {column of log.csv: number or None}.
+        """
+        fresh = {kind: s for kind, s in sentences.items() if kind not in self.kinds_said}
+        self.kinds_said |= fresh.keys()
+        return list(fresh.values())
+
+
+def measure(row, name):
+    value = row.get(name)
+    return math.nan if value is None else float(value)  # comparisons with NaN are all false
+
+
+def follows_appendix_a(row):
+    """Whether the row is of a run whose prototypes are the mixture of gmm.py, and it has started:
+    only that one reports eta."""
+    return row.get("eta") is not None
+
+
+def states(row, K):
+    """{kind: sentence} of what a newcomer might take for a fault, for a row as in Monitor.new."""
+    used = measure(row, "used")
+    if used < 0.05 and follows_appendix_a(row):
+        return {"few components": (
+            f"{round(used * K)} of the mixture's {K} components are the most responsible ones for "
+            f"all images, and the heaviest has the weight {measure(row, 'pi_max'):.2f}. The others "
+            "stay near their start; random directions are unique whatever the images are. This is "
+            "what the printed equations do; docs/collapse.md explains it")}
+    return {}
 
 
 def troubles(row, K):
-    """{kind of trouble: sentence} for a row {column of log.csv: number or None}; K prototypes."""
-    def measure(name):
-        value = row.get(name)
-        return math.nan if value is None else float(value)  # comparisons with NaN are all false
-
-    loss_over_ln_k = measure("loss_over_ln_k")
-    effective = measure("perplexity") * K  # exp(entropy of the mean assignment): prototypes in use
-    unique = measure("unique_0.025")
-    unique_strict = measure("unique_0.5")
-    used = measure("used")
-    h_norm = measure("h_norm")
+    """{kind: sentence} of what goes wrong, for a row as in Monitor.new; K prototypes."""
+    loss_over_ln_k = measure(row, "loss_over_ln_k")
+    # exp(entropy of the mean assignment): about how many prototypes are in use
+    effective = measure(row, "perplexity") * K
+    unique = measure(row, "unique_0.025")
+    unique_strict = measure(row, "unique_0.5")
+    used = measure(row, "used")
+    h_norm = measure(row, "h_norm")
     mixture_runs = row.get("mixture_used") is not None
     sentences = {}
     # Every run starts at ln K, and rests there for a while. A fifth of the run is enough for every
     # preset to leave it.
-    if 0.995 < loss_over_ln_k < 1.005 and measure("progress") > 0.2:
+    if 0.995 < loss_over_ln_k < 1.005 and measure(row, "progress") > 0.2:
         sentences["uniform"] = (
             f"the first term of the loss stays at {loss_over_ln_k:.3f} of its value at the start: "
             "the student gives all prototypes of a softmax the same probability. Try a lower --lr, "
             "a longer --warmup-epochs, or a higher --logit-scale")
-    if effective < 2 and K > 8:
+    if effective < 2 and K > 8 and not follows_appendix_a(row):
         sentences["one prototype"] = (
             f"nearly all images go to one prototype: the perplexity is {effective:.1f} of {K}. Try "
-            "a lower --lr, a higher --teacher-temp or --targets sinkhorn (dino), --gmm-init "
-            "features and a later --gmm-start (decoupled), or --prototypes live")
+            "a lower --lr, a higher --teacher-temp or --targets sinkhorn (dino), or --prototypes "
+            "live")
     if unique < 0.5:
         sentences["collapse"] = (
             f"partial prototype collapse: {100 * unique:.0f} % of the prototypes are unique at "
@@ -57,11 +88,10 @@ def troubles(row, K):
         sentences["collapse"] = (
             f"many prototypes lie close together: only {100 * unique_strict:.0f} % are unique at "
             "eps 0.5 (60 degrees). Try --prototypes kp, live or frozen")
-    if used < 0.05 and mixture_runs:
+    if used < 0.05 and mixture_runs and not follows_appendix_a(row):
         sentences["unused"] = (
             f"most of the mixture is unused: only {100 * used:.1f} % of its components are the "
-            "most responsible one for any image. Try a later --gmm-start, --head-norm, or "
-            "--prototypes live")
+            "most responsible one for any image. Try a later --gmm-start, or --head-norm")
     if h_norm < 1e-2:
         sentences["vanishing"] = (
             f"the head's outputs h shrink to nothing: their median length is {h_norm:.1e}. Try a "

@@ -1,11 +1,13 @@
 """
 shapes: a built-in set of 32x32 images that self-supervision can learn in minutes on a CPU.
 
-25 classes as a Latin square: a class has shape s, palette p and texture (s + p) mod 5, so any two
-of the three name the class. All crops of one image share its colours and its background, and a
-method learns what crops share, whether or not it is the class. So here colour comes from the class,
-the background is nearly grey, and what varies within a class (place, size, rotation, phase, light,
-noise) is what cropping and colour jitter destroy anyway.
+An image shows five objects of one class on a grey background. A class has a texture of its own and
+a shape that it shares with one other class.
+
+A method learns what the crops of an image share, whether or not it is the class. So all that does
+not belong to the class is drawn anew for each object: place, size, rotation, colours, and where its
+texture begins. Two crops mostly show different objects, and what these share is their class. Only
+the brightness of the background belongs to the image.
 
 Coordinates run over [-1, 1] on both axes, so a pixel is 1/16 wide. Letters: n images.
 """
@@ -13,31 +15,37 @@ import math
 
 import torch
 
-SHAPES = ("disc", "square", "triangle", "star", "cross")
-PALETTES = ("red", "lime", "green", "blue", "purple")  # hues 0, .2, .4, .6, .8
-TEXTURES = ("stripes", "checks", "dots", "plain", "fine stripes")
+VERSION = 2  # another version draws other images. 1: 25 classes with one object in an image
+CLASSES = (  # shape and texture
+    ("disc", "stripes"), ("square", "bands"), ("triangle", "checks"), ("star", "dots"),
+    ("cross", "plain"), ("disc", "fine checks"), ("square", "fine stripes"),
+    ("triangle", "fine bands"), ("star", "grid"), ("cross", "fine dots"))
+OBJECTS = 5  # in an image; later ones may cover earlier ones
+NOISE = .1  # standard deviation of each pixel's noise; white is 1
 
 
 def make(n, seed):
-    """x (n, 3, 32, 32) uint8, y (n,) int64 and the 25 class names: shuffled, fixed by `seed`.
+    """n images of 10 classes, shuffled, all fixed by `seed`; n must be a multiple of 10.
 
-    n must be a multiple of 25: every class has n / 25 images.
+    Returns x (n, 3, 32, 32) uint8, y (n,) int64, the class names, and label_map (n, 32, 32) uint8:
+    class + 1 of the object that a pixel shows, 0 for background. Every class has n / 10 images.
     """
+    C = len(CLASSES)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.cat([draw(c, n // 25, generator) for c in range(25)])  # (n, 3, 32, 32)
-    y = torch.arange(25).repeat_interleave(n // 25)  # (n,)
+    images, label_maps = zip(*(draw(c, n // C, generator) for c in range(C)))
+    x, label_map = torch.cat(images), torch.cat(label_maps)  # (n, 3, 32, 32) (n, 32, 32)
+    y = torch.arange(C).repeat_interleave(n // C)  # (n,)
     order = torch.randperm(n, generator=generator)  # (n,)
-    classes = [f"{SHAPES[s]}-{PALETTES[p]}-{TEXTURES[(s + p) % 5]}"
-               for s in range(5) for p in range(5)]
-    return x[order], y[order], classes
+    names = [f"{shape}-{texture}" for shape, texture in CLASSES]
+    return x[order], y[order], names, label_map[order]
 
 
 def draw(c, n, generator):
-    """n images (n, 3, 32, 32) uint8 of class c = 5 s + p.
+    """n images (n, 3, 32, 32) uint8 of class c, and their label maps (n, 32, 32) uint8.
 
     The order of the random draws is part of the set: another order gives other images.
     """
-    s, p = divmod(c, 5)
+    shape, texture = CLASSES[c]
 
     def rand(low, high):
         return low + (high - low) * torch.rand(n, 1, generator=generator)  # (n, 1)
@@ -45,49 +53,41 @@ def draw(c, n, generator):
     centres = (torch.arange(32) * 2 + 1) / 32 - 1  # of pixels
     X = centres.repeat(32)[None]  # (1, 1024)
     Y = centres.repeat_interleave(32)[None]  # (1, 1024)
+    x = rand(.4, .6)[:, None].expand(n, 3, 1024)  # background
+    covered = torch.zeros(n, 1024, dtype=torch.bool)
 
-    def slope():
-        """A linear ramp over the image, in a random direction: (n, 1024)."""
-        direction = rand(0, 2 * math.pi)
-        return X * direction.cos() + Y * direction.sin()
+    for _ in range(OBJECTS):
+        # place, rotation and size; u, v are coordinates in which the radius is about 1
+        dx = X - rand(-.8, .8)
+        dy = Y - rand(-.8, .8)
+        angle = rand(-.3, .3)
+        size = rand(.3, .5)
+        U = dx * angle.cos() + dy * angle.sin()  # (n, 1024)
+        V = dy * angle.cos() - dx * angle.sin()  # (n, 1024)
+        distance = outline_distance(shape, U / size, V / size)  # (n, 1024)
+        inside = (.5 - 16 * size * distance).clamp(0, 1)  # (n, 1024); the edge is a pixel wide
 
-    # place, rotation and size of the shape; u, v are coordinates in which its radius is about 1
-    dx = X - rand(-.45, .45)
-    dy = Y - rand(-.45, .45)
-    angle = rand(0, 2 * math.pi)
-    size = rand(.7, 1.2)
-    U = dx * angle.cos() + dy * angle.sin()  # (n, 1024)
-    V = dy * angle.cos() - dx * angle.sin()  # (n, 1024)
-    distance = outline_distance(SHAPES[s], U / size, V / size)  # (n, 1024)
-    inside = (.5 - 16 * size * distance).clamp(0, 1)  # (n, 1024); the edge is a pixel wide
+        # the texture turns with the object, but is as fine on a large one; in units of 2/3 pixels
+        U = U * 24 + rand(0, 24)
+        V = V * 24 + rand(0, 24)
+        tone = (.5 + 1.2 * wave(texture, U, V)).clamp(0, 1)
+        tone = tone * inside  # (n, 1024): share of the second colour
 
-    # the texture turns with the shape, but is as fine on a large one: units of 4/3 pixels
-    U = U * 12 + rand(0, 8)
-    V = V * 12 + rand(0, 8)
-    tone = (.5 + 1.2 * wave(TEXTURES[(s + p) % 5], U, V)).clamp(0, 1)
-    tone = tone * inside  # (n, 1024): share of the second colour
+        # two colours of any hue: one light, one dark, either may be the first
+        light, dark = rand(.75, 1), rand(.05, .3)
+        swap = rand(0, 1) < .5
+        first = hsv_to_rgb(rand(0, 1), rand(.3, .8), light.where(~swap, dark))  # (n, 3, 1)
+        second = hsv_to_rgb(rand(0, 1), rand(.3, .8), dark.where(~swap, light))  # (n, 3, 1)
+        x = x + inside[:, None] * (first - x) + tone[:, None] * (second - first)  # (n, 3, 1024)
+        covered |= inside > .5
 
-    # two colours of the palette: one light, one dark, either may be the first
-    light = rand(.75, 1)
-    dark = rand(.05, .3)
-    swap = rand(0, 1) < .5
-    value_1 = light.where(~swap, dark)
-    value_2 = dark.where(~swap, light)
-    hue_1, hue_2 = p / 5 + .04 * torch.randn(2, n, 1, generator=generator)
-    colour_1 = hsv_to_rgb(hue_1, rand(.3, .8), value_1)  # (n, 3, 1)
-    colour_2 = hsv_to_rgb(hue_2, rand(.3, .8), value_2)  # (n, 3, 1)
-
-    background = hsv_to_rgb(rand(0, 1), rand(0, .1), rand(.4, .6))  # (n, 3, 1)
-    background = background + .08 * slope()[:, None]  # (n, 3, 1024)
-    x = background + inside[:, None] * (colour_1 - background) \
-        + tone[:, None] * (colour_2 - colour_1)  # (n, 3, 1024)
-    x = x * (1 + .2 * slope())[:, None]  # light from one side
-    x = x + .15 * torch.randn(n, 3, 1024, generator=generator)
-    return (x.clamp_(0, 1) * 255).round_().to(torch.uint8).view(n, 3, 32, 32)
+    x = x + NOISE * torch.randn(n, 3, 1024, generator=generator)
+    x = (x.clamp(0, 1) * 255).round().to(torch.uint8).view(n, 3, 32, 32)
+    return x, (covered * (c + 1)).to(torch.uint8).view(n, 32, 32)
 
 
 def outline_distance(shape, u, v):
-    """Distance of the points (u, v) to the outline of a shape of SHAPES, negative inside it."""
+    """Distance of the points (u, v) to the outline of a shape of CLASSES, negative inside it."""
     radius = (u * u + v * v).sqrt()
     if shape == "disc":
         return radius - .85
@@ -108,16 +108,31 @@ def outline_distance(shape, u, v):
 
 
 def wave(texture, U, V):
-    """A texture of TEXTURES at the points (U, V), about -1 to 1; lengths are 4/3 pixels."""
-    turn = 2 * math.pi
+    """A texture of CLASSES at the points (U, V), about -1 to 1; lengths are 2/3 pixels."""
+    def sin(length, along):
+        return (along * 2 * math.pi / length).sin()
+
+    def cos(length, along):
+        return (along * 2 * math.pi / length).cos()
+
     if texture == "stripes":
-        return (U * turn / 8).sin()
+        return sin(8, U)
     if texture == "fine stripes":
-        return (U * turn / 4).sin()
+        return sin(4, U)
+    if texture == "bands":
+        return sin(8, V)
+    if texture == "fine bands":
+        return sin(4, V)
     if texture == "checks":
-        return 2 * (U * turn / 8).sin() * (V * turn / 8).sin()
+        return 2 * sin(8, U) * sin(8, V)
+    if texture == "fine checks":
+        return 2 * sin(5, U) * sin(5, V)
     if texture == "dots":
-        return (U * turn / 6).cos() + (V * turn / 6).cos() - .6
+        return cos(6, U) + cos(6, V) - .6
+    if texture == "fine dots":
+        return cos(4, U) + cos(4, V) - .6
+    if texture == "grid":
+        return torch.maximum(cos(7, U), cos(7, V)) - .7
     return -torch.ones_like(U)  # plain
 
 

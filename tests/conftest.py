@@ -24,7 +24,7 @@ SPEED = ("images_per_s", "data_share", "memory_mb")  # columns of log.csv that n
 @functools.lru_cache
 def small_sets():
     """(100 training images, 50 test images) of the built-in set."""
-    x, y, classes = shapes.make(150, 5)
+    x, y, classes, _ = shapes.make(150, 5)
     images = data.Images(x, y, classes, "shapes")
     return data.subset(images, torch.arange(100)), data.subset(images, torch.arange(100, 150))
 

@@ -22,11 +22,26 @@ def test_a_healthy_row_is_silent_and_so_are_rows_without_measures():
     assert first_warnings(HEALTHY) == []
     without = {"loss_over_ln_k": 0.9, "progress": 0.5, "mixture_used": None, "used": None}
     assert first_warnings(without) == []
-    # The default run from the start of its mixture on: its means lie on the data, and are as unique
-    # as the data are.
-    default_run = {"perplexity": 0.024, "unique_0.025": 0.592, "unique_0.5": 0.014,
-                   "ceiling_0.5": 0.012, "used": 0.092, "mixture_used": 30}
-    assert first_warnings(HEALTHY | default_run) == []
+    # means that lie on the data are as unique as the data are
+    on_the_data = {"perplexity": 0.024, "unique_0.025": 0.592, "unique_0.5": 0.014,
+                   "ceiling_0.5": 0.012, "used": 0.092, "mixture_used": 30, "eta": 0.9}
+    assert first_warnings(HEALTHY | on_the_data) == []
+    assert Monitor(1024).remarks(HEALTHY | on_the_data) == []
+
+
+def test_a_mixture_of_few_components_is_remarked_on_once_and_no_warning():
+    """The default run: a few random directions take all images, and the others stay."""
+    default_run = HEALTHY | {"perplexity": 1.2 / 1024, "unique_0.5": 1.0, "used": 3 / 1024,
+                             "mixture_used": 2, "eta": 0.9, "pi_max": torch.tensor(0.4375)}
+    monitor = Monitor(1024)
+    assert monitor.warnings(default_run) == []
+    (sentence,) = monitor.remarks(default_run)
+    assert "3 of the mixture's 1024 components" in sentence and "0.44" in sentence
+    assert "docs/collapse.md" in sentence
+    assert monitor.remarks(default_run) == []
+    # other prototypes that are hardly used are in trouble
+    joint = default_run | {"mixture_used": None, "eta": None}
+    assert Monitor(1024).remarks(joint) == [] and len(first_warnings(joint)) == 1
 
 
 @pytest.mark.parametrize("change, words", [

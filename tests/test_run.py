@@ -164,6 +164,17 @@ def test_a_checkpoint_that_names_no_script_goes_on(tmp_path):
     assert read_checkpoint(out)["args"]["script"] == "train.py"
 
 
+def test_a_run_on_other_built_in_images_is_refused(tmp_path, capsys):
+    train_tiny(tmp_path, "--stop-at", "2")
+    ckpt = read_checkpoint(tmp_path)
+    assert ckpt["args"].pop("data_version") == data.VERSIONS["shapes"]
+    torch.save(ckpt, tmp_path / "ckpt.pt")  # as a run of before is, which notes no version
+    with pytest.raises(SystemExit) as stop:
+        train_tiny(tmp_path, "--resume")
+    assert stop.value.code == 2
+    assert "trained on version 1 of the images --data shapes" in capsys.readouterr().err
+
+
 def test_version_1_goes_on(tmp_path, capsys):
     """It has no values of the steps since the last row of the log."""
     train_tiny(tmp_path / "whole")

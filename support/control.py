@@ -1,0 +1,92 @@
+"""The control of a run: the same run with frozen prototypes, which are random and never move.
+
+What such a run reaches too is no merit of the prototypes.
+"""
+import contextlib
+import csv
+import glob
+import io
+import os
+import shlex
+import statistics
+
+import config
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Flags that frozen prototypes do not read, beside those of the mixtures (--gmm-..., --live-...)
+OF_OTHER_SETS = {"kp_weight", "norm_last_layer", "freeze_prototypes", "proto_norm", "beta", "eta_a",
+                 "eta_c", "forgetting", "resurrect", "rescale", "var_floor"}
+
+
+def matters(flag):
+    """Whether a flag changes what a run with frozen prototypes computes."""
+    free = config.FREE - {"data"} | {"preset", "prototypes", "seed"}
+    return flag not in free | OF_OTHER_SETS and not flag.startswith(("gmm_", "live_"))
+
+
+def computed(args):
+    """{flag: value} of what decides the results of a run's control, apart from the seed."""
+    values = {name: value for name, value in vars(args).items() if matters(name)}
+    values.pop("epochs" if args.steps else "steps", None)  # --steps wins over --epochs
+    return values
+
+
+def typed(args):
+    """[words] of a command line that gives the args that decide the results of a control."""
+    base = vars(config.parse(["--preset", args.preset, "--method", args.method], args.script))
+    words = [] if args.preset == "tiny" else ["--preset", args.preset]
+    for action in config.parser()._actions:
+        name, value = action.dest, vars(args).get(action.dest)
+        wanted = matters(name) or name == "seed"
+        if not wanted or name != "method" and value == base.get(name):
+            continue
+        if name == "method" and value == action.default:
+            continue
+        if isinstance(value, bool):
+            words.append(action.option_strings[0 if value else -1])
+        else:
+            values = value if isinstance(value, list) else [value]
+            words += [action.option_strings[0], *map(str, values)]
+    return words
+
+
+def command(args):
+    """The command line of a run's control."""
+    script = "train.py" if args.script == "train.py" else "-m " + args.script[:-3].replace("/", ".")
+    return shlex.join(["python", *script.split(), *typed(args), "--prototypes", "frozen"])
+
+
+def rows(args, folder):
+    """[(file, row)] of the csv files in `folder` whose run was the control of this one."""
+    found = []
+    for file in sorted(glob.glob(os.path.join(folder, "*.csv"))):
+        with open(file, newline="") as f:
+            for row in csv.DictReader(f):
+                words = shlex.split(row.get("command") or "")
+                if words[:1] == [args.script] and "frozen" in words:
+                    try:
+                        with contextlib.redirect_stderr(io.StringIO()):
+                            other = config.parse([*words[1:], "--device", "cpu"], args.script)
+                    except SystemExit:  # a flag that is no longer there
+                        continue
+                    same_images = row.get("data_version", "") == str(args.data_version or "")
+                    if computed(other) == computed(args) and same_images:
+                        found.append((file, row))
+    return found
+
+
+def sentence(args, folder=os.path.join(ROOT, "results")):
+    """What frozen prototypes reached with the same flags, or the command that finds it out."""
+    if args.prototypes == "frozen":
+        return "This run is the control of runs with the same flags and other prototypes."
+    found = rows(args, folder)
+    if not found:
+        return ("Its control, the same run with random prototypes, is not in results/:\n"
+                f"  {command(args)}")
+    file = found[0][0]
+    of_file = [row for f, row in found if f == file]
+    knn = [float(row["knn"]) for row in of_file if row["knn"]]
+    unique = statistics.mean(float(row["unique_0.5"]) for row in of_file)
+    text = f"k-NN {statistics.mean(knn):.1f}, " if knn else ""
+    return (f"Its control, the same run with random prototypes: {text}unique(.5) {unique:.3f}\n"
+            f"  (mean of {len(of_file)} seed(s), {os.path.relpath(file, ROOT)}); {command(args)}")

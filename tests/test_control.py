@@ -1,0 +1,108 @@
+"""support/control.py: a run's control is found in results/, or named as a command.
+zoo/supervised.py: the labels that a step holds."""
+import csv
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import config
+import data
+import heads
+import losses
+import views
+from support import control
+
+
+def args(*flags):
+    return config.parse([*flags, "--device", "cpu"])
+
+
+def results(folder, *rows):
+    with open(folder / "table.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["command", "knn", "unique_0.5", "data_version"])
+        writer.writeheader()
+        for command, knn, version in rows:
+            writer.writerow({"command": command, "knn": knn, "unique_0.5": 1,
+                             "data_version": version})
+
+
+def test_the_control_is_the_row_whose_other_flags_are_equal(tmp_path):
+    version = data.VERSIONS["shapes"]
+    results(tmp_path,
+            ("train.py --prototypes frozen --seed 0", 70, version),
+            ("train.py --seed 1 --prototypes frozen --epochs 5 --steps 300", 50, version),
+            ("train.py --prototypes frozen --steps 300 --seed 2", 60, version),
+            ("train.py --prototypes frozen --steps 300 --seed 2", 99, version - 1),  # other images
+            ("train.py --prototypes joint --steps 300", 98, version),
+            ("train.py --prototypes frozen --steps 300 --lr 0.5", 97, version),
+            ("train.py --prototypes frozen --steps 300 --no-longer-a-flag 1", 96, version))
+    # flags of the mixture, of logging and the seed do not matter for frozen prototypes
+    run = args("--steps", "300", "--beta", "1", "1", "--gmm-init", "features", "--log-every", "7",
+               "--seed", "5")
+    sentence = control.sentence(run, tmp_path)
+    assert "k-NN 55.0" in sentence and "2 seed(s)" in sentence and "table.csv" in sentence
+    assert "k-NN 70.0" in control.sentence(args("--method", "carp"), tmp_path)
+    assert "not in results/" in control.sentence(args("--momentum", "0.5"), tmp_path)
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--method", "dino", "--no-head-norm", "--lr", "0.01", "--seed", "3"],
+    ["--preset", "cifar10-cpu", "--jitter", "0.1", "0.2", "0.3", "0.1", "--epochs", "2"],
+    ["--steps", "9", "--head-norm", "--prototypes", "live", "--live-eta", "0.5"]])
+def test_the_command_of_a_control_gives_the_same_run_with_frozen_prototypes(tmp_path, flags):
+    run = args(*flags)
+    words = control.command(run).split()
+    assert words[:2] == ["python", "train.py"]
+    again = args(*words[2:])
+    assert again.prototypes == "frozen" and again.seed == run.seed
+    assert control.computed(again) == control.computed(run)
+
+
+def test_a_frozen_run_is_a_control_itself(tmp_path):
+    assert "is the control" in control.sentence(args("--prototypes", "frozen"), tmp_path)
+
+
+# ---- zoo/supervised.py -------------------------------------------------------------------------
+def supervised(y, C, batch_size, monkeypatch, **more):
+    images = data.Images(torch.zeros(len(y), 3, 32, 32, dtype=torch.uint8), y,
+                         None if y is None else [f"c{i}" for i in range(C)], "x")
+    monkeypatch.setattr(data, "load", lambda name, **settings: (images, None))
+    flags = [str(w) for pair in more.items() for w in (f"--{pair[0].replace('_', '-')}", pair[1])]
+    return losses.loss(args("--method", "supervised", "--batch-size", str(batch_size), *flags))
+
+
+def test_supervised_meets_the_labels_of_the_images_of_the_step(monkeypatch):
+    y = torch.randint(0, 3, (50,), generator=torch.Generator().manual_seed(0))
+    loss = supervised(y, 3, 8, monkeypatch, seed=4)
+    # every image is its own number: the crops of a step say which images it holds
+    x = (torch.arange(50) * 5).to(torch.uint8).view(50, 1, 1, 1).expand(50, 3, 32, 32)
+    recipe = views.Recipe(32, 16, 0, jitter_p=0, gray_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
+    steps = views.batches(data.Images(x, y, [], "x"), recipe, batch_size=8, seed=4, start=5, stop=9)
+    for step, crops in enumerate(steps, 5):
+        grey = crops[0][:, 0].mean((1, 2)) * views.STD[0] + views.MEAN[0]
+        shown = (grey * 255 / 5).round().long()
+        assert torch.equal(loss.targets(torch.zeros(2, 8, 4), None, step)[0], y[shown])
+
+
+def test_supervised_is_the_cross_entropy_of_all_views_over_the_first_prototypes(monkeypatch):
+    loss = supervised(torch.tensor([0, 1, 2, 1]), 3, 4, monkeypatch)
+    protos = heads.Joint(7, 5)
+    h = torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = torch.tensor([[2, 0]])
+    value = loss(h, y, protos, protos, 0)["cross_entropy"]
+    C = protos.vectors()[:3]
+    expected = sum(F.cross_entropy(h[v] @ C.T, y[0]) for v in range(4)) / 4
+    assert torch.allclose(value, expected)
+    value.backward()
+    assert protos.weight.grad[:3].abs().sum() > 0 and protos.weight.grad[3:].abs().sum() == 0
+
+
+def test_supervised_refuses_what_cannot_be(monkeypatch):
+    with pytest.raises(ValueError, match="--num-prototypes 2 are fewer than the 3 classes"):
+        supervised(torch.tensor([0, 1, 2, 1]), 3, 4, monkeypatch, num_prototypes=2,
+                   partition_size=2)
+    images = data.Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), None, [], "x")
+    monkeypatch.setattr(data, "load", lambda name, **settings: (images, None))
+    with pytest.raises(ValueError, match="needs labels"):
+        losses.loss(args("--method", "supervised"))
