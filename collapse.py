@@ -270,6 +270,8 @@ def parser():
     p.add_argument("--picture", choices=("auto", "training", "sweep", "fig1"), default="auto",
                    help="training: Fig. 4a; sweep: Fig. 3a, unique against eps; fig1: where "
                         "prototypes lie; auto: training where there is a log.csv, else sweep")
+    p.add_argument("--panels", nargs="+", metavar="COLUMN",
+                   help="columns of log.csv that get a panel in --picture training; all by default")
     p.add_argument("--json", metavar="FILE", help="all numbers; - prints them instead of tables")
     p.add_argument("--csv", metavar="FILE", help="a line per prototype set and eps")
     p.add_argument("--fail-below", type=float, metavar="SHARE",
@@ -386,7 +388,7 @@ def draw(args, logs, sets, prototypes):
         picture = "training" if logs else "sweep"
     if picture == "training":
         runs, x_axis = (logs, "step") if logs else report.over_training(sets)
-        plots.training(runs, args.plot, x_axis)
+        plots.training(runs, args.plot, x_axis, args.panels)
     elif picture == "fig1":
         plots.fig1([(label, unit_rows(C)) for label, C in prototypes.items()], args.plot)
     else:

@@ -235,14 +235,14 @@ def parser():
          help="L.4, cosine distance below which two means are twins; 0: they stay")
 
     flag = p.add_argument_group("optimiser and schedules (results)").add_argument
-    flag("--epochs", type=float, default=5.0, help="length of the run in passes over the images")
+    flag("--epochs", type=float, default=6.0, help="length of the run in passes over the images")
     flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
     flag("--batch-size", type=int, default=64, help="images per step over all processes")
     flag("--accum", type=int, default=1,
          help="micro-batches per step: less memory, but batch norms see less at once")
     flag("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
          help="lars and sgd: the papers' ResNets")
-    flag("--lr", type=float, default=0.024,
+    flag("--lr", type=float, default=0.018,
          help="peak learning rate for 256 images; a run uses it times batch-size / 256")
     flag("--min-lr", type=float, default=0.0, help="end of the cosine, whatever the batch size")
     flag("--warmup-epochs", type=float, default=0.5,
@@ -251,7 +251,7 @@ def parser():
          help="start of its cosine; biases and norms have none")
     flag("--weight-decay-end", type=float, default=0.04,
          help="end of its cosine (0.4 in the papers)")
-    flag("--momentum", type=float, default=0.98,
+    flag("--momentum", type=float, default=0.99,
          help="share of itself that the teacher keeps in a step; rises to 1 along a cosine")
     flag("--clip-grad", type=float, default=3.0,
          help="largest gradient norm of one parameter tensor; 0: no clipping")
@@ -263,8 +263,8 @@ def parser():
          help="torch.compile for the backbones; takes minutes at the start")
     flag("--workers", type=int, default=0,
          help="processes that decode images of folders too large for memory")
-    flag("--log-every", type=int, default=50, help="steps between printed lines")
-    flag("--eval-every", type=int, default=260, help="steps between evaluations and checkpoints")
+    flag("--log-every", type=int, default=52, help="steps between printed lines")
+    flag("--eval-every", type=int, default=156, help="steps between evaluations and checkpoints")
     flag("--eval-bank", type=int, default=10000,
          help="training images that k-NN and prototype measures use")
     flag("--eval-queries", type=int, default=2000, help="held-out images that k-NN classifies")

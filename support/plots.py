@@ -58,14 +58,20 @@ def open_frame(ax):
 
 
 # ---- Fig. 4a ------------------------------------------------------------------------------------
-def training(runs, file, x="step"):
+def training(runs, file, x="step", chosen=None):
     """Fig. 4a: measures over training, one curve per run.
 
     runs: [(label, [{column: float}])], with the columns of log.csv and x. Dotted beside unique: the
-    ceiling, what prototypes that lie on the data could reach. ValueError where no row has a
-    measure."""
+    ceiling, what prototypes that lie on the data could reach. chosen: the columns that get a panel,
+    None: all measures. ValueError where no row has a measure, or none has a chosen one."""
     columns = {column for _, rows in runs for row in rows for column in row}
     panels = panels_of(columns)
+    for column in chosen or []:
+        if column not in [name for name, _, _ in panels]:
+            raise ValueError(f"--panels {column} is not among the measures of these runs: "
+                             f"{', '.join(name for name, _, _ in panels)}")
+    if chosen:
+        panels = [panel for column in chosen for panel in panels if panel[0] == column]
     if not panels:
         raise ValueError("nothing to draw over training: no run has an evaluated row in its "
                          "log.csv")
@@ -85,7 +91,8 @@ def training(runs, file, x="step"):
     for ax in axes.flat:  # one scale in every panel, whatever a run has measured
         ax.set_xlim(min(steps) - margin, max(steps) + margin)
     handles, names = axes.flat[0].get_legend_handles_labels()
-    if any(column.startswith("ceiling_") for column in columns):
+    ceilings = {column.replace("unique", "ceiling") for column, _, _ in panels}
+    if ceilings & columns - {column for column, _, _ in panels}:
         from matplotlib.lines import Line2D
         handles.append(Line2D([], [], color="grey", linestyle=":"))
         names.append("ceiling: random features")

@@ -496,6 +496,12 @@ def test_table_of_runs_and_training_picture(tmp_path, capsys):
     assert any("random directions" in line for line in lines)
     assert any(line.startswith("At D = 32") for line in lines)
     assert ink(tmp_path / "t.png") > .01
+    two = str(tmp_path / "two.png")
+    assert collapse.main([a, b, "--plot", two, "--panels", "unique_0.5", "knn"]) == 0
+    image = pytest.importorskip("matplotlib.image").imread
+    assert image(two).shape[0] < image(tmp_path / "t.png").shape[0]  # one row of panels
+    assert collapse.main([a, b, "--plot", two, "--panels", "lr"]) == 2
+    assert "--panels lr is not among the measures" in capsys.readouterr().err
 
 
 def test_logs_without_checkpoint_and_the_reverse(tmp_path, capsys):
