@@ -17,9 +17,9 @@ import torch
 
 VERSION = 2  # another version draws other images. 1: 25 classes with one object in an image
 CLASSES = (  # shape and texture
-    ("disc", "stripes"), ("square", "bands"), ("triangle", "checks"), ("star", "dots"),
-    ("cross", "plain"), ("disc", "fine checks"), ("square", "fine stripes"),
-    ("triangle", "fine bands"), ("star", "grid"), ("cross", "fine dots"))
+    ("disc", "stripes"), ("square", "bands"), ("triangle", "diagonals"), ("star", "checks"),
+    ("cross", "dots"), ("disc", "fine bands"), ("square", "fine diagonals"),
+    ("triangle", "fine stripes"), ("star", "plain"), ("cross", "fine checks"))
 OBJECTS = 5  # in an image; later ones may cover earlier ones
 NOISE = .1  # standard deviation of each pixel's noise; white is 1
 
@@ -115,24 +115,17 @@ def wave(texture, U, V):
     def cos(length, along):
         return (along * 2 * math.pi / length).cos()
 
-    if texture == "stripes":
-        return sin(8, U)
-    if texture == "fine stripes":
-        return sin(4, U)
-    if texture == "bands":
-        return sin(8, V)
-    if texture == "fine bands":
-        return sin(4, V)
-    if texture == "checks":
-        return 2 * sin(8, U) * sin(8, V)
-    if texture == "fine checks":
-        return 2 * sin(5, U) * sin(5, V)
+    length = 5 if texture.startswith("fine") else 8
+    if texture.endswith("stripes"):
+        return sin(length, U)
+    if texture.endswith("bands"):
+        return sin(length, V)
+    if texture.endswith("diagonals"):
+        return sin(length, (U + V) / 2 ** .5)
+    if texture.endswith("checks"):
+        return 2 * sin(length, U) * sin(length, V)
     if texture == "dots":
         return cos(6, U) + cos(6, V) - .6
-    if texture == "fine dots":
-        return cos(4, U) + cos(4, V) - .6
-    if texture == "grid":
-        return torch.maximum(cos(7, U), cos(7, V)) - .7
     return -torch.ones_like(U)  # plain
 
 

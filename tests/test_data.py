@@ -99,25 +99,31 @@ def luma(x):
 
 
 def test_the_names_of_shapes_say_what_is_drawn():
-    """Stripes vary from left to right and bands from top to bottom, in waves of 16 / 3 pixels, and
-    fine ones of half that: so is the power spectrum. What is plain varies least."""
+    """Stripes vary from left to right, bands from top to bottom, diagonals across. A wave is 16 / 3
+    pixels long, which is 6 in an image, or 10 / 3 where it is fine, 9.6: so is the power spectrum.
+    What is plain varies least."""
     x, y, names, label_map = shapes.make(2000, 3)
     f = torch.fft.fftfreq(32) * 32  # waves in 32 pixels
-    fy, fx = f[:, None], f[None]  # (32, 1) (1, 32)
-    length, along_x = (fx ** 2 + fy ** 2).sqrt(), fx.abs() > 2 * fy.abs()
-    along_y = fy.abs() > 2 * fx.abs()
-    strongest, contrast = {}, {}
+    fy, fx = f[:, None].expand(32, 32), f[None].expand(32, 32)
+    length, angle = (fx ** 2 + fy ** 2).sqrt(), torch.atan2(fy, fx) % math.pi
+    power, contrast = {}, {}
     for c, name in enumerate(names):
+        texture = name.split("-")[1]
         grey = luma(x[y == c])  # (n, 32, 32)
-        power = torch.fft.fft2(grey).abs().square().mean(0)  # (32, 32)
-        parts = {(direction, waves): float(power[inside & ((length - waves).abs() < 1.5)].mean())
-                 for direction, inside in (("x", along_x), ("y", along_y)) for waves in (6, 12)}
-        strongest[name.split("-")[1]] = max(parts, key=parts.get)
+        power[texture] = torch.fft.fft2(grey).abs().square().mean(0)  # (32, 32)
         on_object = label_map[y == c] > 0
         steps = (grey[:, :, 1:] - grey[:, :, :-1])[on_object[:, :, 1:] & on_object[:, :, :-1]]
-        contrast[name.split("-")[1]] = float(steps.abs().mean())
-    assert strongest["stripes"] == ("x", 6) and strongest["fine stripes"] == ("x", 12)
-    assert strongest["bands"] == ("y", 6) and strongest["fine bands"] == ("y", 12)
+        contrast[texture] = float(steps.abs().mean())
+    directions = {"stripes": 0, "diagonals": math.pi / 4, "bands": math.pi / 2}
+    for kind in directions:
+        for texture, waves in ((kind, 6), (f"fine {kind}", 9.6)):
+            strength = {}
+            for other, direction in directions.items():
+                off = (angle - direction + math.pi / 2) % math.pi - math.pi / 2
+                for n in (6, 9.6):
+                    there = (off.abs() < .3) & ((length - n).abs() < 1.2)
+                    strength[other, n] = float(power[texture][there].mean())
+            assert max(strength, key=strength.get) == (kind, waves), (texture, strength)
     assert min(contrast, key=contrast.get) == "plain"
 
 
