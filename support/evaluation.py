@@ -115,9 +115,10 @@ def load_images(name, args, root=None):
     come back here. Other data is whole. root: where named sets lie; None: as in the run.
     """
     own = is_own_data(name, args)
-    if own and args.get("data_version", 1) != data.VERSIONS.get(name, args.get("data_version", 1)):
-        print(f"note: the run saw version {args.get('data_version', 1)} of the images {name}; these "
-              f"are version {data.VERSIONS[name]}, which it has never seen")
+    seen = args.get("data_version", 1)
+    if own and name in data.VERSIONS and seen != data.VERSIONS[name]:
+        print(f"note: the run saw version {seen} of the images {name}; these are version "
+              f"{data.VERSIONS[name]}, which it has never seen")
     return data.load(name, root=root or args.get("data_root", "data"), seed=args.get("seed", 0),
                      img_size=args["img_size"],
                      imbalance=args.get("imbalance", 1.0) if own else 1.0,

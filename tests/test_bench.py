@@ -63,7 +63,7 @@ def test_the_searches_do_the_same_work():
     assert 1 < len(some) < 90
     assert_same_work("knn")
     shapes = [x.shape for way in ("ours", "plain") for x in result("data", way)]
-    assert shapes == 2 * [(32, 3, 32, 32)]
+    assert shapes == 2 * [(64, 3, 32, 32)]
 
 
 @pytest.mark.parametrize("item, sizes", [("gmm", {}), ("loss", {"joint": False}),

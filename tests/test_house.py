@@ -352,9 +352,16 @@ def test_every_flag_of_an_evaluation_is_read(tool, monkeypatch):
 
 
 def bash_lines(text):
-    """The lines of ```bash blocks; a line that ends in a backslash goes on in the next one."""
-    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.S | re.M)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    """The commands of ```bash blocks. A line goes on in the next one where it ends in a backslash,
+    or within double quotes."""
+    lines = []
+    for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines():
+            if lines and lines[-1].count('"') % 2:
+                lines[-1] += "\n" + line
+            else:
+                lines.append(line)
+    return lines
 
 
 def inline_code(text):
@@ -391,6 +398,9 @@ torchrun --nproc_per_node=8 train.py --data \\
     DIR
 python -m lab.ablate main -- --steps 3
 python -m pytest -q
+python -c "
+python train.py --no-command"
+python eval_knn.py RUN
 ```
 ```
 then python collapse.py
@@ -398,7 +408,7 @@ then python collapse.py
 """
     assert commands(bash_lines(page)) == [
         ("train.py", ["--lr", "0.1"]), ("train.py", ["--data", "DIR"]),
-        ("lab.ablate", ["main", "--", "--steps", "3"])]
+        ("lab.ablate", ["main", "--", "--steps", "3"]), ("eval_knn.py", ["RUN"])]
     assert commands(inline_code(page)) == [("train.py", ["--seed", "S"])]
 
 

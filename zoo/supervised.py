@@ -1,4 +1,4 @@
-"""--method supervised: the same network, crops and schedules, trained with the labels of the images.
+"""--method supervised: the same network, crops and schedules, trained with the images' labels.
 
 It is no method of the paper. It says what the network can reach on a set of images, so it stands
 as a ceiling above k-NN numbers. Prototype c of the first C is the weight vector of class c, and the
