@@ -379,7 +379,7 @@ def test_imbalance_by_hand(tmp_path):
         assert p.split("/")[-2] == "abcd"[train.y[train.paths.index(p)]]
     assert data.load(path, imbalance=1.0)[0].y.bincount().tolist() == [16, 16, 16, 1]
     long, _ = data.load("shapes", imbalance=100)
-    assert long.y.bincount().tolist() == [round(400 * 100 ** (-c / 24)) for c in range(25)]
+    assert long.y.bincount().tolist() == [round(1000 * 100 ** (-c / 9)) for c in range(10)]
 
 
 def test_imbalance_by_a_power_law(tmp_path):
@@ -395,10 +395,10 @@ def test_imbalance_by_a_power_law(tmp_path):
     assert set(train.paths) < set(exp.paths)  # nested: both take the first of one order
     for law in ("exp", "power"):  # the two ends agree, whatever lies between
         sizes = data.load("shapes", imbalance=50, imbalance_law=law)[0].y.bincount().tolist()
-        assert (sizes[0], sizes[-1]) == (400, 8) and sizes == sorted(sizes, reverse=True)
+        assert (sizes[0], sizes[-1]) == (1000, 20) and sizes == sorted(sizes, reverse=True)
         for c, size in enumerate(sizes):
-            place = c / 24 if law == "exp" else math.log(c + 1) / math.log(25)
-            assert size == round(400 * 50 ** -place)
+            place = c / 9 if law == "exp" else math.log(c + 1) / math.log(10)
+            assert size == round(1000 * 50 ** -place)
 
 
 def test_imbalance_of_one_class_and_of_single_images():

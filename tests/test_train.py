@@ -347,7 +347,7 @@ def test_a_loss_that_rests_is_named_once(capsys, tmp_path):
 
 def test_a_dead_mixture_is_named_once(capsys, tmp_path):
     """A mixture that starts from random directions leaves nearly all of its components unused."""
-    train_tiny(tmp_path, "--steps", "40", "--gmm-start", "0", "--num-prototypes", "512",
+    train_tiny(tmp_path, "--steps", "40", "--gmm-start", "0", "--num-prototypes", "1024",
                "--log-every", "1", "--eval-every", "20")
     out = capsys.readouterr().out
     assert out.count("components are the most responsible ones for all images") == 1
