@@ -256,3 +256,61 @@ def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
     assert any("frozen" in r["row"] for r in results)
     for r in results:
         assert r["command"].startswith(("train.py ", "zoo/")) and r["date"] and r["torch"]
+
+
+# ---- the table "instrument" --------------------------------------------------------------------
+def rows_of_instrument(**changes):
+    """{row: [result]} of a default run that can tell much; changes: {row: [k-NN]}."""
+    knn = {}
+    for system in ablate.SYSTEMS:
+        knn[f"{system}, a third"] = [60, 61, 62]
+        knn[f"{system}, default length"] = [80, 80.5, 81, 81.5, 82]
+        knn[f"{system}, three times"] = [84, 84, 84]
+    knn["labels, default length"] = [95, 95, 95]
+    return {row: [{"knn": str(value), "raw_knn": "40", "untrained_knn": "35"} for value in values]
+            for row, values in (knn | changes).items()}
+
+
+def words_of(line):
+    """"met", "NOT MET" or "not run" of a line of the verdict."""
+    return line.split(": ")[1].split(" (")[0]
+
+
+def test_the_verdict_on_the_instrument_by_hand():
+    lines = ablate.verdict(rows_of_instrument())[:-1]
+    assert [words_of(line) for line in lines] == ["met"] * 6
+    joint = [line.split("CARP, joint ")[1].split(",")[0] for line in lines]
+    # 84 less the mean of seeds 0 to 2; that less 61; the deviation; 81 less 40; 81; 95 less 81
+    assert [float(value.strip(")")) for value in joint] == [3.5, 19.5, 0.8, 41, 81, 14]
+
+
+@pytest.mark.parametrize("row, values, fails", [
+    ("DINO, joint, three times", [79.5, 79.5, 79.5], [0]),  # 1 point below the first three seeds
+    ("CARP, frozen, a third", [82, 82, 82], [1]),
+    ("CARP, joint, default length", [77, 80, 81, 82, 85], [2]),
+    ("CARP, joint, default length", [59, 59, 59, 59, 59], [1, 3]),
+    ("CARP, decoupled, default length", [89, 89, 89, 89, 89], [0, 4]),
+    ("labels, default length", [85, 85, 85], [5])])
+def test_the_verdict_names_what_the_instrument_cannot_do(row, values, fails):
+    words = [words_of(line) for line in ablate.verdict(rows_of_instrument(**{row: values}))[:-1]]
+    assert [i for i, word in enumerate(words) if word == "NOT MET"] == fails
+
+
+def test_the_verdict_does_not_hide_what_was_not_run():
+    rows = rows_of_instrument()
+    del rows["DINO, joint, three times"], rows["labels, default length"]
+    words = [words_of(line) for line in ablate.verdict(rows)[:-1]]
+    assert words == ["not run", "met", "met", "met", "met", "not run"]
+    assert {words_of(line) for line in ablate.verdict({})[:-1]} == {"not run"}
+
+
+def test_the_instrument_runs_five_seeds_at_the_default_length():
+    seeds = {}
+    for run in ablate.runs("instrument", None, []):
+        seeds.setdefault(run.row, []).append(run.seed)
+    assert seeds["CARP, joint, default length"] == [0, 1, 2, 3, 4]
+    assert seeds["CARP, joint, three times"] == seeds["labels, default length"] == [0, 1, 2]
+    lengths = {run.row: config.parse(run.flags).epochs for run in ablate.runs("instrument", [0], [])}
+    usual = config.parse([]).epochs
+    assert lengths["DINO, joint, a third"] == pytest.approx(usual / 3, rel=1e-4)
+    assert lengths["DINO, joint, three times"] == 3 * usual
