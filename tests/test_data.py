@@ -151,6 +151,22 @@ def test_the_label_map_of_shapes_covers_the_objects(shapes_set):
     assert (spread.mean() - shapes.NOISE).abs() < 0.01
 
 
+def test_the_label_map_of_shapes_ends_where_an_object_covers_half_a_pixel(monkeypatch):
+    """One plain object without noise: a pixel is as far from the background's colour as the object
+    covers it."""
+    monkeypatch.setattr(shapes, "OBJECTS", 1)
+    monkeypatch.setattr(shapes, "NOISE", 0)
+    x, y, names, label_map = shapes.make(1000, 4)
+    plain = y == names.index("star-plain")
+    x, label_map = x[plain].float(), label_map[plain]  # (n, 3, 32, 32) (n, 32, 32)
+    background = x.flatten(2).median(2).values[..., None, None]  # (n, 3, 1, 1)
+    off = (x - background).abs().amax(1)  # (n, 32, 32)
+    covered = off / off.amax((1, 2), keepdim=True)
+    whole = off.amax((1, 2)) > 60  # an object that is seen, and differs from the background
+    sure = ((covered - 0.5).abs() > 0.05) & whole[:, None, None]
+    assert whole.sum() > 50 and torch.equal((label_map > 0)[sure], (covered > 0.5)[sure])
+
+
 # ---- folders -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("split", ["val", "test"])
