@@ -310,7 +310,8 @@ def test_the_instrument_runs_five_seeds_at_the_default_length():
         seeds.setdefault(run.row, []).append(run.seed)
     assert seeds["CARP, joint, default length"] == [0, 1, 2, 3, 4]
     assert seeds["CARP, joint, three times"] == seeds["labels, default length"] == [0, 1, 2]
-    lengths = {run.row: config.parse(run.flags).epochs for run in ablate.runs("instrument", [0], [])}
+    once = ablate.runs("instrument", [0], [])
+    lengths = {run.row: config.parse(run.flags).epochs for run in once}
     usual = config.parse([]).epochs
     assert lengths["DINO, joint, a third"] == pytest.approx(usual / 3, rel=1e-4)
     assert lengths["DINO, joint, three times"] == 3 * usual
