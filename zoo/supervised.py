@@ -9,7 +9,6 @@ must be at least as many as classes. The teacher is the average of the student, 
 """
 import math
 
-import torch
 from torch.nn import functional as F
 
 import data
