@@ -307,6 +307,8 @@ def measure(args):
         raise ValueError(f"--fail-below {args.fail_below} must be a share in [0, 1]")
     if (args.assign or args.montage) and (not args.data or len(args.paths) > 1):
         raise ValueError("--assign and --montage need --data and exactly one run")
+    if args.panels and (not args.plot or args.picture in ("sweep", "fig1")):
+        raise ValueError("--panels needs --plot FILE, and only --picture training has panels")
     result = {"runs": [], "sets": [], "data": {}}
     logs = []  # [(run, evaluated rows of its log.csv)]
     prototypes = {}  # {label: (K, D)}

@@ -30,8 +30,7 @@ PRESETS["cifar10"] = dict(
     jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, solarize=[0.0, 0.2, 0.0],
     log_every=100, eval_every=1950)
 
-# python train.py --preset cifar10-cpu: the tiny network on real images, about 15 minutes on one
-# core of its own
+# python train.py --preset cifar10-cpu: the tiny network on real images; not run at this length
 PRESETS["cifar10-cpu"] = dict(
     data="cifar10", epochs=8.0, batch_size=32, lr=0.012, momentum=0.98,
     jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, log_every=100, eval_every=1562)

@@ -28,19 +28,30 @@ def computed(args):
     """{flag: value} of what decides the results of a run's control, apart from the seed."""
     values = {name: value for name, value in vars(args).items() if matters(name)}
     values.pop("epochs" if args.steps else "steps", None)  # --steps wins over --epochs
+    if args.method == "carl":
+        values.pop("partition_size", None)  # always K
     return values
+
+
+def interpret(words):
+    """The args of a command line, unchecked: it need not be able to run here and now."""
+    p = config.parser()
+    preset = p.parse_args(words).preset
+    p.set_defaults(**config.PRESETS[preset])
+    args = p.parse_args(words)
+    config.complete(args)
+    return args
 
 
 def typed(args):
     """[words] of a command line that gives the args that decide the results of a control."""
-    base = vars(config.parse(["--preset", args.preset, "--method", args.method], args.script))
     words = [] if args.preset == "tiny" else ["--preset", args.preset]
+    base = vars(interpret([*words, "--method", args.method]))
+    wanted = computed(args).keys() | {"seed", "data_root"}
+    base["method"] = vars(interpret(words))["method"]
     for action in config.parser()._actions:
         name, value = action.dest, vars(args).get(action.dest)
-        wanted = matters(name) or name == "seed"
-        if not wanted or name != "method" and value == base.get(name):
-            continue
-        if name == "method" and value == action.default:
+        if name not in wanted or value == base[name]:
             continue
         if isinstance(value, bool):
             words.append(action.option_strings[0 if value else -1])
@@ -51,28 +62,38 @@ def typed(args):
 
 
 def command(args):
-    """The command line of a run's control."""
+    """The command line of a run's control, or how to find it for a script with flags of its own."""
+    if not computed(args).keys() <= vars(config.parser().parse_args([])).keys():
+        return "the same command with --prototypes frozen and another --out"
     script = "train.py" if args.script == "train.py" else "-m " + args.script[:-3].replace("/", ".")
     return shlex.join(["python", *script.split(), *typed(args), "--prototypes", "frozen"])
 
 
 def rows(args, folder):
-    """[(file, row)] of the csv files in `folder` whose run was the control of this one."""
+    """[(file, row)] of the csv files in `folder` whose run was the control of this one.
+
+    A run that has ended must not fail over a file that is no table of ours: it is passed over.
+    """
     found = []
     for file in sorted(glob.glob(os.path.join(folder, "*.csv"))):
-        with open(file, newline="") as f:
-            for row in csv.DictReader(f):
-                words = shlex.split(row.get("command") or "")
-                if words[:1] == [args.script] and "frozen" in words:
-                    try:
-                        with contextlib.redirect_stderr(io.StringIO()):
-                            other = config.parse([*words[1:], "--device", "cpu"], args.script)
-                    except SystemExit:  # a flag that is no longer there
-                        continue
-                    same_images = row.get("data_version", "") == str(args.data_version or "")
-                    if computed(other) == computed(args) and same_images:
-                        found.append((file, row))
+        with contextlib.suppress(OSError, ValueError, csv.Error), open(file, newline="") as f:
+            found += [(file, row) for row in csv.DictReader(f) if is_control(row, args)]
     return found
+
+
+def is_control(row, args):
+    """Whether a row of a table, {column: text}, is of the control of the run with these args."""
+    words = shlex.split(row.get("command") or "")
+    if words[:1] != [args.script] or "frozen" not in words or not row.get("unique_0.5"):
+        return False
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            other = interpret(words[1:])
+    except SystemExit:  # a flag that is no longer there
+        return False
+    float(row["unique_0.5"]), float(row.get("knn") or 0)  # ValueError: no numbers
+    same_images = row.get("data_version", "") == str(args.data_version or "")
+    return same_images and computed(other) == computed(args)
 
 
 def sentence(args, folder=os.path.join(ROOT, "results")):
@@ -85,7 +106,7 @@ def sentence(args, folder=os.path.join(ROOT, "results")):
                 f"  {command(args)}")
     file = found[0][0]
     of_file = [row for f, row in found if f == file]
-    knn = [float(row["knn"]) for row in of_file if row["knn"]]
+    knn = [float(row["knn"]) for row in of_file if row.get("knn")]
     unique = statistics.mean(float(row["unique_0.5"]) for row in of_file)
     text = f"k-NN {statistics.mean(knn):.1f}, " if knn else ""
     return (f"Its control, the same run with random prototypes: {text}unique(.5) {unique:.3f}\n"

@@ -118,7 +118,7 @@ def load_images(name, args, root=None):
     seen = args.get("data_version", 1)
     if own and name in data.VERSIONS and seen != data.VERSIONS[name]:
         print(f"note: the run saw version {seen} of the images {name}; these are version "
-              f"{data.VERSIONS[name]}, which it has never seen")
+              f"{data.VERSIONS[name]}, which it has never seen", file=sys.stderr)
     return data.load(name, root=root or args.get("data_root", "data"), seed=args.get("seed", 0),
                      img_size=args["img_size"],
                      imbalance=args.get("imbalance", 1.0) if own else 1.0,

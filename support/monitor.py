@@ -47,14 +47,11 @@ def states(row, K):
     """{kind: sentence} of what a newcomer might take for a fault, for a row as in Monitor.new."""
     used = measure(row, "used")
     if used < 0.05 and follows_appendix_a(row):
-        n = round(used * K)
-        are = "component is the most responsible one" if n == 1 else \
-            "components are the most responsible ones"
         return {"few components": (
-            f"{n} of the mixture's {K} {are} for all images, and the heaviest has the weight "
-            f"{measure(row, 'pi_max'):.2f}. The others stay near their start; if these are random "
-            "directions, they are unique whatever the images are. This is what the printed "
-            "equations do; docs/collapse.md explains it")}
+            f"for every image the most responsible component is one of {round(used * K)}, of the "
+            f"mixture's {K}; the heaviest has the weight {measure(row, 'pi_max'):.2f}. The others "
+            "stay near their start; if that was at random directions, they are unique whatever the "
+            "images are. This is what the printed equations do; docs/collapse.md explains it")}
     return {}
 
 

@@ -502,6 +502,9 @@ def test_table_of_runs_and_training_picture(tmp_path, capsys):
     assert image(two).shape[0] < image(tmp_path / "t.png").shape[0]  # one row of panels
     assert collapse.main([a, b, "--plot", two, "--panels", "lr"]) == 2
     assert "--panels lr is not among the measures" in capsys.readouterr().err
+    for flags in ([], ["--plot", two, "--picture", "sweep"]):
+        assert collapse.main([a, b, "--panels", "knn", *flags]) == 2
+        assert "--panels needs --plot" in capsys.readouterr().err
 
 
 def test_logs_without_checkpoint_and_the_reverse(tmp_path, capsys):

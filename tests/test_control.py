@@ -49,6 +49,8 @@ def test_the_control_is_the_row_whose_other_flags_are_equal(tmp_path):
 @pytest.mark.parametrize("flags", [
     [], ["--method", "dino", "--no-head-norm", "--lr", "0.01", "--seed", "3"],
     ["--preset", "cifar10-cpu", "--jitter", "0.1", "0.2", "0.3", "0.1", "--epochs", "2"],
+    ["--method", "carl", "--num-prototypes", "64", "--data-root", "elsewhere"],
+    ["--preset", "paper-dino", "--lr", "0.1"], ["--preset", "paper-dino", "--method", "carp"],
     ["--steps", "9", "--head-norm", "--prototypes", "live", "--live-eta", "0.5"]])
 def test_the_command_of_a_control_gives_the_same_run_with_frozen_prototypes(tmp_path, flags):
     run = args(*flags)
@@ -57,6 +59,27 @@ def test_the_command_of_a_control_gives_the_same_run_with_frozen_prototypes(tmp_
     again = args(*words[2:])
     assert again.prototypes == "frozen" and again.seed == run.seed
     assert control.computed(again) == control.computed(run)
+    assert again.data_root == run.data_root
+
+
+def test_a_run_that_has_ended_does_not_fail_over_its_control(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_bytes(b"command,knn\n\xff\xfe,1\n")
+    (tmp_path / "b.csv").write_text("command,knn\n\"train.py 'frozen\",1\n")
+    (tmp_path / "c.csv").write_text("command,knn\ntrain.py --prototypes frozen,1\n")
+    (tmp_path / "d.csv").mkdir()
+    results(tmp_path, ("train.py --prototypes frozen --batch-size 66", "many",
+                       data.VERSIONS["shapes"]))
+    run = args("--batch-size", "66")
+    monkeypatch.setattr(control.config, "check", lambda *_: pytest.fail("flags were checked"))
+    # as on three processes, where the default batch of 64 would be refused
+    sentence = control.sentence(run, tmp_path)
+    assert "not in results/" in sentence and "python train.py --batch-size 66" in sentence
+
+
+def test_the_control_of_a_script_with_flags_of_its_own_is_not_guessed(tmp_path):
+    run = args()
+    run.script, run.my_flag = "zoo/mine.py", 3
+    assert "the same command with --prototypes frozen" in control.sentence(run, tmp_path)
 
 
 def test_a_frozen_run_is_a_control_itself(tmp_path):

@@ -36,7 +36,7 @@ def test_a_mixture_of_few_components_is_remarked_on_once_and_no_warning():
     monitor = Monitor(1024)
     assert monitor.warnings(default_run) == []
     (sentence,) = monitor.remarks(default_run)
-    assert "3 of the mixture's 1024 components are" in sentence and "0.44" in sentence
+    assert "is one of 3, of the mixture's 1024" in sentence and "0.44" in sentence
     assert "docs/collapse.md" in sentence
     assert monitor.remarks(default_run) == []
     # other prototypes that are hardly used are in trouble
