@@ -39,7 +39,8 @@ def checkpoint(folder, arch="vit_nano", seed=0, img_size=32, **args):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     args = dict(arch=arch, patch_size=8, img_size=img_size, method="carp", prototypes="joint",
-                num_prototypes=64, data="shapes", data_root="data", seed=seed, imbalance=1.0) | args
+                num_prototypes=64, data="shapes", data_root="data", seed=seed, imbalance=1.0,
+                data_version=data.VERSIONS["shapes"]) | args
     ckpt = {"version": 1, "step": 7, "args": args}
     for name in ("student", "teacher"):
         net = models.build(arch, patch_size=8, img_size=img_size, in_small=True)
@@ -965,6 +966,14 @@ def test_images_without_labels_or_without_a_test_split_are_refused(tmp_path, mon
         with pytest.raises(SystemExit) as stop:
             go(checkpoint(tmp_path / "run"))
         assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_images_that_a_run_has_never_seen_are_named_beside_its_numbers(tmp_path, small, capsys):
+    go(checkpoint(tmp_path / "today"))
+    assert "note:" not in capsys.readouterr().err
+    go(checkpoint(tmp_path / "before", data_version=1))
+    err = capsys.readouterr().err
+    assert f"saw version 1 of the images shapes; these are version {data.VERSIONS['shapes']}" in err
 
 
 def test_a_full_disk_is_one_sentence_after_the_numbers(tmp_path, monkeypatch, small, capsys):
