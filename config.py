@@ -88,7 +88,7 @@ PRESETS["paper-dino-rn50"] = dict(
 # printed, and not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank",
         "eval_queries", "data", "data_root", "amp", "compile", "save_every", "keep_every", "export",
-        "script", "data_version"}  # support/checkpoint.py compares the versions of the data
+        "script", "data_version", "data_seen"}  # support/checkpoint.py compares the data itself
 
 
 def parser():
@@ -147,6 +147,10 @@ def parser():
          help="share blurred: of first global, second global and local crops")
     flag("--solarize", type=float, nargs=3, default=[0.0, 0.0, 0.0], metavar=("G1", "G2", "L"),
          help="share solarized: of first global, second global and local crops")
+    flag("--mean", type=float, nargs=3, default=list(views.MEAN), metavar=("R", "G", "B"),
+         help="what is subtracted from pixels in [0, 1]; the default is ImageNet's")
+    flag("--std", type=float, nargs=3, default=list(views.STD), metavar=("R", "G", "B"),
+         help="what they are divided by then; timm's plain ViTs have 0.5 for all six")
 
     flag = p.add_argument_group("model (results)").add_argument
     flag("--arch", default="vit_nano", choices=models.ARCHS,
@@ -306,7 +310,8 @@ def recipe(args):
         global_size=args.img_size, local_size=args.local_size, n_local=args.local_crops,
         global_scale=tuple(args.global_scale), local_scale=tuple(args.local_scale),
         jitter=tuple(args.jitter), jitter_p=args.jitter_p, gray_p=args.gray,
-        blur_p=tuple(args.blur), solarize_p=tuple(args.solarize))
+        blur_p=tuple(args.blur), solarize_p=tuple(args.solarize),
+        mean=tuple(args.mean), std=tuple(args.std))
 
 
 def lengths(args, n):
@@ -389,13 +394,14 @@ RANGES = [
       "patch_size", "img_size", "local_size", "accum", "log_every", "eval_every", "eval_bank",
       "eval_queries", "steps", "stop_at", "save_every", "keep_every"]),
     ("be positive", lambda v: 0 < v < math.inf,
-     ["epochs", "lr", "logit_scale", "var_floor", "student_temp", "teacher_temp", "live_patience"]),
+     ["epochs", "lr", "logit_scale", "var_floor", "student_temp", "teacher_temp", "live_patience",
+      "std"]),
     ("not be negative", lambda v: 0 <= v < math.inf,
      ["local_crops", "workers", "seed", "warmup_epochs", "min_lr", "weight_decay",
       "weight_decay_end", "clip_grad", "gmm_start", "eta_a", "kp_weight", "freeze_prototypes",
       "teacher_temp_epochs", "live_apart"]),
     ("lie in [0, 1]", lambda v: 0 <= v <= 1,
-     ["jitter_p", "gray", "momentum", "blur", "solarize", "beta"]),
+     ["jitter_p", "gray", "momentum", "blur", "solarize", "beta", "mean"]),
     ("lie in [0, 1)", lambda v: 0 <= v < 1, ["resurrect", "drop_path"]),
     ("lie in (0, 1)", lambda v: 0 < v < 1, ["live_eta"]),
     ("lie in (0, 0.99), the range in which A.7 rises to 0.99", lambda v: 0 < v < 0.99, ["eta_c"]),

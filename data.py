@@ -15,27 +15,27 @@ A set of your own is one function of --data-root and one entry in SETS:
 
 Letters: N images, H x W pixels, C classes, n_c images of class c.
 """
-import hashlib
 import itertools
 import json
 import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from PIL import Image
 from torchvision import datasets
 from tqdm import tqdm
 
-from support import shapes
+from support import ddp, folders, pixels, shapes
+from support.files import digest
 from views import LONG_TAIL, THREADS, generator
 
-LAYOUTS = ("train/<class>/* with val/<class>/* or test/<class>/*, or <class>/*, "
-           "or images without class folders")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff", ".gif")
 IN_MEMORY = 2 << 30  # bytes; a folder with more stays on disk
+# differs: an image is shrunk when it is read. Its shorter side has at most this many times the side
+# of the largest crop: for an image in memory every detail that a crop of 1/16 of its area can show,
+# for one on disk a crop of 1/256.
+SIDES_IN_MEMORY, SIDES_ON_DISK = 4, 16
 
 
 @dataclass(eq=False)
@@ -61,6 +61,8 @@ class Files:
     classes: list
     name: str
     broken: list = field(default_factory=list)  # paths of damaged files that were met so far
+    limit: int = None  # pixels: an image whose shorter side is longer is shrunk to it
+    white: float = None  # of files with more than 8 bits, see support/pixels.py
 
     def __len__(self):
         return len(self.paths)
@@ -68,35 +70,40 @@ class Files:
     def read(self, i):
         """Image i as (3, H, W) uint8, and None.
 
-        For a damaged file: its nearest neighbour that can be read, and the path of the damaged one.
-        ValueError if no neighbour can be read either.
+        For a damaged file: its nearest neighbour that can be read, and (path of the damaged one,
+        sentence why). ValueError if no neighbour can be read either.
         """
+        damaged = None
         for j in itertools.chain([i], neighbours(i, len(self), self.y)):
-            image = decode(self.paths[j])
-            if image is not None:
-                return image, None if j == i else self.paths[i]
-        raise ValueError(f"{self.paths[i]} and the images around it cannot be read")
+            try:
+                return pixels.read(self.paths[j], self.limit, self.white), damaged
+            except ValueError as error:
+                damaged = damaged or (self.paths[i], str(error))
+        raise ValueError(f"{damaged[1]}, nor can the images around it")
 
-    def note_broken(self, paths):
-        """Remembers damaged files; ValueError once they are more than 1 % of the set."""
-        new = [path for path in paths if path not in self.broken]
+    def note_broken(self, damaged):
+        """Remembers damaged files, [(path, sentence why)], and says so.
+
+        ValueError once they are more than 1 % of the set.
+        """
+        new = {path: why for path, why in damaged if path not in self.broken}
         self.broken += new
         if len(self.broken) > len(self) / 100:
+            why = next(iter(new.values()), self.broken[0])
             raise ValueError(f"{len(self.broken)} of {len(self)} images of {self.name} cannot be "
-                             f"read, more than 1 %; the first is {self.broken[0]}")
-        for path in new:
-            tqdm.write(f"{path} cannot be read; a neighbour stands in for it")
+                             f"read, more than 1 %: {why}")
+        for why in new.values():
+            tqdm.write(f"{why}; a neighbour stands in for it", file=sys.stderr)
 
 
 def load(data, *, root="data", seed=0, img_size=32, imbalance=1.0, imbalance_law="exp"):
     """(train, test): `Images` or `Files` each; test is None for a folder without classes.
 
-    data       a name in SETS, or a folder laid out as in LAYOUTS. Class folders without a test
-               split set 10 % of each class aside for it, the same images for every seed; images
-               beside class folders are left out.
+    data       a name in SETS, or a folder laid out as in support/folders.py. Class folders without
+               a test split set 10 % of each class aside for it, the same images for every seed. A
+               line on stderr says which folders serve, and counts what is left out.
     root       where the named sets lie, and where those that can be downloaded go.
-    img_size   side of the largest crop: images of a folder are kept in memory at no more than
-               4 times that.
+    img_size   side of the largest crop: larger images are shrunk, see SIDES_IN_MEMORY.
     imbalance, imbalance_law   long tail of the train split, drawn with `seed`; see `long_tail`.
                The test split is never cut.
     ValueError for an unknown name, an empty or one-class folder, unreadable images,
@@ -113,6 +120,9 @@ def load(data, *, root="data", seed=0, img_size=32, imbalance=1.0, imbalance_law
         train, test = folder(path, img_size)
     else:
         raise ValueError(f"--data {data} is neither a folder nor one of the sets {', '.join(SETS)}")
+    for images in (train, test):
+        if isinstance(images, Files) and images.limit is None:
+            images.limit = SIDES_ON_DISK * img_size
     if imbalance > 1:
         train = long_tail(train, imbalance, seed, imbalance_law)
     return train, test
@@ -196,7 +206,7 @@ def inat18(root):
     paths = {"train": [], "val": []}
     labels = {"train": [], "val": []}
     for c, name in sorted(stored.index):
-        if name.lower().endswith(SUFFIXES):
+        if folders.is_image(name):
             path = f"{classes[c]}/{name}"
             split = "val" if path.replace(os.sep, "/") in val_paths else "train"
             paths[split].append(os.path.join(stored.root, path))
@@ -223,63 +233,27 @@ VERSIONS = {"shapes": shapes.VERSION}  # of sets that are made here: another ver
 # ---- a folder of images --------------------------------------------------------------------------
 
 def folder(path, img_size):
-    """(train, test) of a folder laid out as in LAYOUTS; test is None where there are no classes."""
+    """(train, test) of a folder laid out as support/folders.py says; test is None where there are
+    no classes."""
+    found = folders.find(path)
+    ddp.print_once(f"--data {path}: {found.about}", sys.stderr)
     name = os.path.basename(os.path.abspath(path))
-    train = class_folders(path)
-    test_folder = None
-    if "train" in train:  # a split, or a class that happens to be called train
-        test_folder = next((split for split in ("val", "test") if split in train), None)
-        below = class_folders(os.path.join(path, "train"))
-        if test_folder or set(below) != {""}:
-            train = below
-    without_class = train.pop("", [])
-    classes = list(train)
-    if not classes and not without_class:
-        raise ValueError(f"--data {path} holds no images; expected {LAYOUTS}")
+    train, test, classes = found.train, found.test, [c for c in found.train if c]
+    white, deep = pixels.white_of_files(
+        [p for split in (train, test or {}) for paths in split.values() for p in paths])
+    if deep:
+        ddp.print_once(f"--data {path}: in files of more than 8 bits the value {white:,} is taken "
+                       "for white", sys.stderr)
     if not classes:
-        return open_files(without_class, None, [], name, img_size), None
-    if len(classes) < 2:
-        raise ValueError(f"--data {path} has only one class folder, {classes[0]!r}; give two or "
-                         "more, or name that folder itself to train without labels")
-    if test_folder:
-        test = class_folders(os.path.join(path, test_folder))
-        test.pop("", None)
-        unknown = sorted(set(test) - set(train))
-        if unknown or not test:
-            raise ValueError(f"--data {path}: the class folders of {test_folder}/ must be among "
-                             f"those of train/, got {unknown or 'none'}")
-    else:
-        test = {c: choose_tenth(train[c], path) for c in classes}
+        return open_files(train[""], None, [], name, img_size, white), None
+    if test is None:
+        test = {c: folders.choose_tenth(train[c], path) for c in classes}
         train = {c: sorted(set(train[c]) - set(test[c])) for c in classes}
-    return (open_classes(train, classes, name, img_size),
-            open_classes(test, classes, name, img_size))
+    return (open_classes(train, classes, name, img_size, white),
+            open_classes(test, classes, name, img_size, white))
 
 
-def class_folders(path):
-    """{class: sorted paths of its images} below path; "" for the images outside class folders."""
-    images = {}
-    for place, subfolders, names in os.walk(path, followlinks=True):
-        # os.walk goes on into those that are left in its own list
-        subfolders[:] = [folder for folder in subfolders if folder[0] != "."]
-        inside = os.path.relpath(place, path)  # "." for the folder itself
-        class_name = "" if inside == "." else inside.split(os.sep)[0]
-        for name in names:
-            if name[0] != "." and name.lower().endswith(SUFFIXES):
-                images.setdefault(class_name, []).append(os.path.join(place, name))
-    return {c: sorted(images[c]) for c in sorted(images)}
-
-
-def choose_tenth(paths, base):
-    """A tenth of a class, at least 1 image but never the only one, by a hash of the names."""
-    def hash_of(path):
-        name = os.path.relpath(path, base).replace(os.sep, "/")
-        return hashlib.sha256(name.encode()).hexdigest()
-
-    n = max(1, round(len(paths) / 10)) if len(paths) > 1 else 0
-    return sorted(paths, key=hash_of)[:n]
-
-
-def open_classes(images, classes, name, img_size):
+def open_classes(images, classes, name, img_size, white):
     """`open_files` with labels: images {class: paths}; None without any image."""
     paths, labels = [], []
     for c, class_name in enumerate(classes):
@@ -288,65 +262,45 @@ def open_classes(images, classes, name, img_size):
         labels += [c] * len(of_class)
     if not paths:
         return None
-    return open_files(paths, torch.tensor(labels), classes, name, img_size)
+    return open_files(paths, torch.tensor(labels), classes, name, img_size, white)
 
 
-def open_files(paths, y, classes, name, img_size):
+def open_files(paths, y, classes, name, img_size, white):
     """`Images` when all have one size and together less than IN_MEMORY bytes, else `Files`."""
-    # differs: an image is shrunk at loading to 4 img_size, which leaves every detail that a crop
-    # of 1/16 of its area can show.
-    limit = 4 * img_size
-    files = Files(paths, y, classes, name)
-    first_image = decode(paths[0], limit)  # (3, H, W)
-    if first_image is None:
-        raise ValueError(f"the first image, {paths[0]}, cannot be read")
+    on_disk = Files(paths, y, classes, name, limit=SIDES_ON_DISK * img_size, white=white)
+    limit = SIDES_IN_MEMORY * img_size
+    first_image = pixels.read(paths[0], limit, white)  # (3, H, W)
     if len(paths) * first_image.numel() >= IN_MEMORY:
-        return files
+        return on_disk
+
+    def read(path):
+        """(image, None), or (None, why it cannot be read)."""
+        try:
+            return pixels.read(path, limit, white), None
+        except ValueError as error:
+            return None, str(error)
+
     x = torch.empty(len(paths), *first_image.shape, dtype=torch.uint8)  # (N, 3, H, W)
-    damaged = []  # indices
+    damaged = {}  # {index: why}
     bar = tqdm(total=len(paths), desc=f"reading {name}", disable=None)
     with ThreadPoolExecutor(THREADS) as pool, bar:
         for begin in range(0, len(paths), 256):
             some_paths = paths[begin:begin + 256]
-            images = pool.map(lambda path: decode(path, limit), some_paths)
-            for i, image in enumerate(images, begin):
+            for i, (image, why) in enumerate(pool.map(read, some_paths), begin):
                 if image is None:
-                    damaged.append(i)
+                    damaged[i] = why
                 elif image.shape != first_image.shape:
-                    return files
+                    return on_disk
                 else:
                     x[i] = image
             bar.update(len(some_paths))
-    files.note_broken([paths[i] for i in damaged])
-    for i in damaged:
+    on_disk.note_broken([(paths[i], why) for i, why in damaged.items()])
+    for i, why in damaged.items():
         stand_in = next((j for j in neighbours(i, len(paths), y) if j not in damaged), None)
         if stand_in is None:
-            raise ValueError(f"{paths[i]} and all other images of its class cannot be read")
+            raise ValueError(f"{why}, nor can any other image of its class")
         x[i] = x[stand_in]
-    return Images(x, y, classes, name, paths, files.broken)
-
-
-def decode(path, limit=None):
-    """(3, H, W) uint8 RGB, or None for a damaged file.
-
-    limit: in pixels; an image whose shorter side is longer than that is shrunk to it.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
-                grey = np.asarray(image).clip(0, 65535) / 257
-                image = Image.fromarray(grey.round().astype(np.uint8))
-            if image.mode == "P":  # straight to RGB, PIL would warn if the palette is transparent
-                image = image.convert("RGBA")
-            image = image.convert("RGB")
-            shorter = min(image.size)
-            if limit and shorter > limit:
-                size = [round(side * limit / shorter) for side in image.size]
-                image = image.resize(size, Image.Resampling.BICUBIC)
-            x = torch.from_numpy(np.array(image))  # (H, W, 3)
-            return x.permute(2, 0, 1).contiguous()  # (3, H, W)
-    except Exception:  # Pillow has a dozen error types for damaged files
-        return None
+    return Images(x, y, classes, name, paths, on_disk.broken)
 
 
 def neighbours(i, n, y):
@@ -358,6 +312,24 @@ def neighbours(i, n, y):
         for j in (i - distance, i + distance):
             if 0 <= j < n and (y is None or bool((y[j] == y[i]).all())):
                 yield j
+
+
+def identity(images, name):
+    """What tells a set from others: {"set", "images", "classes", "content"}, plain values.
+
+    name: what --data says; a folder may be moved and renamed, and stays the same. content is a hash
+    over the names of the files below the folder that holds them all, their labels and the classes;
+    of a set without files, over the pixels.
+    """
+    if images.paths:
+        shared = os.path.commonprefix([min(images.paths), max(images.paths)])
+        below = len(shared.rpartition(os.sep)[0])
+        content = "\n".join(path[below:].replace(os.sep, "/") for path in images.paths)
+    else:
+        content = images.x
+    labels = "none" if images.y is None else images.y
+    return {"set": name if name in SETS else "folder", "images": len(images),
+            "classes": len(images.classes), "content": digest(content, labels, images.classes)}
 
 
 # ---- a part of a set -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 # alone, and loads no more than that.
 
 # Printed with every number; raise it when anything that changes a number changes.
-PROTOCOL = "knn-1"
+PROTOCOL = "knn-2"
 CHUNK = 512  # queries whose similarities to the whole bank are in memory at a time
 # Up to this many similarities, M N, the plain search below runs, and beyond it that of fast/knn.py.
 # On one CPU core: 2,000 queries in 10,000 images take 0.12 s here and 0.17 s there; 2,000 in 50,000
@@ -185,7 +185,8 @@ def winners(path, images, device="cpu"):
         part.to(device)
     won = []
     with tqdm(total=len(images), desc="prototypes", unit="img", leave=False, disable=None) as bar:
-        for x in eval_batches(images, args["img_size"], device=device):
+        for x in eval_batches(images, args["img_size"], device=device, mean=args["mean"],
+                              std=args["std"]):
             h = net([x])  # (n, D)
             p = prototypes.assign(h, tau=loss.tau, centre=loss.centre_over_tau())  # (n, K)
             won.append(p.argmax(1).cpu())
@@ -219,7 +220,7 @@ def evaluate(flags):
     evaluation.check_common_flags(flags)
     check_votes(flags.k, flags.T)
     backbone, args = evaluation.open_backbone(flags, flags.patch_size)
-    name, train, test = evaluation.open_images(flags, args)
+    name, train, test, own = evaluation.open_images(flags, args)
     if train.y is None:
         raise ValueError(f"--data {name} has no labels, and k-NN needs labelled training and test "
                          "images")
@@ -230,11 +231,11 @@ def evaluate(flags):
                          "against all others")
 
     backbone.to(flags.device)
-    train_x = unit(evaluation.features_of(train, backbone, flags, args["img_size"]))  # (N, D)
+    train_x = unit(evaluation.features_of(train, backbone, flags, args))  # (N, D)
     if test is train:
         test_x = train_x  # (M, D)
     else:
-        test_x = unit(evaluation.features_of(test, backbone, flags, args["img_size"]))  # (M, D)
+        test_x = unit(evaluation.features_of(test, backbone, flags, args))  # (M, D)
     # topk and stable sorts are the same on the CPU and on CUDA; other devices lack some of it.
     device = flags.device if flags.device.startswith("cuda") else "cpu"
     predicted = knn_predict(train_x.to(device), train.y, test_x.to(device), flags.k, flags.T,
@@ -243,14 +244,14 @@ def evaluate(flags):
     counts = train.y.bincount(minlength=len(train.classes))  # (C,) training images of each class
     tables = {k: groups.report(y, test.y, counts, flags.head, flags.tail)
               for k, y in predicted.items()}
-    share = prototype_share(flags, args, name, train, counts, tables)
+    share = prototype_share(flags, train, counts, tables) if own else None
 
     print(f"{name}: bank of {len(train)} images, {len(test)} test images, "
           f"{len(train.classes)} classes"
           + (", each image against all others" if flags.leave_one_out else ""))
     print(f"protocol {PROTOCOL}: weighted k-NN, cosine, T = {flags.T:g}, {flags.which}'s cls "
           f"feature ({backbone.dim}-d, float32), images resized and centre-cropped to "
-          f"{args['img_size']} px, no augmentation")
+          f"{args['img_size']} px, {evaluation.normalisation(args)}, no augmentation")
     print_table(tables, share, len(train) - flags.leave_one_out, flags)
 
     row = evaluation.result_row("eval_knn", PROTOCOL, flags, backbone, args, name) | {
@@ -267,12 +268,12 @@ def evaluate(flags):
             "test": len(test)}
 
 
-def prototype_share(flags, args, name, train, counts, tables):
+def prototype_share(flags, train, counts, tables):
     """groups.prototype_share of a run's own training images `train`, whose classes have counts (C,)
     images. None where all classes are of one group, or there is no run of train.py to ask."""
     from support import evaluation, groups
-    own_run = flags.arch is None and evaluation.is_own_data(name, args)
-    if not own_run or flags.which != "teacher" or len(evaluation.groups_with_classes(tables)) < 2:
+    has_groups = len(evaluation.groups_with_classes(tables)) > 1
+    if flags.arch is not None or flags.which != "teacher" or not has_groups:
         return None
     try:
         won, K = winners(flags.checkpoint, train, flags.device)

@@ -27,7 +27,7 @@ from support import transfer
 from support.features import POOLS, embed, width
 from views import Recipe, batches, indices
 
-VERSION = "linear-1"  # printed with every number; raise it when anything that changes a number does
+VERSION = "linear-2"  # printed with every number; raise it when anything that changes a number does
 BATCH = 1024  # of sgd: 128 on each of 8 GPUs
 # Flags that one protocol alone reads: (that protocol, default).
 PROTOCOL_FLAGS = {
@@ -97,7 +97,8 @@ def sgd(backbone, train, y, q, test_y, labels, flags):
     batch_size = min(BATCH, max(64, len(train) // 100), len(train))
     steps = len(train) // batch_size
     recipe = Recipe(global_size=flags.img_size, n_local=0, global_scale=(0.08, 1.0), jitter_p=0,
-                    gray_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
+                    gray_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0), mean=flags.mean,
+                    std=flags.std)
 
     @torch.no_grad()
     def training_batches():
@@ -219,35 +220,36 @@ def check_flags(flags):
 
 
 def open_images(flags, args):
-    """(name, train, val or None, test) of --data. ValueError without labels or a test split."""
+    """(name, train, val or None, test, own) of --data; own: whether they are the run's own images.
+    ValueError without labels or a test split."""
     name = evaluation.data_name(flags, args)
     if flags.protocol == "transfer" and name in transfer.METRIC and name not in SETS:
-        return name, *transfer.load(name, flags.data_root or args.get("data_root", "data"))
-    train, test = evaluation.load_images(name, args, flags.data_root)
+        return name, *transfer.load(name, flags.data_root or args.get("data_root", "data")), False
+    train, test, own = evaluation.load_images(name, args, flags.data_root)
     if train.y is None:
         raise ValueError(f"--data {name} has no labels, and a probe needs labelled training and "
                          "test images")
     if test is None:
         raise ValueError(f"--data {name} has no test split, and a probe is tested on images that "
                          "it was not fitted to")
-    return name, train, None, test
+    return name, train, None, test, own
 
 
 def evaluate(flags):
     """What main does once the flags are parsed."""
     check_flags(flags)
     backbone, args = evaluation.open_backbone(flags)
-    flags.img_size = args["img_size"]
+    flags.img_size, flags.mean, flags.std = args["img_size"], args["mean"], args["std"]
     layers, pool = default_feature(flags.protocol, backbone)
     flags.layers = layers if flags.layers is None else flags.layers
     flags.pool = flags.pool or pool
     D = width(backbone, flags.layers, flags.pool)
-    name, train, val, test = open_images(flags, args)
+    name, train, val, test, own = open_images(flags, args)
     backbone.to(flags.device)
 
     def features_of(images):
-        x = evaluation.features_of(images, backbone, flags, flags.img_size, flags.layers,
-                                   flags.pool, crop=flags.protocol != "transfer")
+        x = evaluation.features_of(images, backbone, flags, args, flags.layers, flags.pool,
+                                   crop=flags.protocol != "transfer")
         return probes.finite(x)
 
     known_y = train.y if val is None else torch.cat([train.y, val.y])  # of all but the test images
@@ -270,12 +272,13 @@ def evaluate(flags):
     print(f"{name}: {len(known_y)} training images, {len(test)} test images, "
           f"{len(train.classes)} classes")
     print(f"protocol {VERSION} {flags.protocol}: {flags.which}'s features, layers {flags.layers}, "
-          f"pool {flags.pool} ({D}-d, float32), {flags.img_size} px; {note}")
+          f"pool {flags.pool} ({D}-d, float32), {flags.img_size} px, "
+          f"{evaluation.normalisation(args)}; {note}")
     print_tables(tables, metric, flags)
 
     row = evaluation.result_row("eval_linear", f"{VERSION} {flags.protocol}", flags, backbone, args,
                                 name)
-    row |= {"imbalance": long_tail(name, args), "train": len(known_y), "test": len(test),
+    row |= {"imbalance": long_tail(args) if own else "", "train": len(known_y), "test": len(test),
             "metric": metric, "img_size": flags.img_size, "layers": flags.layers,
             "pool": flags.pool, "seed": flags.seed, "head_above": flags.head,
             "tail_below": flags.tail, "settings": settings(flags)}
@@ -300,10 +303,10 @@ def probe(backbone, train, test, features_of, flags):
     return {"lbfgs": lbfgs, "grid": grid}[flags.protocol](x, y, q, labels, flags)
 
 
-def long_tail(name, args):
-    """The long tail of a run's own data in words, "" where it has none or the data is other."""
+def long_tail(args):
+    """The long tail of a run's own data in words, "" where it has none."""
     imbalance = args.get("imbalance", 1.0)
-    if imbalance == 1 or not evaluation.is_own_data(name, args):
+    if imbalance == 1:
         return ""
     return f"{imbalance:g} {args.get('imbalance_law', 'exp')} seed {args.get('seed', 0)}"
 

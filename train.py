@@ -53,6 +53,7 @@ def train(args, device, stop_request):
     queries = test and data.subset(test, args.eval_queries)
     recipe = config.recipe(args)
     steps_per_epoch, total, stop = config.lengths(args, len(images))
+    args.data_seen = data.identity(images, args.data) | {"steps": total}  # compared by --resume
     gmm_start = args.gmm_start * total if args.gmm_start < 1 else args.gmm_start
 
     student, teacher, protos_s, protos_t = networks(args, device, int(gmm_start))

@@ -56,6 +56,8 @@ class Recipe:
     blur_p: tuple = (1.0, 0.1, 0.5)  # first global, second global, local crops
     solarize_p: tuple = (0.0, 0.2, 0.0)
     flip_p: float = 0.5
+    mean: tuple = MEAN  # of red, green and blue in [0, 1]: subtracted from every view
+    std: tuple = STD  # every view is divided by it
 
     def views(self):
         """A list of `View`: the two global crops, then the local ones."""
@@ -170,7 +172,7 @@ def augment(x, u, recipe, views):
     solarize_p = torch.tensor([view.solarize_p for view in views])[:, None]  # (V, 1)
     chosen = (solarized < solarize_p).flatten().nonzero()[:, 0].to(x.device)
     x[chosen] = solarize(x[chosen])
-    return list(normalise(x).view(V, B, 3, size, size).unbind())
+    return list(normalise(x, recipe.mean, recipe.std).view(V, B, 3, size, size).unbind())
 
 
 def crop_boxes(u, scale, H, W):
@@ -276,10 +278,10 @@ def solarize(x):
     return torch.where(x >= 0.5, 1 - x, x)
 
 
-def normalise(x):
-    """In place: x (N, 3, h, w) float in [0, 1] by the mean and standard deviation of ImageNet."""
-    mean = torch.tensor(MEAN, device=x.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=x.device).view(3, 1, 1)
+def normalise(x, mean=MEAN, std=STD):
+    """In place: (x - mean) / std, for x (N, 3, h, w) float in [0, 1]."""
+    mean = torch.tensor(mean, device=x.device).view(3, 1, 1)
+    std = torch.tensor(std, device=x.device).view(3, 1, 1)
     return x.sub_(mean).div_(std)
 
 
@@ -288,8 +290,8 @@ def normalise(x):
 class Crops(torch.utils.data.Dataset):
     """The recipe as the papers' code writes it, with torchvision.
 
-    (image, step, position in the global batch) -> (V views (3, s, s), path of a damaged file or
-    None).
+    (image, step, position in the global batch) -> (V views (3, s, s), what Files.read says of a
+    damaged file or None).
     """
 
     def __init__(self, images, recipe, seed):
@@ -317,14 +319,14 @@ def transform(recipe, view):
         v2.RandomApply([v2.GaussianBlur(2 * blur_radius(view.size) + 1, (0.1, 2.0))], view.blur_p),
         v2.RandomSolarize(128, view.solarize_p),
         v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(MEAN, STD)])
+        v2.Normalize(recipe.mean, recipe.std)])
 
 
 def collate(samples):
-    """B samples of `Crops` -> (V tensors (B, 3, s, s), paths of damaged files)."""
+    """B samples of `Crops` -> (V tensors (B, 3, s, s), what Files.note_broken takes)."""
     views_of_images, damaged = zip(*samples)
     views = [torch.stack(view) for view in zip(*views_of_images)]
-    return views, [path for path in damaged if path]
+    return views, [file for file in damaged if file]
 
 
 def ignore_stop_signals(worker):
@@ -359,23 +361,27 @@ def from_disk(images, recipe, batch_size, seed, steps, rank_slice, device, worke
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
-def eval_batches(images, img_size, *, batch_size=512, device="cpu"):
+def eval_batches(images, img_size, *, batch_size=512, device="cpu", crop=True, mean=MEAN, std=STD):
     """Iterates over all images in order: (n, 3, img_size, img_size) float32, normalised.
 
     As in DINO's eval_knn.py, nothing random: the shorter side becomes 256/224 of img_size, bicubic,
     and the centre is cut out. A set in memory that has that size already is taken as it is.
+    crop False: the shorter side becomes img_size itself, so that less is cut off (Ericsson et al.
+    2021, for Table 4).
     """
+    shorter = round(img_size * 256 / 224) if crop else img_size
+
     def read(i):
         x, damaged = images.read(i)  # (3, H, W) uint8
-        return resize_and_crop(x, img_size), damaged
+        return resize_and_crop(x, shorter, img_size), damaged
 
     parts = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
     if hasattr(images, "x"):
         for part in parts:
             x = images.x[part.start:part.stop].to(device)  # (n, 3, H, W)
             if tuple(x.shape[2:]) != (img_size, img_size):
-                x = resize_and_crop(x, img_size)
-            yield normalise(x.float() / 255)
+                x = resize_and_crop(x, shorter, img_size)
+            yield normalise(x.float() / 255, mean, std)
         return
 
     with ThreadPoolExecutor(THREADS) as pool:  # decoding and resizing release Python's lock
@@ -385,11 +391,17 @@ def eval_batches(images, img_size, *, batch_size=512, device="cpu"):
             coming = pool.map(read, next_part)  # while this batch is used
             images.note_broken([damaged for _, damaged in samples if damaged])
             x = torch.stack([image for image, _ in samples]).to(device)  # (n, 3, s, s)
-            yield normalise(x.float() / 255)
+            yield normalise(x.float() / 255, mean, std)
 
 
-def resize_and_crop(x, size):
-    """uint8 (..., 3, H, W) -> (..., 3, size, size)."""
-    x = v2.functional.resize(x, [round(size * 256 / 224)], InterpolationMode.BICUBIC,
-                             antialias=True)
+def resize_and_crop(x, shorter, size):
+    """uint8 (..., 3, H, W) -> (..., 3, size, size): the shorter side becomes `shorter` pixels, and
+    the centre is cut out."""
+    # differs: of an image that is more than 8 times as long as wide only the middle is resized. All
+    # but the centre is cut off anyway, and the whole could take gigabytes.
+    H, W = x.shape[-2:]
+    longest = 8 * min(H, W)
+    if max(H, W) > longest:
+        x = v2.functional.center_crop(x, [min(H, longest), min(W, longest)])
+    x = v2.functional.resize(x, [shorter], InterpolationMode.BICUBIC, antialias=True)
     return v2.functional.center_crop(x, [size, size])

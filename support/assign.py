@@ -28,13 +28,14 @@ def assign_images(path, data, usage):
     probability (N,) of the prototype that won, used and perplexity (shares of K) and entropy (mean
     over images of that of P, in nats). ValueError for what load_run or data.load refuses."""
     net, prototypes, loss, args = checkpoint.load_run(path)
-    images, _ = load_images(data, args)
+    images, _, _ = load_images(data, args)
     device = next(net.parameters()).device
     net.eval()  # no drop path, running statistics in batch norm
     features, winners, probabilities, entropies = [], [], [], []  # a tensor per batch in each
 
     def batches():
-        for x in views.eval_batches(images, args["img_size"], device=device):
+        for x in views.eval_batches(images, args["img_size"], device=device, mean=args["mean"],
+                                    std=args["std"]):
             h = net([x])  # (n, D)
             p = prototypes.assign(h, tau=loss.tau, centre=loss.centre_over_tau())  # (n, K)
             probability, k = p.max(1)  # (n,) each

@@ -4,7 +4,6 @@ A backbone comes from a run of ours, or from a foreign file by naming its archit
 of a set of images lie in features/ next to the checkpoint, under a name made of everything they
 depend on, so that every protocol shares them.
 """
-import hashlib
 from pathlib import Path
 
 import torch
@@ -12,9 +11,10 @@ import torch
 from models import ARCHS, build
 from support import checkpoints
 from support.features import features, width
-from support.files import write
+from support.files import digest, write
+from views import MEAN, STD
 
-VERSION = "features-1"  # part of every cached file's name; raise it when the numbers in them change
+VERSION = "features-2"  # part of every cached file's name; raise it when the numbers in them change
 # Which copy of a network stands for the teacher or the student, best first, as ranks of
 # checkpoints.NETWORKS: teacher 0, moving average of the student 1, student 2, unnamed 3.
 COPIES = {"teacher": (0, 1, 3, 2), "student": (2, 3)}
@@ -87,10 +87,18 @@ def check_ours(path, ckpt, which):
         raise ValueError(f"{path} is not a checkpoint of a run of ours: it lacks "
                          f"{', '.join(lacking)}; for another's backbone say which --arch it has")
     kinds = {"arch": str, "patch_size": int, "img_size": int, "data": str, "data_root": str,
-             "seed": int, "imbalance": (int, float), "imbalance_law": str}
+             "seed": int, "imbalance": (int, float), "imbalance_law": str, "mean": list,
+             "std": list, "data_seen": dict}
     for key, kind in kinds.items():
-        if key in ckpt["args"] and not isinstance(ckpt["args"][key], kind):
-            raise ValueError(f"{path}: its args give {key} as {ckpt['args'][key]!r}")
+        value = ckpt["args"].get(key)
+        if key in ckpt["args"] and not isinstance(value, kind) or (
+                kind is list and value and not is_colour(value)):
+            raise ValueError(f"{path}: its args give {key} as {value!r}")
+
+
+def is_colour(values):
+    """Whether a list holds three numbers, for red, green and blue."""
+    return len(values) == 3 and all(isinstance(value, (int, float)) for value in values)
 
 
 def ours(path, which):
@@ -191,19 +199,6 @@ def foreign(path, which, arch):
 
 # ---- features kept for the next time -------------------------------------------------------------
 
-def digest(*parts):
-    """16 hex digits of a hash over tensors (their bytes) and anything else (its repr)."""
-    total = hashlib.sha256()
-    for part in parts:
-        if torch.is_tensor(part):
-            total.update(repr((part.dtype, tuple(part.shape))).encode())
-            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        else:
-            part = repr(part).encode()
-        total.update(part)
-    return total.hexdigest()[:16]
-
-
 def fingerprint(backbone):
     """16 hex digits that change with any weight or running statistic of the backbone, and with
     nothing else."""
@@ -223,14 +218,15 @@ def identity(images):
                    for path, stat in zip(images.paths, stats)])
 
 
-def cached(backbone, images, img_size, folder, *, layers=1, pool="cls", crop=True, **options):
+def cached(backbone, images, img_size, folder, *, layers=1, pool="cls", crop=True, mean=MEAN,
+           std=STD, **options):
     """`features` without normalisation, from a file in `folder` where it is there; else they are
     computed and put there.
 
     folder None: neither read nor written. A damaged file is computed anew. Where it cannot be
     written, a printed line says so. options: those of `features`.
     """
-    choice = dict(layers=layers, pool=pool, crop=crop)
+    choice = dict(layers=layers, pool=pool, crop=crop, mean=tuple(mean), std=tuple(std))
     if folder is None:
         return features(backbone, images, img_size, normalize=False, **choice, **options)
     about = choice | dict(version=VERSION, backbone=fingerprint(backbone),

@@ -131,6 +131,7 @@ def resume(args, paths, parts, protos_s, protos_t):
         ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages "
                    "steps from it on")
     check_data_version(path, ckpt["args"], args)
+    check_data(path, ckpt["args"].get("data_seen"), args)
     if changed := config.differences(ckpt["args"], vars(args)):
         raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}")
     gmm = read_mixture(ckpt)
@@ -155,6 +156,19 @@ def check_data_version(path, old, args):
             raise ValueError(f"--resume: {path} was trained on version {old_version} of the "
                              f"images --data {args.data}, and this code makes version "
                              f"{args.data_version}: use the code that made it")
+
+
+def check_data(path, old, args):
+    """ValueError if --data is not the set that a run was trained on; old: what its checkpoint
+    remembers of that, see train.py, or None."""
+    if not isinstance(old, dict):  # a run from before it was remembered
+        ddp.print0(f"{path} does not say which images it saw: they are not compared")
+        return
+    changed = [f"{name} {old.get(name)} -> {new}" for name, new in args.data_seen.items()
+               if old.get(name) != new]
+    if changed:
+        raise ValueError(f"--resume: {path} was trained on other images than --data {args.data} "
+                         f"holds now: {', '.join(changed)}")
 
 
 def read_mixture(ckpt):
@@ -203,6 +217,7 @@ def network(args, drop_path=0.0):
 def load_run(path):
     """(net, prototypes, loss, args dict) of the teacher in a run folder or its ckpt.pt.
 
+    args holds every flag: those that are newer than the run have their defaults.
     net([x]) -> h (N, D) in evaluation mode; prototypes.assign(h, tau=loss.tau,
     centre=loss.centre_over_tau()) -> (N, K). A script of zoo/ that saves other networks defines a
     function `load_run` of its own. ValueError if it is no checkpoint of a run of ours.
@@ -226,4 +241,4 @@ def load_run(path):
             raise
         reason = type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of a run of ours ({reason})") from error
-    return net.eval(), protos, loss, ckpt["args"]
+    return net.eval(), protos, loss, vars(args)

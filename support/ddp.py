@@ -56,11 +56,15 @@ def print0(*args):
 printed = set()
 
 
-def print_once(text):
-    """Print a sentence on the first process, and not again while this process lives."""
+def print_once(text, file=None):
+    """Print a sentence on the first process, and not again while this process lives.
+
+    file: sys.stderr for what must not mix with the numbers of a tool; None: sys.stdout.
+    """
     if text not in printed:
         printed.add(text)
-        print0(text)
+        if RANK == 0:
+            print(text, file=file, flush=True)
 
 
 def first_process_first(make):

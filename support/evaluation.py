@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import data
+import views
 from support import backbones
 from support import groups
 from support.files import write
@@ -31,6 +32,10 @@ def add_common_flags(parser):
         "of ours")
     add("--img-size", type=int, metavar="PX",
         help="side of the images; None: what the backbone was made for")
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
+        help="what is subtracted from pixels in [0, 1]; None: as in the run, ImageNet's for others")
+    add("--std", type=float, nargs=3, metavar=("R", "G", "B"),
+        help="what they are divided by then; timm's plain ViTs have 0.5 for all six")
     add("--data", metavar="NAME|FOLDER",
         help="labelled images; None: those the run was trained on")
     add("--data-root", metavar="DIR", help="where named data sets lie; None: as in the run")
@@ -55,6 +60,10 @@ def check_common_flags(flags):
     if flags.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {flags.batch_size}")
     groups.members([], flags.head, flags.tail)
+    if not all(0 <= v <= 1 for v in flags.mean or []):
+        raise ValueError(f"--mean must lie in [0, 1], got {' '.join(map(str, flags.mean))}")
+    if not all(0 < v < float("inf") for v in flags.std or []):
+        raise ValueError(f"--std must be above 0 and finite, got {' '.join(map(str, flags.std))}")
     if flags.dump:
         path = Path(flags.dump).absolute()
         if not path.parent.is_dir() or path.exists() and not path.is_file():
@@ -78,12 +87,20 @@ def errors_as_sentences(script):
 # ---- what is evaluated ---------------------------------------------------------------------------
 
 def open_backbone(flags, patch_size=None):
-    """(backbone on the CPU, args dict of its run), as backbones.load_backbone gives them; a line
-    that describes it is printed. patch_size: refuse a ViT of other patches."""
+    """(backbone on the CPU, args dict of its run), as backbones.load_backbone gives them, with the
+    mean and std of the pixels that it takes; a line that describes it is printed. patch_size:
+    refuse a ViT of other patches."""
     backbone, args, description = backbones.load_backbone(
         flags.checkpoint, flags.which, flags.arch, patch_size, flags.img_size)
     print(description)
-    return backbone, args
+    return backbone, args | {"mean": flags.mean or args.get("mean", views.MEAN),
+                             "std": flags.std or args.get("std", views.STD)}
+
+
+def normalisation(args):
+    """The mean and std of `open_backbone` in words."""
+    mean, std = (" ".join(f"{v:g}" for v in args[name]) for name in ("mean", "std"))
+    return f"pixels less {mean}, over {std}"
 
 
 def data_name(flags, args):
@@ -96,9 +113,9 @@ def data_name(flags, args):
     return name
 
 
-def is_own_data(name, args):
-    """Whether `name`, a named set or a folder, is what the run with these args was trained on. Two
-    paths of one folder are the same data."""
+def is_own_name(name, args):
+    """Whether `name`, a named set or a folder, is where the run with these args had its images. Two
+    paths of one folder are the same."""
     trained_on = args.get("data")
     if trained_on is None or name == trained_on:
         return name == trained_on
@@ -109,24 +126,43 @@ def is_own_data(name, args):
 
 
 def load_images(name, args, root=None):
-    """(train, test) of the set or folder `name`, for the run with these args; see data.load.
+    """(train, test, own) of the set or folder `name`, for the run with these args; see data.load.
 
-    Of its own data a run has seen one seed's draw of a long tail, if it had one: the same images
-    come back here. Other data is whole. root: where named sets lie; None: as in the run.
+    own: whether they are the run's own images, where they lay then or in a folder that was moved.
+    Of those a run has seen one seed's draw of a long tail, if it had one: the same images come back
+    here. Other data is whole. root: where named sets lie; None: as in the run. A line on stderr
+    says so where the run saw other images under that name.
     """
-    own = is_own_data(name, args)
-    seen = args.get("data_version", 1)
-    if own and name in data.VERSIONS and seen != data.VERSIONS[name]:
-        print(f"note: the run saw version {seen} of the images {name}; these are version "
+    own, seen = is_own_name(name, args), args.get("data_seen")
+    version, seed = args.get("data_version", 1), args.get("seed", 0)
+    tail = {"imbalance": args.get("imbalance", 1.0),
+            "imbalance_law": args.get("imbalance_law", "exp")}
+    train, test = data.load(name, root=root or args.get("data_root", "data"), seed=seed,
+                            img_size=args["img_size"], **(tail if own else {}))
+    if own and name in data.VERSIONS and version != data.VERSIONS[name]:
+        print(f"note: the run saw version {version} of the images {name}; these are version "
               f"{data.VERSIONS[name]}, which it has never seen", file=sys.stderr)
-    return data.load(name, root=root or args.get("data_root", "data"), seed=args.get("seed", 0),
-                     img_size=args["img_size"],
-                     imbalance=args.get("imbalance", 1.0) if own else 1.0,
-                     imbalance_law=args.get("imbalance_law", "exp") if own else "exp")
+    elif own and seen and not is_same(train, name, seen):
+        print(f"note: the run saw {seen['images']} training images of {seen['classes']} classes "
+              f"under the name {name}; here are {len(train)} of {len(train.classes)}, or other "
+              "ones", file=sys.stderr)
+    elif not own and seen:
+        cut = train
+        if tail["imbalance"] > 1 and train.y is not None:
+            cut = data.long_tail(train, tail["imbalance"], seed, tail["imbalance_law"])
+        if is_same(cut, name, seen):  # the folder was moved
+            train, own = cut, True
+    return train, test, own
+
+
+def is_same(images, name, seen):
+    """Whether a training set is the one that a run remembers as `seen`."""
+    return all(seen.get(key) == value for key, value in data.identity(images, name).items())
 
 
 def open_images(flags, args):
-    """(name, train, test) of --data, or of the data that the run was trained on."""
+    """(name, train, test, own) of --data, or of the data that the run was trained on; see
+    load_images."""
     name = data_name(flags, args)
     return name, *load_images(name, args, flags.data_root)
 
@@ -137,12 +173,14 @@ def run_folder(checkpoint):
     return path if path.is_dir() else path.parent
 
 
-def features_of(images, backbone, flags, img_size, layers=1, pool="cls", crop=True):
+def features_of(images, backbone, flags, args, layers=1, pool="cls", crop=True):
     """Features (N, D) float32 on the CPU of plain images, from features/ next to the checkpoint
-    where they are there, unless --no-cache. layers, pool, crop: see features.features."""
+    where they are there, unless --no-cache. args: of open_backbone; layers, pool, crop: see
+    features.features."""
     folder = None if flags.no_cache else run_folder(flags.checkpoint) / "features"
-    return backbones.cached(backbone, images, img_size, folder, layers=layers, pool=pool, crop=crop,
-                           device=flags.device, batch_size=flags.batch_size, progress=True)
+    return backbones.cached(backbone, images, args["img_size"], folder, layers=layers, pool=pool,
+                            crop=crop, mean=args["mean"], std=args["std"], device=flags.device,
+                            batch_size=flags.batch_size, progress=True)
 
 
 # ---- what comes out ------------------------------------------------------------------------------
@@ -158,7 +196,8 @@ def result_row(tool, protocol, flags, backbone, args, name):
     return {"tool": tool, "protocol": protocol, "checkpoint": flags.checkpoint,
             "weights": backbones.fingerprint(backbone), "which": flags.which, "arch": backbone.arch,
             "method": args.get("method", ""), "prototypes": args.get("prototypes", ""),
-            "num_prototypes": args.get("num_prototypes", ""), "data": name}
+            "num_prototypes": args.get("num_prototypes", ""), "data": name, **{
+                flag: " ".join(f"{v:g}" for v in args[flag]) for flag in ("mean", "std")}}
 
 
 def append_results(flags, row, tables):

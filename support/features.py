@@ -2,15 +2,11 @@
 
 Letters: N images, n patches of an image, dim = width of the backbone, D = width of a feature.
 """
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from data import Images
-from views import THREADS, eval_batches
+from views import MEAN, STD, eval_batches
 
 POOLS = ("cls", "mean", "cls+mean")
 
@@ -50,30 +46,9 @@ def embed(backbone, x, layers=1, pool="cls"):
     return torch.cat(parts, 1).float()  # (N, D)
 
 
-def uncropped(images, size, *, batch_size=512, device="cpu"):
-    """As views.eval_batches, but the shorter side becomes `size` itself and not 256/224 of it, so
-    that less is cut off (Ericsson et al. 2021, for Table 4)."""
-    def resized(i):
-        if hasattr(images, "x"):
-            x, damaged = images.x[i], None
-        else:
-            x, damaged = images.read(i)  # (3, H, W) uint8; the path if the file is damaged
-        x = v2.functional.resize(x, [size], InterpolationMode.BICUBIC, antialias=True)
-        return v2.functional.center_crop(x, [size, size]), damaged
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(images), batch_size):
-            indices = range(start, min(start + batch_size, len(images)))
-            x, damaged = zip(*pool.map(resized, indices))
-            if any(damaged):
-                images.note_broken([path for path in damaged if path])
-            batch = Images(torch.stack(x), None, [], "")  # x (batch, 3, size, size) uint8
-            yield from eval_batches(batch, size, batch_size=batch_size, device=device)
-
-
 @torch.no_grad()
 def features(backbone, images, img_size, *, device="cpu", batch_size=512, progress=False, layers=1,
-             pool="cls", normalize=True, crop=True):
+             pool="cls", normalize=True, crop=True, mean=MEAN, std=STD):
     """Features (N, D) float32, on the CPU, of every image in order, without augmentation.
 
     The backbone must be on device. It runs in eval mode (BatchNorm with running statistics) and
@@ -82,19 +57,19 @@ def features(backbone, images, img_size, *, device="cpu", batch_size=512, progre
     img_size    side of the images in pixels
     layers      and pool: see `embed`
     normalize   each feature to length one
-    crop        shorter side to 256/224 of img_size, then the centre (DINO); False: see `uncropped`
+    crop, mean, std   see views.eval_batches
     progress    show a bar on a terminal
     """
     training = [(module, module.training) for module in backbone.modules()]
     x = torch.empty(len(images), width(backbone, layers, pool))  # (N, D)
-    batches = eval_batches if crop else uncropped
     bar = tqdm(total=len(images), desc="features", unit="img", leave=False,
                disable=None if progress else True)
     done = 0
     backbone.eval()
     try:
         with bar, torch.autocast(torch.device(device).type, enabled=False):
-            for batch in batches(images, img_size, batch_size=batch_size, device=device):
+            for batch in eval_batches(images, img_size, batch_size=batch_size, device=device,
+                                      crop=crop, mean=mean, std=std):
                 h = embed(backbone, batch, layers, pool)  # (batch, D)
                 x[done:done + len(h)] = (F.normalize(h, dim=1) if normalize else h).cpu()
                 done += len(h)

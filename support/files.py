@@ -1,9 +1,12 @@
-"""Files that are whole or not there, and one run per folder."""
+"""Files that are whole or not there, one run per folder, and a hash of what files hold."""
 import contextlib
+import hashlib
 import json
 import os
 import socket
 import time
+
+import torch
 
 from support import ddp
 
@@ -82,3 +85,16 @@ def is_alive(pid):
     except PermissionError:  # another user's
         pass
     return True
+
+
+def digest(*parts):
+    """16 hex digits of a hash over tensors (their bytes) and anything else (its repr)."""
+    total = hashlib.sha256()
+    for part in parts:
+        if torch.is_tensor(part):
+            total.update(repr((part.dtype, tuple(part.shape))).encode())
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        else:
+            part = repr(part).encode()
+        total.update(part)
+    return total.hexdigest()[:16]

@@ -67,7 +67,8 @@ def controls(bank, queries, args, teacher, device):
 
 def teacher_knn(bank, queries, args, teacher, device):
     return knn(bank, queries, args,
-               lambda images: features(teacher.backbone, images, args.img_size, device=device))
+               lambda images: features(teacher.backbone, images, args.img_size, device=device,
+                                       mean=args.mean, std=args.std))
 
 
 def pixels(images, img_size):

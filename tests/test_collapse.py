@@ -624,10 +624,11 @@ def test_with_images(tmp_path, monkeypatch, capsys):
     centre = torch.zeros(6)
     centre[3] = 1.
     loss = argparse.Namespace(tau=1 / 9, centre_over_tau=lambda: centre)
-    saved = {"data": "toy", "img_size": 2, "imbalance": 5, "seed": 3, "script": "zoo/mine.py"}
+    saved = {"data": "toy", "img_size": 2, "imbalance": 5, "seed": 3, "script": "zoo/mine.py",
+             "mean": [0.5] * 3, "std": [0.5] * 3}
     loaded = []  # imbalance of each set that was asked for
 
-    def load(data, imbalance, **others):
+    def load(data, imbalance=1, **others):
         loaded.append(imbalance)
         return images, None
 
@@ -635,7 +636,7 @@ def test_with_images(tmp_path, monkeypatch, capsys):
                         lambda path: (net, prototypes, loss, saved), raising=False)
     monkeypatch.setattr(data, "load", load)
     monkeypatch.setattr(assign.views, "eval_batches",
-                        lambda images, size, device: torch.eye(8)[k].split(10))
+                        lambda images, size, device, mean, std: torch.eye(8)[k].split(10))
     run = fake_run(tmp_path / "run", "joint", 1)
     files = ["--assign", str(tmp_path / "a.csv"), "--montage", str(tmp_path / "m.png")]
     assert collapse.main([run, "--data", "toy", *files]) == 0

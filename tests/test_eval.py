@@ -314,7 +314,7 @@ class Tiny(nn.Module):
         return self.frozen(self.bn(h)), None
 
 
-def in_memory(images, img_size, *, batch_size=512, device="cpu"):
+def in_memory(images, img_size, *, batch_size=512, device="cpu", **preparation):
     """A stand-in for views.eval_batches on a float tensor."""
     assert img_size == images.shape[-1]
     return iter(images.to(device).split(batch_size))
@@ -337,7 +337,7 @@ def test_features_are_normalised_eval_mode_and_in_order(monkeypatch):
 
 
 def test_features_put_the_mode_back_when_the_data_breaks(monkeypatch):
-    def broken(images, img_size, *, batch_size, device):
+    def broken(images, img_size, *, batch_size, device, **preparation):
         yield images[:2]
         raise ValueError("broken image")
     monkeypatch.setattr(features, "eval_batches", broken)
@@ -465,14 +465,14 @@ def test_two_paths_of_a_folder_are_the_same_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = {"data": str(tmp_path / "tail")}
     for name in ("tail", "tail/", "./link", str(tmp_path / "link"), str(tmp_path / "tail")):
-        assert evaluation.is_own_data(name, args), name
+        assert evaluation.is_own_name(name, args), name
     for name in ("shapes", "nowhere", str(tmp_path), "cifar10"):
-        assert not evaluation.is_own_data(name, args), name
+        assert not evaluation.is_own_name(name, args), name
     # a named set is not the folder of that name
-    assert not evaluation.is_own_data("./shapes", {"data": "shapes"})
-    assert evaluation.is_own_data("shapes", {"data": "shapes"})
-    assert not evaluation.is_own_data("shapes", {})
-    assert not evaluation.is_own_data("shapes", {"data": None})
+    assert not evaluation.is_own_name("./shapes", {"data": "shapes"})
+    assert evaluation.is_own_name("shapes", {"data": "shapes"})
+    assert not evaluation.is_own_name("shapes", {})
+    assert not evaluation.is_own_name("shapes", {"data": None})
 
 
 def test_a_long_tail_of_ones_own_folder_is_found_by_any_of_its_paths(tmp_path, monkeypatch):
@@ -480,12 +480,66 @@ def test_a_long_tail_of_ones_own_folder_is_found_by_any_of_its_paths(tmp_path, m
     write_images(tmp_path / "images", "val", (2, 2), seed=1)
     monkeypatch.chdir(tmp_path)
     args = {"data": str(tmp_path / "images"), "img_size": 32, "imbalance": 10.0, "seed": 3}
-    own, _ = evaluation.load_images(str(tmp_path / "images"), args)
+    own, _, is_own = evaluation.load_images(str(tmp_path / "images"), args)
+    assert is_own
     for name in ("images", "images/", "../" + tmp_path.name + "/images"):
         assert torch.equal(evaluation.load_images(name, args)[0].x, own.x) and len(own) == 22
     (tmp_path / "copy").symlink_to(tmp_path / "images")
     assert len(evaluation.load_images("copy", args)[0]) == 22
     assert len(evaluation.load_images("images", args | {"data": "shapes"})[0]) == 40
+
+
+def test_a_run_knows_its_images_in_a_moved_folder_and_says_when_they_changed(tmp_path, capsys):
+    """What a checkpoint remembers of its images decides, not their path alone."""
+    write_images(tmp_path / "images", "train", (20, 20))
+    write_images(tmp_path / "images", "val", (2, 2), seed=1)
+    images = str(tmp_path / "images")
+    tail, _ = data.load(images, imbalance=10, seed=3)
+    args = {"data": images, "img_size": 32, "imbalance": 10.0, "seed": 3,
+            "data_seen": data.identity(tail, images) | {"steps": 7}}
+    os.rename(images, moved := str(tmp_path / "moved"))
+    again, _, own = evaluation.load_images(moved, args)
+    assert own and torch.equal(again.x, tail.x) and len(again) == 22
+    _, _, own = evaluation.load_images(moved, args | {"seed": 4})  # another draw is not its own
+    assert not own
+    os.rename(moved, images)
+    assert "note" not in capsys.readouterr().err
+    os.remove(tmp_path / "images/train/class1/0.png")
+    _, _, own = evaluation.load_images(images, args)
+    assert own and "the run saw 22 training images of 2 classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_mean_and_std_of_the_pixels(tmp_path, capsys, own):
+    """They come from the flags, else from the run; they are printed, and other ones are other
+    features."""
+    write_images(tmp_path / "images", "train", (4, 4))
+    write_images(tmp_path / "images", "val", (2, 2), seed=1)
+    if own:
+        checkpoint(tmp_path / "ckpt.pt", data=str(tmp_path / "images"), mean=[.1, .2, .3],
+                   std=[.4, .5, .6])
+        path, printed, mean, std = tmp_path, "less 0.1 0.2 0.3, over 0.4 0.5 0.6", .1, .4
+        flags = []
+    else:
+        torch.save(models.build("vit_nano", patch_size=8, img_size=32).state_dict(),
+                   tmp_path / "theirs.pth")
+        path, printed, mean, std = tmp_path / "theirs.pth", "less 0.485 0.456", .485, .229
+        flags = ["--arch", "vit_nano", "--data", tmp_path / "images"]
+    command(path, *flags, "--k", 1, "--dump", tmp_path / "a.pt")
+    assert printed in capsys.readouterr().out
+    command(path, *flags, "--k", 1, "--dump", tmp_path / "b.pt", "--mean", .5, .5, .5, "--std", .5,
+            .5, .5)
+    assert "less 0.5 0.5 0.5, over 0.5 0.5 0.5" in capsys.readouterr().out
+    a, b = (torch.load(tmp_path / f, weights_only=True)["test_x"] for f in ("a.pt", "b.pt"))
+    assert not torch.allclose(a, b)
+    net = backbones.load_backbone(path, arch=None if own else "vit_nano")[0]
+    _, test = data.load(str(tmp_path / "images"))
+    x = test.x / 255  # (4, 3, 32, 32)
+    with torch.no_grad():
+        half = F.normalize(net((x - .5) / .5)[0], dim=1)
+        red = next(views.eval_batches(test, 32, mean=[mean, 0, 0], std=[std, 1, 1]))[:, 0]
+    torch.testing.assert_close(b, half)
+    torch.testing.assert_close(red, (x[:, 0] - mean) / std)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -516,7 +570,7 @@ def test_command_line_end_to_end(tmp_path, capsys):
     assert out["guess"] == pytest.approx(40)
     assert (out["train"], out["test"], out["which"]) == (24, 15, "teacher")
     for words in ("step 123", "bank of 24 images, 15 test images, 2 classes", "T = 0.07",
-                  "teacher's cls feature (96-d", "centre-cropped to 32 px", "protocol knn-1",
+                  "teacher's cls feature (96-d", "centre-cropped to 32 px", "protocol knn-2",
                   "all 24 of the bank", "guess"):
         assert words in text
     cells = [line.split() for line in text.splitlines()]
@@ -555,7 +609,8 @@ def test_command_line_appends_results_and_keeps_features(tmp_path, capsys, monke
     assert {row["which"] for row in rows} == {"teacher"}
     assert list(rows[0]) == [
         "time", "tool", "protocol", "checkpoint", "weights", "which", "arch", "method",
-        "prototypes", "num_prototypes", "data", "train", "test", "img_size", "layers", "pool",
+        "prototypes", "num_prototypes", "data",
+        "mean", "std", "train", "test", "img_size", "layers", "pool",
         "seed", "head_above", "tail_below", "settings", "result", "metric", "all", "head", "medium",
         "tail", "per_class"]
     monkeypatch.undo()
@@ -656,7 +711,7 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             command(tmp_path, *extra)
     run, tail = dict(seed=3, img_size=32), dict(imbalance=50.0, imbalance_law="power")
-    whole = dict(imbalance=1.0, imbalance_law="exp")
+    whole = {}
     assert calls == [("shapes", dict(root="there", **tail, **run)),  # the run's long-tailed bank
                      ("cifar10", dict(root="there", **whole, **run)),  # other data: as it is
                      ("shapes", dict(root="here", **tail, **run))]
@@ -675,6 +730,8 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--device", "hpu"], "--device hpu"),
     (["--dump", "/dev/null"], "--dump /dev/null must be a file"),
     (["--head", "5", "--tail", "50"], "tail ends at 50"),
+    (["--mean", "0.5", "0.5", "nan"], "--mean must lie in .0, 1., got 0.5 0.5 nan"),
+    (["--std", "0.5", "0", "0.5"], "--std must be above 0 and finite, got 0.5 0.0 0.5"),
 ])
 def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, words):
     monkeypatch.delattr(backbones, "cached")  # refused before the long work, not after it
@@ -687,8 +744,9 @@ def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, 
     with pytest.raises(SystemExit) as stop:
         eval_knn.main([str(tmp_path), "--device=cpu", *flags])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("eval_knn.py: ") and err.count("\n") == 1
-    assert re.search(words, err)
+    *notes, sentence = err.splitlines()  # what was read stands before
+    assert stop.value.code == 2 and sentence.startswith("eval_knn.py: ")
+    assert re.search(words, sentence) and all(note.startswith("--data ") for note in notes)
 
 
 def no_space(path, put, old_name=None):
@@ -705,22 +763,21 @@ def test_a_full_disk_is_one_sentence_after_the_numbers(tmp_path, capsys, monkeyp
         command(tmp_path, "--k", 1, "--dump", tmp_path / "f.pt")
     out, err = capsys.readouterr()
     assert stop.value.code == 2
-    assert err == f"eval_knn.py: {tmp_path / 'f.pt'}: No space left on device\n"
+    assert err.endswith(f"eval_knn.py: {tmp_path / 'f.pt'}: No space left on device\n")
     assert " 100.00 " in out and "the numbers are not kept: " in out and "written" not in out
 
 
-def test_an_image_that_is_gone_is_one_sentence(tmp_path, capsys):
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_link_that_leads_nowhere_is_left_out_and_counted(tmp_path, capsys, monkeypatch,
+                                                           in_memory):
+    if not in_memory:
+        monkeypatch.setattr(data, "IN_MEMORY", 0)
     write_images(tmp_path / "images", "train", (4, 4))
     write_images(tmp_path / "images", "val", (2, 2), seed=1)
-    folder = tmp_path / "images" / "train" / "class0"
-    Image.new("RGB", (40, 32)).save(folder / "0.png")  # of another size, so none stays in memory
-    gone = folder / "9.png"
-    gone.symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "images/train/class0/9.png").symlink_to(tmp_path / "nowhere.png")
     checkpoint(tmp_path / "ckpt.pt", data=str(tmp_path / "images"))
-    with pytest.raises(SystemExit) as stop:
-        command(tmp_path)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith(f"eval_knn.py: {gone}: No such file")
+    out = command(tmp_path, "--k", 1)
+    assert out["train"] == 8 and "links that lead nowhere (1)" in capsys.readouterr().err
 
 
 def test_what_a_training_run_imports_of_this_file_is_little():

@@ -227,6 +227,65 @@ def test_version_2_keeps_the_variances_that_lie_at_the_floor():
     assert torch.equal(again.mu, gmm.mu)
 
 
+# ---- other images ------------------------------------------------------------------------------
+def stopped_run(tmp_path):
+    """Train 3 of 6 steps in tmp_path/out, on a folder of images that is returned."""
+    images = make_folder(tmp_path / "set", 24, size=16)
+    train_tiny(tmp_path / "out", "--data", images, "--stop-at", "3")
+    return images
+
+
+def test_a_moved_folder_resumes_to_the_bit(tmp_path):
+    images = stopped_run(tmp_path)
+    train_tiny(tmp_path / "whole", "--data", images)
+    os.rename(images, tmp_path / "renamed")
+    train_tiny(tmp_path / "out", "--resume", "--data", tmp_path / "renamed")
+    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "out"))
+
+
+def test_resume_refuses_other_images(tmp_path, capsys):
+    images = stopped_run(tmp_path)
+    before = (tmp_path / "out/ckpt.pt").read_bytes()
+
+    def says(*words, data):
+        sentence = sentence_of_refusal(capsys, tmp_path / "out", "--resume", "--data", data)
+        for word in (f"trained on other images than --data {data} holds now: ", *words):
+            assert word in sentence, sentence
+    others = make_folder(tmp_path / "others", 40, size=16)
+    says("images 22 -> 36", "content", data=others)
+    says("set folder -> shapes", data="shapes")
+    os.rename(os.path.join(images, "a", "3.png"), os.path.join(images, "a", "3b.png"))
+    says("content", data=images)  # one file has another name
+    os.rename(os.path.join(images, "a", "3b.png"), os.path.join(images, "a", "3.png"))
+    os.rename(os.path.join(images, "a"), os.path.join(images, "c"))
+    says("content", data=images)  # one class has another name
+    assert (tmp_path / "out/ckpt.pt").read_bytes() == before
+
+
+def test_resume_refuses_when_passes_would_be_longer(tmp_path, capsys):
+    """With --epochs more images are more steps, and every schedule would be stretched."""
+    images = make_folder(tmp_path / "set", 24, size=16)
+    tiny = TINY[:TINY.index("--steps")] + TINY[TINY.index("--steps") + 2:]
+    train.main([*tiny, "--data", images, "--out", str(tmp_path / "out"), "--epochs", "3",
+                "--stop-at", "3"])
+    for i in range(100, 120):
+        os.link(os.path.join(images, "a", "1.png"), os.path.join(images, "a", f"{i}.png"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path / "out"), "--resume"])
+    assert stop.value.code == 2
+    assert "images 22 -> 40" in (said := capsys.readouterr().err) and "steps 6 -> 15" in said
+
+
+def test_a_checkpoint_from_before_the_images_were_remembered(tmp_path, capsys):
+    stopped_run(tmp_path)
+    old = read_checkpoint(tmp_path / "out")
+    del old["args"]["data_seen"]
+    torch.save(old, tmp_path / "out/ckpt.pt")
+    train_tiny(tmp_path / "out", "--resume")
+    assert "does not say which images it saw" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "out")["step"] == 6
+
+
 class Hostile:
     """Unpickled, it runs a command that creates a file."""
 
@@ -551,12 +610,12 @@ def test_broken_images(tmp_path, monkeypatch, capsys, in_memory):
     flags = ["--steps", "22", "--eval-every", "22"]  # every training image once
     half_percent = make_folder(tmp_path / "half", 200, broken=1, size=16)
     train_tiny(tmp_path / "out", *flags, "--data", half_percent)
-    printed = capsys.readouterr().out
-    assert "a/5.png cannot be read; a neighbour stands in for it" in printed
+    printed = capsys.readouterr().err
+    assert re.search(r"a/5.png cannot be read \(.+\); a neighbour stands in for it", printed)
     two_percent = make_folder(tmp_path / "two", 200, broken=4, size=16)
     sentence = sentence_of_refusal(capsys, tmp_path / "other", *flags, "--data", two_percent)
-    assert re.search(r"of 1\d\d images of two cannot be read, more than 1 %; the first is \S+\.png",
-                     sentence)
+    assert re.search(r"of 1\d\d images of two cannot be read, more than 1 %: \S+\.png cannot be "
+                     r"read \(.+\)", sentence)
 
 
 # ---- several processes -------------------------------------------------------------------------

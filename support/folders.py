@@ -1,0 +1,217 @@
+"""Where the images of a folder are: which of its folders is a split, and which is a class.
+
+    find(path) -> Found: the files of the training and the test split by class, and what is said
+
+Every folder is read once, however many links lead to it. What is not taken is counted.
+"""
+import hashlib
+import os
+from collections import Counter
+from typing import NamedTuple
+
+from PIL import Image
+
+LAYOUTS = ("train/<class>/* with val/<class>/* or test/<class>/*, or <class>/*, "
+           "or images without class folders")
+# Names of the splits, in any mixture of upper and lower case. Of several test splits the first one
+# in this order serves.
+TRAIN = ("train", "training")
+TEST = ("val", "valid", "validation", "test", "testing")
+TINY_IMAGENET = "val_annotations.txt"  # its test images lie in one folder, and this names classes
+
+# Formats that Pillow opens without decoding them, or only with a program beside it
+NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
+            if name in Image.OPEN and name not in NO_PIXELS}
+
+
+class Found(NamedTuple):
+    """The images of a folder. Without classes, "" is the only key of `train`, and `test` is None;
+    `test` is also None where the folder has no test split."""
+    train: dict  # {class: sorted paths}
+    test: dict
+    about: str  # one line: which folders serve as what, and what is left out
+
+
+def find(path):
+    """`Found` for a folder laid out as in LAYOUTS, or as Tiny-ImageNet is.
+
+    ValueError, one sentence: no images, only one class, a class without images, classes of the test
+    split that the training split lacks, folders that look like splits under other names.
+    """
+    left_out = Counter()  # {what: how many}
+    folders = subfolders(path)
+    train_folder, test_folder = split(path, folders, TRAIN), split(path, folders, TEST)
+    if train_folder and not test_folder:
+        # a split, or a class that happens to be called train
+        if not subfolders(os.path.join(path, train_folder)):
+            train_folder = None
+    base = os.path.join(path, train_folder or "")
+    train = walk(base, left_out)
+    without_class = train.pop("")
+    if not any(train.values()) and not without_class:
+        raise ValueError(f"--data {path} holds no images; expected {LAYOUTS}{said(left_out)}")
+    if train_folder:
+        for folder in folders:
+            if folder not in (train_folder, test_folder):
+                left_out[f"the folder {folder}/"] = 1
+        beside = [name for name in os.listdir(path) if is_image(name)]
+        if beside:
+            left_out["images beside the splits"] = len(beside)
+    if not train:
+        if test_folder:
+            left_out[f"the folder {test_folder}/"] = 1
+        about = f"{len(without_class)} images without classes{said(left_out)}"
+        return Found({"": without_class}, None, about)
+    if without_class:
+        left_out["images beside the class folders"] += len(without_class)
+    check_classes(base, path, train, left_out)
+    about = (f"{sum(map(len, train.values()))} images of {len(train)} classes"
+             + (f" in {train_folder}/" if train_folder else ""))
+    test = None
+    if train_folder and test_folder:
+        test = test_split(path, test_folder, train, left_out)
+        about += f" for training, {sum(map(len, test.values()))} in {test_folder}/ for testing"
+    return Found(train, test, about + said(left_out))
+
+
+def split(path, folders, names):
+    """The first of `names` that one of the folders has, whatever its case, as it is written there;
+    None without one. ValueError where two folders differ in case alone."""
+    for name in names:
+        same = [folder for folder in folders if folder.lower() == name]
+        if len(same) > 1:
+            raise ValueError(f"--data {path} has both {' and '.join(same)}; which one is meant?")
+        if same:
+            return same[0]
+    return None
+
+
+def subfolders(path):
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(name for name in os.listdir(path)
+                  if not is_hidden(name) and os.path.isdir(os.path.join(path, name)))
+
+
+def is_image(name):
+    """Whether Pillow opens files of that name, and it is not hidden."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(name):
+    """Whether a file or folder is not meant to be seen: systems and archives leave them behind."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def walk(path, left_out):
+    """{class: sorted paths of its images}, "" for those that lie in `path` itself.
+
+    Folders are read before links to folders, and none is read twice, so that a link to a folder
+    above it ends there, and images keep the class that they lie in. What is not taken is counted in
+    left_out. OSError for a folder that cannot be read.
+    """
+    images = {"": []}
+    folders, links, seen = [path], [], set()
+    while folders or links:
+        place = folders.pop() if folders else links.pop(0)
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            left_out["links to folders that are read already"] += 1
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inside = os.path.relpath(place, path)  # "." for the folder itself
+        class_name = "" if inside == "." else inside.split(os.sep)[0]
+        with os.scandir(place) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            is_link = entry.is_symlink()
+            if is_hidden(entry.name):
+                left_out["hidden files and folders"] += 1
+            elif os.path.isdir(entry.path) if is_link else entry.is_dir():
+                (links if is_link else folders).append(entry.path)
+                images.setdefault(class_name or entry.name, [])
+            elif is_link and not os.path.exists(entry.path):
+                left_out["links that lead nowhere"] += 1
+            elif is_image(entry.name):
+                images[class_name].append(entry.path)
+            else:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                left_out[f"files {suffix}" if suffix else "files without a suffix"] += 1
+    return {c: sorted(images[c]) for c in sorted(images)}
+
+
+def check_classes(base, path, train, left_out):
+    """ValueError unless the class folders in `base` can be the classes of the set in `path`."""
+    empty = [c for c, paths in train.items() if not paths]
+    if empty:
+        raise ValueError(f"--data {path}: class folders without an image that can be read: "
+                         f"{', '.join(empty[:5])}{said(left_out)}; remove them, or convert their "
+                         "files")
+    inner = {}  # {names of the folders in a class folder: the class}
+    for c in train:
+        names = tuple(subfolders(os.path.join(base, c)))
+        if len(names) > 1 and names in inner:
+            raise ValueError(f"--data {path}: {inner[names]}/ and {c}/ hold folders of the same "
+                             f"names ({', '.join(names[:5])}), as splits do and classes do not; "
+                             "rename them to train/ and val/")
+        inner[names] = c
+    if len(train) < 2:
+        raise ValueError(f"--data {path} has only one class folder, {next(iter(train))!r}; give "
+                         "two or more, or name that folder itself to train without labels")
+
+
+def test_split(path, folder, train, left_out):
+    """{class: sorted paths} of the test images; their classes are among those of `train`."""
+    base = os.path.join(path, folder)
+    annotations = os.path.join(base, TINY_IMAGENET)
+    if os.path.isfile(annotations):
+        test = annotated(annotations, left_out)
+    else:
+        test = walk(base, left_out)
+        loose = len(test.pop(""))
+        if loose:
+            left_out[f"images beside the class folders of {folder}/"] = loose
+    unknown = sorted(set(test) - set(train))
+    if unknown or not any(test.values()):
+        raise ValueError(f"--data {path}: the class folders of {folder}/ must be among those of "
+                         f"{TRAIN[0]}/, got {', '.join(unknown[:5]) or 'none with an image'}"
+                         f"{said(left_out)}")
+    for c in [c for c, paths in test.items() if not paths]:
+        left_out[f"the empty folder {folder}/{c}/"] = 1
+    return test
+
+
+def annotated(file, left_out):
+    """{class: sorted paths} of Tiny-ImageNet's test images: its list names a file in images/ and a
+    class in each line, then a box."""
+    test = {}
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            words = line.split()
+            if len(words) < 2:
+                raise ValueError(f"{file}, line {number}: expected a file and its class, got "
+                                 f"{line.strip()!r}")
+            image = os.path.join(os.path.dirname(file), "images", words[0])
+            if os.path.isfile(image):
+                test.setdefault(words[1], []).append(image)
+            else:
+                left_out[f"files that {os.path.basename(file)} names and that are not there"] += 1
+    return {c: sorted(test[c]) for c in sorted(test)}
+
+
+def said(left_out):
+    """"; left out: ..." for {what: how many}, "" if nothing was."""
+    words = [what if what.startswith("the ") else f"{what} ({n})"
+             for what, n in left_out.most_common()]
+    more = f" and {len(words) - 8} other kinds" if len(words) > 8 else ""
+    return f"; left out: {', '.join(words[:8])}{more}" if words else ""
+
+
+def choose_tenth(paths, base):
+    """A tenth of a class, at least 1 image but never the only one, by a hash of the names."""
+    def hash_of(path):
+        name = os.path.relpath(path, base).replace(os.sep, "/")
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+    n = max(1, round(len(paths) / 10)) if len(paths) > 1 else 0
+    return sorted(paths, key=hash_of)[:n]
