@@ -47,7 +47,7 @@ def find(path):
         if not subfolders(os.path.join(path, train_folder)):
             train_folder = None
     base = os.path.join(path, train_folder or "")
-    train = walk(base, left_out)
+    train, inner = walk(base, left_out)
     without_class = train.pop("")
     if not any(train.values()) and not without_class:
         raise ValueError(f"--data {path} holds no images; expected {LAYOUTS}{said(left_out)}")
@@ -65,7 +65,7 @@ def find(path):
         return Found({"": without_class}, None, about)
     if without_class:
         left_out["images beside the class folders"] += len(without_class)
-    check_classes(base, path, train, left_out)
+    check_classes(path, train, inner, left_out)
     about = (f"{sum(map(len, train.values()))} images of {len(train)} classes"
              + (f" in {train_folder}/" if train_folder else ""))
     test = None
@@ -89,8 +89,15 @@ def split(path, folders, names):
 
 def subfolders(path):
     """The names of the folders in a folder, sorted, without hidden ones."""
-    return sorted(name for name in os.listdir(path)
-                  if not is_hidden(name) and os.path.isdir(os.path.join(path, name)))
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries
+                      if not is_hidden(entry.name) and is_folder(entry))
+
+
+def is_folder(entry):
+    """Whether an entry of os.scandir is a folder or leads to one. A file needs no look at the
+    disk, and a link that leads to itself is none."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def is_image(name):
@@ -104,13 +111,14 @@ def is_hidden(name):
 
 
 def walk(path, left_out):
-    """{class: sorted paths of its images}, "" for those that lie in `path` itself.
+    """({class: sorted paths of its images}, "" for those that lie in `path` itself;
+    {class: names of the folders in its folder}).
 
     Folders are read before links to folders, and none is read twice, so that a link to a folder
     above it ends there, and images keep the class that they lie in. What is not taken is counted in
     left_out. OSError for a folder that cannot be read.
     """
-    images = {"": []}
+    images, inner = {"": []}, {}
     folders, links, seen = [path], [], set()
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
@@ -127,9 +135,11 @@ def walk(path, left_out):
             is_link = entry.is_symlink()
             if is_hidden(entry.name):
                 left_out["hidden files and folders"] += 1
-            elif os.path.isdir(entry.path) if is_link else entry.is_dir():
+            elif is_folder(entry):
                 (links if is_link else folders).append(entry.path)
                 images.setdefault(class_name or entry.name, [])
+                if inside == class_name:
+                    inner.setdefault(class_name, []).append(entry.name)
             elif is_link and not os.path.exists(entry.path):
                 left_out["links that lead nowhere"] += 1
             elif is_image(entry.name):
@@ -137,24 +147,25 @@ def walk(path, left_out):
             else:
                 suffix = os.path.splitext(entry.name)[1].lower()
                 left_out[f"files {suffix}" if suffix else "files without a suffix"] += 1
-    return {c: sorted(images[c]) for c in sorted(images)}
+    return {c: sorted(images[c]) for c in sorted(images)}, inner
 
 
-def check_classes(base, path, train, left_out):
-    """ValueError unless the class folders in `base` can be the classes of the set in `path`."""
+def check_classes(path, train, inner, left_out):
+    """ValueError unless the class folders of train {class: paths} can be the classes of the set in
+    `path`; inner: of `walk`."""
     empty = [c for c, paths in train.items() if not paths]
     if empty:
         raise ValueError(f"--data {path}: class folders without an image that can be read: "
                          f"{', '.join(empty[:5])}{said(left_out)}; remove them, or convert their "
                          "files")
-    inner = {}  # {names of the folders in a class folder: the class}
+    class_of = {}  # {names of the folders in a class folder: the class}
     for c in train:
-        names = tuple(subfolders(os.path.join(base, c)))
-        if len(names) > 1 and names in inner:
-            raise ValueError(f"--data {path}: {inner[names]}/ and {c}/ hold folders of the same "
+        names = tuple(inner.get(c, ()))
+        if len(names) > 1 and names in class_of:
+            raise ValueError(f"--data {path}: {class_of[names]}/ and {c}/ hold folders of the same "
                              f"names ({', '.join(names[:5])}), as splits do and classes do not; "
                              "rename them to train/ and val/")
-        inner[names] = c
+        class_of[names] = c
     if len(train) < 2:
         raise ValueError(f"--data {path} has only one class folder, {next(iter(train))!r}; give "
                          "two or more, or name that folder itself to train without labels")
@@ -167,7 +178,7 @@ def test_split(path, folder, train, left_out):
     if os.path.isfile(annotations):
         test = annotated(annotations, left_out)
     else:
-        test = walk(base, left_out)
+        test, _ = walk(base, left_out)
         loose = len(test.pop(""))
         if loose:
             left_out[f"images beside the class folders of {folder}/"] = loose
