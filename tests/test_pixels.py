@@ -35,6 +35,64 @@ def test_image_modes(tmp_path):
     assert np.array_equal(pixels.read(tmp_path / "palette.png").numpy(), want)
 
 
+def scene():
+    """A picture of 16 x 12 pixels with grey, red and blue parts."""
+    image = Image.new("RGB", (16, 12), (200, 200, 200))
+    image.paste((220, 30, 30), (0, 0, 8, 12))
+    image.paste((30, 30, 220), (8, 6, 16, 12))
+    return image
+
+
+@pytest.mark.parametrize("mode, suffix", [
+    ("RGB", "png"), ("RGB", "jpg"), ("RGB", "bmp"), ("RGB", "webp"), ("RGB", "tif"),
+    ("CMYK", "jpg"), ("CMYK", "tif"), ("YCbCr", "jpg"), ("YCbCr", "tif"), ("LAB", "tif"),
+    ("RGBA", "png"), ("RGBA", "tif"), ("P", "png"), ("P", "gif"),
+    ("L", "png"), ("LA", "png"), ("1", "png"), ("1", "tif")])
+def test_modes_of_pictures(tmp_path, mode, suffix):
+    """Whatever a file stores, its colours come out, or its greys where it has no more."""
+    image = scene()
+    if mode == "LAB":
+        cms = pytest.importorskip("PIL.ImageCms")
+        srgb, lab = cms.createProfile("sRGB"), cms.createProfile("LAB")
+        stored = cms.applyTransform(image, cms.buildTransform(srgb, lab, "RGB", "LAB"))
+    else:
+        stored = image.quantize() if mode == "P" else image.convert(mode)
+    options = {"quality": 95} if suffix in ("jpg", "webp") else {}
+    stored.save(tmp_path / f"x.{suffix}", **options)
+    x = pixels.read(tmp_path / f"x.{suffix}").float()  # (3, 12, 16)
+    wanted = image.convert("L" if mode == "LA" else mode if mode in "1L" else "RGB").convert("RGB")
+    wanted = torch.from_numpy(np.array(wanted)).permute(2, 0, 1).float()
+    tolerance = 15 if mode in ("LAB", "YCbCr") or suffix in ("jpg", "webp") else 1
+    assert x.shape == (3, 12, 16) and (x - wanted).abs().mean() <= tolerance
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif", "mpo"])
+def test_the_first_of_several_pictures(tmp_path, suffix):
+    first, second = Image.new("RGB", (16, 16), (220, 30, 30)), Image.new("RGB", (16, 16))
+    first.save(tmp_path / f"x.{suffix}", save_all=True, append_images=[second])
+    x = pixels.read(tmp_path / f"x.{suffix}").float().mean((1, 2))
+    assert (x - torch.tensor([220., 30, 30])).abs().max() < 12
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.JPG", "x.Jpeg", "x.tiff"])
+def test_a_suffix_that_says_something_else(tmp_path, name):
+    scene().save(tmp_path / name, format="PNG")
+    assert pixels.read(tmp_path / name).shape == (3, 12, 16)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 1), (1, 3000)])
+def test_pictures_of_one_pixel_and_of_one_row(tmp_path, size):
+    for c in "ab":
+        (tmp_path / c).mkdir()
+        for i in range(3):
+            Image.new("RGB", size).save(tmp_path / c / f"{i}.png")
+    train, test = data.load(str(tmp_path), img_size=16)
+    recipe = views.Recipe(global_size=16, local_size=8, n_local=1)
+    crops = next(iter(views.batches(train, recipe, batch_size=4, seed=0, start=0, stop=1)))
+    assert [crop.shape for crop in crops] == [(4, 3, 16, 16)] * 2 + [(4, 3, 8, 8)]
+    assert next(iter(views.eval_batches(test, 16))).shape == (2, 3, 16, 16)
+
+
 # ---- which way is up -----------------------------------------------------------------------------
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
 @pytest.mark.parametrize("orientation", range(2, 9))
