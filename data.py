@@ -267,7 +267,7 @@ def open_classes(images, classes, name, img_size, white):
 
 def open_files(paths, y, classes, name, img_size, white):
     """`Images` when all have one size and together less than IN_MEMORY bytes, else `Files`."""
-    on_disk = Files(paths, y, classes, name, limit=SIDES_ON_DISK * img_size, white=white)
+    on_disk = Files(paths, y, classes, name, white=white)
     limit = SIDES_IN_MEMORY * img_size
     first_image = pixels.read(paths[0], limit, white)  # (3, H, W)
     if len(paths) * first_image.numel() >= IN_MEMORY:
