@@ -513,6 +513,9 @@ CLASSIFIER = nano(1) | {"head.weight": torch.zeros(10, 96), "head.bias": torch.z
     (nano(1), "teacher", 1, "only copy.*not used: none"),
     ({"state_dict": nano(1)}, "teacher", 1, "only copy"),
     ({"model": CLASSIFIER}, "teacher", 1, "not used: head.weight, head.bias"),
+    ({"model": nano(1) | {"mask_token": torch.zeros(1, 1, 96), "masked_embed": torch.zeros(1, 96),
+                          "decoder_pos_embed": torch.zeros(1, 17, 8)}}, "teacher", 1,
+     "not used: mask_token, masked_embed, decoder_pos_embed"),  # MAE's and iBOT's
     ({"student": DINO["student"], "loss": {"center": torch.zeros(3)}}, "teacher", 2,
      "student, vit_nano")])
 def test_layouts_of_others(tmp_path, content, which, seed, words):
