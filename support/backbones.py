@@ -10,17 +10,24 @@ import torch
 
 from models import ARCHS, build
 from support import checkpoints
+from support.checkpoints import AVERAGE, STUDENT, TEACHER, UNNAMED
 from support.features import features, width
 from support.files import digest, write
 from views import MEAN, STD
 
 VERSION = "features-2"  # part of every cached file's name; raise it when the numbers in them change
-# Which copy of a network stands for the teacher or the student, best first, as ranks of
-# checkpoints.NETWORKS: teacher 0, moving average of the student 1, student 2, unnamed 3.
-COPIES = {"teacher": (0, 1, 3, 2), "student": (2, 3)}
-# Parts that some ViTs of others have and ours lack: without them the network would compute
-# something else.
-PARTS_OURS_LACK = {"reg_token", "register_tokens", "dist_token", "fc_norm", "norm_pre"}
+# Which copy of a network stands for the teacher or the student, best first
+COPIES = {"teacher": (TEACHER, AVERAGE, UNNAMED, STUDENT), "student": (STUDENT, UNNAMED)}
+COPY_NAMES = {TEACHER: "teacher", AVERAGE: "moving average", STUDENT: "student"}
+# Tensors that every network of a kind has once. The second of a ResNet is that of
+# nn.Sequential(*resnet.children()), as in lightly's examples: its children have numbers.
+LANDMARKS = {"vit": ["pos_embed"], "resnet": ["layer1.0.conv1.weight", "4.0.conv1.weight"]}
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# Words in the names of tensors, beside the parts of our networks, without which a network of others
+# would compute something else: register_tokens, dist_token, norm_pre, fc_norm, rel_pos_bias...
+INSIDE = {"token", "tokens", "embed", "pos", "bias", "rope", "norm", "ln", "pre", "pool"}
+# Words of what only comes after it or is used in training alone: decoder_pos_embed, mask_token...
+AFTER = {"head", "decoder", "predictor", "projector", "projection", "classifier", "mask", "masked"}
 
 
 def choose_device(name):
@@ -127,74 +134,120 @@ def ours(path, which):
 
 def small_stem(weights):
     """Whether a ResNet's weights have the 3x3 stem for small images."""
-    return "conv1.weight" in weights and weights["conv1.weight"].shape[-1] == 3
+    return "conv1.weight" in weights and weights["conv1.weight"].shape[-1:] == (3,)
 
 
-def networks_in(path):
-    """The networks in anybody's checkpoint: {rank in checkpoints.NETWORKS: {name: tensor}}, without
-    wrappers and "backbone." in the names. ValueError where the file cannot be read."""
-    networks = {}
-    for key, tensor in checkpoints.flatten(checkpoints.read(path)).items():
+def find(path, which, arch):
+    """The copy of a network in anybody's file that stands for `which`.
+
+    -> (its backbone {name: tensor}, names of the copy's other tensors, words for the copy)
+
+    A backbone is all that has the same prefix as its landmark. ValueError where the file cannot be
+    read, has no such copy or several, or one whose tensors are not plain.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"--arch {arch} is not one of {', '.join(ARCHS)}")
+    tensors = checkpoints.flatten(checkpoints.read(path), path)
+    names = {}  # {rank: {name inside the copy: key in the file}}
+    for key in tensors:
         rank, name = checkpoints.split_key(key)
-        networks.setdefault(rank, {})[name.removeprefix("backbone.")] = tensor
-    return networks
+        names.setdefault(rank, {}).setdefault(name, key)
+    landmarks = LANDMARKS["vit" if arch.startswith("vit") else "resnet"]
+    prefixes = {}  # {rank: {prefix of the backbone inside the copy: its place in the file}}
+    for rank in names:
+        for name, key in names[rank].items():
+            for landmark in landmarks:
+                if f".{name}".endswith(f".{landmark}"):
+                    place = key.removesuffix(landmark).rstrip(".")
+                    prefixes.setdefault(rank, {})[name.removesuffix(landmark)] = place
+    rank = next((rank for rank in COPIES[which] if rank in prefixes), None)
+    if rank is None:
+        raise ValueError(f"{path} holds no {which} that fits --arch {arch}; its keys: "
+                         f"{checkpoints.listing(tensors)}")
+    if len(prefixes[rank]) > 1:
+        raise ValueError(f"{path} holds several networks that may be its {which}: "
+                         f"{checkpoints.listing(prefixes[rank].values())}")
+    (prefix, place), = prefixes[rank].items()
+    backbone = {name.removeprefix(prefix): tensors[key] for name, key in names[rank].items()
+                if name.startswith(prefix)}
+    for name, tensor in backbone.items():
+        checkpoints.refuse_unusual(path, prefix + name, tensor)
+    if "4.0.conv1.weight" in backbone:
+        first = {name: name.split(".")[0] for name in backbone}
+        backbone = {CHILDREN.get(first[name], first[name]) + name.removeprefix(first[name]): tensor
+                    for name, tensor in backbone.items()}
+    others = [name for name in names[rank] if not name.startswith(prefix)]
+    if list(prefixes) == [UNNAMED]:
+        return backbone, others, "only copy"
+    copy = COPY_NAMES.get(rank, which)  # beside a teacher, the one without a name is the student
+    return backbone, others, copy if copy in place else f"{copy} ({place})"
 
 
 def misfits(own, theirs):
     """What keeps the tensors `theirs` from being the network whose state dict is `own`: a list of
-    words, one for each tensor that is missing, of another shape, or would change what the network
-    computes and has no place in ours. Heads and the like, which only come after it, are allowed."""
+    words, one for each tensor that is missing, of another shape or kind, or would change what the
+    network computes and has no place in ours. Heads and the like, which only come after it, are
+    allowed."""
     missing = [f"no {name}" for name in own
                if name not in theirs and not name.endswith("num_batches_tracked")]
-    other_shape = [f"{name} {tuple(theirs[name].shape)} for {tuple(tensor.shape)}"
-                   for name, tensor in own.items()
-                   if name in theirs and theirs[name].shape != tensor.shape]
-    parts = {name.split(".")[0] for name in own} | PARTS_OURS_LACK
-    too_many = [f"{name} too many" for name in theirs
-                if name not in own and name.split(".")[0] in parts]
-    return missing + other_shape + too_many
+    shared = [name for name in own if name in theirs]
+    other_shape = [f"{name} {tuple(theirs[name].shape)} for {tuple(own[name].shape)}"
+                   for name in shared if theirs[name].shape != own[name].shape]
+    other_kind = [f"{name} of {theirs[name].dtype}" for name in shared
+                  if own[name].is_floating_point() and not theirs[name].is_floating_point()]
+    parts = {name.split(".")[0] for name in own}
+    too_many = []
+    for name in theirs:
+        part = name.split(".")[0]
+        words = set(part.split("_"))
+        if name not in own and (part in parts or words & INSIDE and not words & AFTER):
+            too_many.append(f"{name} too many")
+    return missing + other_shape + other_kind + too_many
+
+
+def load_weights(path, backbone, theirs):
+    """Load {name: tensor} of the file at `path`; returns the names that were not used.
+
+    ValueError, the same sentence for --arch and --init, unless they are the weights of just this
+    network, see `misfits`.
+    """
+    own = backbone.state_dict()
+    if wrong := misfits(own, theirs):
+        raise ValueError(f"{path} does not fit --arch {backbone.arch}: "
+                         f"{checkpoints.listing(wrong, most=3)}")
+    backbone.load_state_dict({name: theirs[name] for name in own if name in theirs}, strict=False)
+    return [name for name in theirs if name not in own]
 
 
 def foreign(path, which, arch):
     """load_backbone for a file of others: DINO's releases (whole or backbone alone), torchvision's,
-    timm's, an export.
+    timm's, checkpoints of solo-learn, MoCo, BYOL, lightly or VISSL, an export.
 
     Patch and grid of a ViT are read off its tensors. Heads are left out and named; anything else
     that is missing, of another shape, or would make the network compute something else is a
     ValueError.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"--arch {arch} is not one of {', '.join(ARCHS)}")
-    is_vit = arch.startswith("vit")
-    telling = "pos_embed" if is_vit else "conv1.weight"  # a tensor that only such a network has
-    networks = networks_in(path)
-    rank = next((rank for rank in COPIES[which] if telling in networks.get(rank, {})), None)
-    if rank is None:
-        names = [name for tensors in networks.values() for name in tensors]
-        raise ValueError(f"{path} holds no {which} that fits --arch {arch}; its keys: "
-                         f"{checkpoints.listing(names)}")
-    theirs = networks[rank]
+    theirs, others, copy = find(path, which, arch)
     small = small_stem(theirs)
-    patch, side = 16, 32 if small else 224
-    if is_vit:
-        if arch == "vit_nano":
-            patch = 8
-        elif "patch_embed.proj.weight" in theirs:
-            patch = theirs["patch_embed.proj.weight"].shape[-1]
-        grid = round((theirs["pos_embed"].shape[-2] - 1) ** 0.5)  # there are 1 + grid^2 positions
-        side = max(1, grid) * patch
+    patch, side, size = 16, 32 if small else 224, ""
+    if arch.startswith("vit"):
+        patch, side = patch_and_side(theirs, arch)
+        size = f", patch {patch}, positions of {side} px"
     backbone = build(arch, patch_size=patch, img_size=side, in_small=small)
-    own = backbone.state_dict()
-    if wrong := misfits(own, theirs):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{path} does not fit --arch {arch}: {', '.join(wrong[:3])}{more}")
-    backbone.load_state_dict({name: theirs[name] for name in own if name in theirs}, strict=False)
-    copy = checkpoints.NETWORKS[rank][0] or "only copy"
-    size = f", patch {patch}, positions of {side} px" if is_vit else ""
-    unused = [name for name in theirs if name not in own]
+    unused = others + load_weights(path, backbone, theirs)
     description = (f"{path}: weights of others (step, method and K unknown), {copy}, {arch}{size}; "
                    f"not used: {checkpoints.listing(unused, most=3)}")
     return backbone, {"arch": arch, "patch_size": patch, "img_size": side}, description
+
+
+def patch_and_side(theirs, arch):
+    """Pixels of a ViT's patch, and of the square images for which its positions are laid out."""
+    patch = 8 if arch == "vit_nano" else 16
+    kernel = theirs.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.ndim == 4:
+        patch = max(1, kernel.shape[-1])
+    positions = theirs["pos_embed"].shape[1] - 1 if theirs["pos_embed"].ndim == 3 else 1
+    return patch, patch * round(max(1, positions) ** 0.5)
 
 
 # ---- features kept for the next time -------------------------------------------------------------

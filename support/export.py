@@ -7,7 +7,7 @@ import torch
 import models
 from support import ddp
 from support.checkpoints import listing
-from support.backbones import load_backbone, networks_in
+from support.backbones import find, load_backbone, load_weights
 from support.files import write
 
 
@@ -31,7 +31,8 @@ def export(out, path):
         except ImportError:
             raise ValueError(f"--export {path} needs the safetensors library "
                              "(pip install safetensors)") from None
-        about = {name: str(args[name]) for name in ("arch", "patch_size", "img_size")}
+        told = ("arch", "patch_size", "img_size", "mean", "std")
+        about = {name: str(args[name]) for name in told if name in args}
         write(path, lambda file: file.write(save(tensors, about)))
     else:
         write(path, lambda file: torch.save(tensors, file))
@@ -42,48 +43,31 @@ def export(out, path):
 def init(path, backbones):
     """Load the backbone in anybody's file into each of `backbones`, by the names of its tensors.
 
-    Reads runs and checkpoints of ours, exports, timm's and torchvision's weights, and DINO's
-    releases (backbone alone, or whole: the teacher's if it is there). A position embedding of
-    another grid is interpolated. Other tensors of another shape stay at their start. A printed line
-    names what is missing, of another shape, or not used. ValueError if the file cannot be read
-    safely or nothing in it fits.
+    Reads runs of ours, exports, and what --arch of the evaluation tools reads; the teacher's copy
+    if there is one. A position embedding of another grid is interpolated, and the printed line says
+    so. ValueError if the file cannot be read safely, or if its network is not that of `backbones`
+    (support.backbones.misfits).
     """
-    networks = networks_in(path)  # {rank: {name: tensor}}, the lowest rank is the teacher
-    ours = backbones[0].state_dict()
-    theirs = {}
-    for rank in sorted(networks, reverse=True):
-        if ours.keys() & networks[rank].keys():
-            theirs = networks[rank]
-    if "pos_embed" in ours and "pos_embed" in theirs:
-        theirs["pos_embed"] = on_same_grid(theirs["pos_embed"], ours["pos_embed"])
-
-    fitting = {name: tensor for name, tensor in theirs.items()
-               if name in ours and tensor.shape == ours[name].shape}
-    if not fitting:
-        names = [name for network in networks.values() for name in network]
-        raise ValueError(f"--init {path}: nothing in it matches this --arch; its keys: "
-                         f"{listing(names)}; wanted: {listing(ours)}")
+    theirs, others, copy = find(path, "teacher", backbones[0].arch)
+    own = backbones[0].state_dict()
+    resized = ""
+    if "pos_embed" in own:
+        theirs["pos_embed"], resized = on_same_grid(theirs["pos_embed"], own["pos_embed"])
     for backbone in backbones:
-        backbone.load_state_dict(fitting, strict=False)
-
-    missing = [name for name in ours if name not in theirs]
-    other_shape = [f"{name} {tuple(theirs[name].shape)} for {tuple(ours[name].shape)}"
-                   for name in ours if name in theirs and name not in fitting]
-    unused = [name for name in theirs if name not in ours]
-    ddp.print0(f"--init {path}: {len(fitting)} of {len(ours)} tensors matched; "
-               f"missing: {listing(missing)}; of another shape: {listing(other_shape)}; "
+        unused = others + load_weights(path, backbone, theirs)
+    ddp.print0(f"--init {path}: {copy}, all {len(own)} tensors{resized}; "
                f"not used: {listing(unused)}")
 
 
-def on_same_grid(theirs, ours):
-    """The position embedding `theirs` (1, 1 + g^2, dim) on the grid of `ours`.
+def on_same_grid(theirs, own):
+    """(the position embedding `theirs` (1, 1 + g^2, dim) on the grid of `own`, words for a change).
 
     It is returned as it is where it is none of a square grid, or of another dim.
     """
-    if theirs.dim() != 3 or theirs.shape[0] != 1 or theirs.shape[2] != ours.shape[2]:
-        return theirs
-    positions = theirs.shape[1] - 1
-    if positions < 1 or math.isqrt(positions) ** 2 != positions:
-        return theirs
-    grid = math.isqrt(ours.shape[1] - 1)
-    return models.resize_positions(theirs.float(), grid, grid)
+    positions = theirs.shape[1] - 1 if theirs.dim() == 3 else 0
+    grid, new = math.isqrt(max(0, positions)), math.isqrt(own.shape[1] - 1)
+    same = theirs.dim() == 3 and theirs[:, :1].shape == own[:, :1].shape  # all but the positions
+    if not same or grid ** 2 != positions or grid in (0, new):
+        return theirs, ""
+    return (models.resize_positions(theirs.float(), new, new),
+            f", positions interpolated from {grid} x {grid} to {new} x {new} patches")

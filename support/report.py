@@ -46,7 +46,9 @@ def describe_run(path, name, log, drift):
     args, row = {}, {}
     if os.path.isfile(os.path.join(path, "ckpt.pt")):
         saved = checkpoints.read(path)
-        args = saved.get("args", {})
+        saved = saved if isinstance(saved, dict) else {}  # or it is no run of ours
+        args = saved.get("args")
+        args = args if isinstance(args, dict) else {}
         row["step"] = saved.get("step")
         own = saved.get("prototypes")
         if isinstance(own, dict) and "start" in own:

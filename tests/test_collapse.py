@@ -2,9 +2,13 @@
 hostile files, the command line. The tests of the faster search are in test_fast_unique.py."""
 import argparse
 import ast
+import bz2
 import csv
 import glob
+import gzip
+import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -17,6 +21,7 @@ import torch
 import collapse
 import data
 from support import assign
+from support import checkpoints
 from support import plots
 from support import report
 
@@ -317,6 +322,23 @@ LAYOUTS = {  # what a release stores, and the prototype sets in it
                         {"head.last_layer": T}),
     "compiled": ({"teacher": {"_orig_mod.module.head.last_layer.weight_v": T}},
                  {"head.last_layer": T}),
+    "compiled head": ({"teacher": {"module.head._orig_mod.last_layer.weight_v": T}},
+                      {"head.last_layer": T}),
+    "solo-learn dino": ({"state_dict": pre("backbone.", BACKBONE)
+                         | pre("momentum_backbone.", BACKBONE)
+                         | {"head.last_layer.weight_v": S, "momentum_head.last_layer.weight_v": T}},
+                        {"head.last_layer": T}),
+    "solo-learn deepcluster": ({"state_dict": {f"prototypes.{i}.weight": C
+                                               for i, C in enumerate(DCV2)}},
+                               {f"prototypes.{i}": C for i, C in enumerate(DCV2)}),
+    "lightly dino": ({"student_head.last_layer.weight_v": S, "teacher_head.last_layer.weight_v": T},
+                     {"head.last_layer": T}),
+    "lightly swav": ({"prototypes.heads.0.weight": T, "prototypes.heads.0.bias": torch.zeros(K),
+                      "prototypes.heads.1.weight": S},
+                     {"prototypes.heads.0": T, "prototypes.heads.1": S}),
+    "vissl": ({"classy_state_dict": {"base_model": {"model": {
+        "trunk": pre("_feature_blocks.", BACKBONE), "heads": {"0.prototypes0.weight": T}}}}},
+              {"heads.0.prototypes0": T}),
     "mixture": ({"student": pre("backbone.", BACKBONE),
                  "gmm": {"mu": T, "var": T.exp(), "pi": torch.ones(K) / K}},
                 {"gmm.mu": T}),
@@ -379,6 +401,101 @@ def test_arrays_and_keys(tmp_path):
         collapse.load_prototypes(tmp_path / "o.pt", "vector")
 
 
+INTEGERS = torch.arange(K * D).view(K, D)
+
+
+@pytest.mark.parametrize("stored, want", [
+    (T, {"my.C": T}),
+    (torch.nn.Parameter(T.double()), {"my.C": T}),
+    (INTEGERS, {"my.C": INTEGERS}),
+    ([T, S], {"0": T, "1": S}),
+    ({"means": T, "others": S, "epoch": 3}, {"means": T, "others": S}),
+    ({"means": T, "assigned": INTEGERS}, {"means": T}),
+    (T.numpy(), {"my.C": T}),
+    (np.asfortranarray(T.numpy()).astype(">f8"), {"my.C": T}),
+    ({"means": T.numpy(), "epoch": np.int64(3)}, {"means": T}),
+    ({"teacher": {"head.last_layer.weight": T.numpy()}, "student": BACKBONE},
+     {"head.last_layer": T})])
+def test_files_that_hold_nothing_but_matrices(tmp_path, stored, want):
+    for zipped in True, False:
+        torch.save(stored, tmp_path / "my.C.pt", _use_new_zipfile_serialization=zipped)
+        sets = collapse.load_prototypes(tmp_path / "my.C.pt")
+        assert list(sets) == list(want)
+        for name, C in want.items():
+            assert sets[name].dtype == torch.float32 and torch.equal(sets[name], C.float())
+
+
+@pytest.mark.parametrize("stored", [
+    torch.zeros(3, 4, 5), torch.zeros(7), {"weight": T, "bias": torch.zeros(K)},
+    {"0.weight": T, "2.weight": S}, {"a": INTEGERS, "b": INTEGERS}, T.to(torch.complex64)])
+def test_other_tensors_are_no_prototypes(tmp_path, stored):
+    torch.save(stored, tmp_path / "o.pt")
+    with pytest.raises(ValueError, match="o.pt: no prototypes among its keys .*--key"):
+        collapse.load_prototypes(tmp_path / "o.pt")
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", "f2", "g", "i8", ">i4", "u1"])
+def test_any_type_of_number_in_an_array(tmp_path, kind):
+    C = np.arange(K * D).reshape(K, D).astype(kind)
+    np.save(tmp_path / "C.npy", C)
+    torch.save({"head.last_layer": C}, tmp_path / "C.pt")
+    (tmp_path / "C.dat").write_bytes((tmp_path / "C.npy").read_bytes())
+    for file, name in ("C.npy", "C"), ("C.dat", "C"), ("C.pt", "head.last_layer"):
+        sets = collapse.load_prototypes(tmp_path / file)
+        assert list(sets) == [name] and torch.equal(sets[name], INTEGERS.float())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, as these tensors are made
+@pytest.mark.parametrize("convert, word", [
+    (lambda C: C.to_sparse(), "sparse"),
+    (lambda C: C.to_sparse_csr(), "sparse"),
+    (lambda C: C.to("meta"), "without values"),
+    (lambda C: torch.quantize_per_tensor(C, .1, 0, torch.qint8), "quantised"),
+    (lambda C: torch.quantize_per_channel(C, torch.ones(K), torch.zeros(K), 0, torch.qint8),
+     "quantised")])
+def test_tensors_without_plain_numbers_are_refused(tmp_path, capsys, convert, word):
+    C = convert(T)
+    for stored, name in (C, "x"), ({"teacher": {"head.last_layer.weight": C}}, "head.last_layer"):
+        torch.save(stored, tmp_path / "x.pt")
+        assert collapse.main([str(tmp_path / "x.pt")]) == 2
+        error = capsys.readouterr().err
+        assert f"x.pt: {name} is {word}" in error and error.count("\n") == 1
+    assert collapse.main([str(tmp_path / "x.pt"), "--key", "head.last_layer.weight"]) == 2
+    assert f"head.last_layer.weight is {word}" in capsys.readouterr().err
+
+
+def test_a_list_that_holds_itself_is_refused(tmp_path, capsys):
+    once, twice, table = [T], [], {"x": T}
+    once.append(once)
+    twice += [twice, twice]
+    table["table"] = table
+    for stored in once, twice, table:
+        torch.save(stored, tmp_path / "x.pt")
+        assert collapse.main([str(tmp_path / "x.pt")]) == 2
+        error = capsys.readouterr().err
+        assert "x.pt: its lists and dicts are nested more than 50 deep" in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("key, rank, name", [
+    ("teacher.module.head.last_layer.weight", 0, "head.last_layer.weight"),
+    ("state_dict.momentum_backbone.cls_token", 0, "backbone.cls_token"),
+    ("projection_head_momentum.layers.0.weight", 0, "projection_head.layers.0.weight"),
+    ("module.encoder_k.conv1.weight", 0, "encoder.conv1.weight"),
+    ("target_network_state_dict.encoder.0.weight", 0, "encoder.0.weight"),
+    ("student_ema.norm.weight", 1, "norm.weight"),
+    ("state_dict_ema.norm.weight", 1, "norm.weight"),
+    ("online_encoder.net.bn1.weight", 2, "encoder.net.bn1.weight"),
+    ("module.encoder_q.fc.0.weight", 2, "encoder.fc.0.weight"),
+    ("student._orig_mod.backbone._orig_mod.blocks.0._orig_mod.norm1.bias", 2,
+     "backbone.blocks.0.norm1.bias"),
+    ("module.base_encoder.norm.weight", 3, "base_encoder.norm.weight"),
+    ("blocks.0.attn.q.weight", 3, "blocks.0.attn.q.weight"),
+    ("teacher", 3, "teacher")])
+def test_the_copy_that_a_key_names(key, rank, name):
+    assert checkpoints.split_key(key) == (rank, name)
+
+
 def test_safetensors(tmp_path):
     library = pytest.importorskip("safetensors.torch")
     library.save_file({"teacher.head.last_layer.weight_v": T,
@@ -387,6 +504,9 @@ def test_safetensors(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match="cut short"):
         collapse.load_prototypes(tmp_path / "cut.safetensors")
+    (tmp_path / "renamed.pth").write_bytes((tmp_path / "m.safetensors").read_bytes())
+    sets = collapse.load_prototypes(tmp_path / "renamed.pth")
+    assert torch.equal(sets["head.last_layer"], T)
 
 
 def test_queues_and_backbones_are_refused(tmp_path):
@@ -398,6 +518,15 @@ def test_queues_and_backbones_are_refused(tmp_path):
     torch.save({"state_dict": BACKBONE}, tmp_path / "bb.pth")
     with pytest.raises(ValueError, match="state_dict.cls_token.*backbone-only files do not carry"):
         collapse.load_prototypes(tmp_path / "bb.pth")
+
+
+def zipped(**files):
+    """The bytes of a zip archive with these files."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return content.getvalue()
 
 
 class Hostile:
@@ -414,15 +543,28 @@ def test_hostile_pickles_do_not_run(tmp_path):
     torch.save(bad, tmp_path / "zip.pth")
     torch.save(bad, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"args": Hostile(trap)}, protocol=2))
-    for name in "zip.pth", "old.pth", "plain.pth":
-        says = f"wants to build {os.mkdir.__module__}.mkdir.*nothing was run"
+    says = f"refused, it wants to build {os.mkdir.__module__}.mkdir.*nothing was run"
+    for name in "zip.pth", "old.pth":
         with pytest.raises(ValueError, match=says):
             collapse.load_prototypes(tmp_path / name)
+    for protocol in range(6):
+        (tmp_path / "p.pth").write_bytes(pickle.dumps({"x": Hostile(trap)}, protocol=protocol))
+        with pytest.raises(ValueError, match="p.pth: refused, it is a pickle that torch.save did"):
+            collapse.load_prototypes(tmp_path / "p.pth")
     np.save(tmp_path / "bad.npy", np.array([Hostile(trap)], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "bad.npz", x=np.array([Hostile(trap)], dtype=object))
     for name in "bad.npy", "bad.npz":
         with pytest.raises(ValueError, match="refused, the array holds pickled"):
             collapse.load_prototypes(tmp_path / name)
+    torch.save({"x": np.array([Hostile(trap), 1], dtype=object)}, tmp_path / "objects.pth")
+    torch.save({"x": np.array([None, 1], dtype=object)}, tmp_path / "none.pth")
+    for name in "objects.pth", "none.pth":
+        with pytest.raises(ValueError, match=f"{name}: refused"):
+            collapse.load_prototypes(tmp_path / name)
+    script = zipped(**{"net/data.pkl": "", "net/code/net.py": "", "net/constants.pkl": ""})
+    (tmp_path / "script.pth").write_bytes(script)
+    with pytest.raises(ValueError, match="script.pth: refused, it is a TorchScript program"):
+        collapse.load_prototypes(tmp_path / "script.pth")
     torch.save({"x": __import__("fractions").Fraction(1, 2)}, tmp_path / "harmless.pth")
     with pytest.raises(ValueError, match="fractions.Fraction"):
         collapse.load_prototypes(tmp_path / "harmless.pth")
@@ -431,15 +573,58 @@ def test_hostile_pickles_do_not_run(tmp_path):
     assert trap.exists()
 
 
+class Address:
+    """NumPy would make an array of one Python object of it, at the address that the bytes name."""
+    def __reduce__(self):
+        return np.ndarray, ((1,), "O", b"\1" * 8)
+
+
+def test_bytes_are_never_taken_for_the_addresses_of_objects(tmp_path):
+    torch.save({"x": Address(), "head.last_layer": T}, tmp_path / "x.pt")
+    sets = collapse.load_prototypes(tmp_path / "x.pt")
+    assert list(sets) == ["head.last_layer"]
+    stand_in = checkpoints.read(tmp_path / "x.pt")["x"]
+    assert stand_in.values is None  # only a state fills it
+    with pytest.raises(ValueError, match="(?i)object array"):
+        stand_in.__setstate__((1, (1,), np.dtype("O"), False, b"\1" * 8))
+
+
+@pytest.mark.parametrize("content, says", [
+    (gzip.compress(b"\0" * 99), "a gzip archive"),
+    (bz2.compress(b"\0" * 99), "a bzip2 archive"),
+    (lzma.compress(b"\0" * 99), "an xz archive"),
+    (b"name" + bytes(253) + b"ustar" + bytes(250), "a tar archive"),
+    (zipped(readme="hello"), "a zip archive that torch.save did not write"),
+    (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"),
+    (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(99), "an ONNX file"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(99), "a picture (PNG)"),
+    (b"\xff\xd8\xff\xe0" + bytes(99), "a picture (JPEG)"),
+    (b"RIFF\x00\x01\x00\x00WEBPVP8 " + bytes(99), "a picture (WebP)"),
+    (b'{"arch": "vit_small"}', "a JSON file"),
+    (b"\xef\xbb\xbf[1, 2]", "a JSON file"),
+    (b"cat\ndog\n", "plain text"),
+    ("Köln".encode("latin-1"), "plain text"),
+    (b"\n<!DOCTYPE html><html>404</html>", "a web page (HTML)"),
+    (bytes(600), "of no known kind (it begins with 00 00 00 00)")],
+    ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("file", ["x.pth", "x.npy", "x.safetensors"])
+def test_what_is_no_checkpoint_is_named(tmp_path, capsys, content, says, file):
+    (tmp_path / file).write_bytes(content)
+    assert collapse.main([str(tmp_path / file)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / file}: this is {says}" in error and "not a checkpoint" in error
+    assert error.count("\n") == 1
+
+
 def test_broken_files(tmp_path, capsys):
     torch.save({"teacher": net(T)}, tmp_path / "good.pth")
     torch.save({"teacher": net(T)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     np.save(tmp_path / "good.npy", T.numpy())
     np.savez(tmp_path / "good.npz", T.numpy())
     broken = {"empty.pth": (b"", "empty"),
-              "page.pth": (b"\n<!DOCTYPE html><html>404</html>", "web page"),
               "lfs.pth": (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
-              "text.pth": (b"hello, this is text", "cannot be read"),
+              "list.pth": ((tmp_path / "good.pth").read_bytes().replace(b"PK\1\2", b"PK\0\0"),
+                           "cut short or damaged"),
               "cut.pth": ((tmp_path / "good.pth").read_bytes()[:-300], "cut short"),
               "cut2.pth": ((tmp_path / "old.pth").read_bytes()[:-200], "cut short"),
               "cut.npy": ((tmp_path / "good.npy").read_bytes()[:-30], "cut short"),
@@ -521,6 +706,16 @@ def test_logs_without_checkpoint_and_the_reverse(tmp_path, capsys):
     assert "ckpt.pt: no such file" in capsys.readouterr().err
     (tmp_path / "a" / "log.csv").write_text("step,knn\n0,many\n")
     assert collapse.main([a]) == 2 and "log.csv: not a table of numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stored", [
+    [T], T.numpy(), {"teacher": {"prototypes": T}, "args": FLAGS, "epoch": 3}])
+def test_a_folder_whose_checkpoint_is_no_run(tmp_path, capsys, stored):
+    torch.save(stored, tmp_path / "ckpt.pt")
+    assert collapse.main([str(tmp_path)]) == 0
+    assert f"{K} x {D}" in capsys.readouterr().out
+    assert collapse.main([str(tmp_path), "--data", "shapes"]) == 2
+    assert "ckpt.pt is not a checkpoint of a run of ours" in capsys.readouterr().err
 
 
 def test_json_csv_and_exit_codes(tmp_path, capsys):

@@ -405,9 +405,9 @@ def test_load_backbone_refuses_in_one_sentence(tmp_path):
               "page.pt": b"<!DOCTYPE html><html>"}
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-    refused("cut.pt: the file is cut short", "cut.pt")
+    refused("cut.pt: cannot be read, it is cut short or damaged", "cut.pt")
     refused("nothing.pt: the file is empty", "nothing.pt")
-    refused("text.pt: cannot be read", "text.pt")
+    refused("text.pt: this is plain text, not a checkpoint", "text.pt")
     refused("page.pt: this is a web page", "page.pt")
     torch.save({"net": types.SimpleNamespace()}, tmp_path / "pickle.pt")  # unsafe: never run
     refused("pickle.pt: refused, it wants to build types.SimpleNamespace", "pickle.pt")
@@ -445,15 +445,18 @@ def test_runs_of_other_scripts_are_read_as_those_of_train(tmp_path):
         assert f"step 123, zoo/ibot.py (K = 64), {which} vit_nano" in description
 
 
-def test_the_networks_of_a_file_by_rank(tmp_path):
-    """A rank is the place of a name in checkpoints.NETWORKS: teacher 0, student 2, none 3."""
-    a, b, c = torch.zeros(2), torch.ones(2), torch.ones(3)
-    torch.save({"teacher": {"module.backbone.norm.weight": a, "module.head.last.weight": c},
-                "student": {"backbone.norm.weight": b}, "extra": {"x": c}}, tmp_path / "f.pt")
-    networks = backbones.networks_in(tmp_path / "f.pt")
-    assert {rank: list(tensors) for rank, tensors in networks.items()} == {
-        0: ["norm.weight", "head.last.weight"], 2: ["norm.weight"], 3: ["extra.x"]}
-    assert torch.equal(networks[0]["norm.weight"], a) and torch.equal(networks[2]["norm.weight"], b)
+def test_the_copies_in_a_file(tmp_path):
+    a, b, c = torch.zeros(1, 2, 3), torch.ones(1, 2, 3), torch.ones(3)
+    torch.save({"teacher": {"module.backbone.pos_embed": a, "module.head.last.weight": c},
+                "student": {"backbone.pos_embed": b}, "extra": {"x": c}}, tmp_path / "f.pt")
+    theirs, others, copy = backbones.find(tmp_path / "f.pt", "teacher", "vit_nano")
+    assert torch.equal(theirs["pos_embed"], a) and list(theirs) == ["pos_embed"]
+    assert (others, copy) == (["head.last.weight"], "teacher")
+    theirs, others, copy = backbones.find(tmp_path / "f.pt", "student", "vit_nano")
+    assert torch.equal(theirs["pos_embed"], b) and (others, copy) == ([], "student")
+    torch.save({"one.pos_embed": a, "two.pos_embed": b}, tmp_path / "f.pt")
+    with pytest.raises(ValueError, match="f.pt holds several networks that may .*: one, two$"):
+        backbones.find(tmp_path / "f.pt", "teacher", "vit_nano")
 
 
 # ---- which data is a run's own -------------------------------------------------------------------

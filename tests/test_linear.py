@@ -513,6 +513,9 @@ CLASSIFIER = nano(1) | {"head.weight": torch.zeros(10, 96), "head.bias": torch.z
     (nano(1), "teacher", 1, "only copy.*not used: none"),
     ({"state_dict": nano(1)}, "teacher", 1, "only copy"),
     ({"model": CLASSIFIER}, "teacher", 1, "not used: head.weight, head.bias"),
+    ({"model": nano(1) | {"mask_token": torch.zeros(1, 1, 96), "masked_embed": torch.zeros(1, 96),
+                          "decoder_pos_embed": torch.zeros(1, 17, 8)}}, "teacher", 1,
+     "not used: mask_token, masked_embed, decoder_pos_embed"),  # MAE's and iBOT's
     ({"student": DINO["student"], "loss": {"center": torch.zeros(3)}}, "teacher", 2,
      "student, vit_nano")])
 def test_layouts_of_others(tmp_path, content, which, seed, words):
@@ -524,6 +527,60 @@ def test_layouts_of_others(tmp_path, content, which, seed, words):
         assert torch.equal(tensor, wanted[name])
     assert args == {"arch": "vit_nano", "patch_size": 8, "img_size": 32} and not net.training
     assert re.search(words, description) and "\n" not in description
+
+
+@pytest.mark.parametrize("teacher, student, words", [
+    ("state_dict.momentum_backbone.", "state_dict.backbone.",  # solo-learn
+     (r"teacher \(state_dict.momentum_backbone\)", r"student \(state_dict.backbone\)")),
+    ("module.encoder_k.", "module.encoder_q.",  # MoCo
+     (r"teacher \(module.encoder_k\)", r"student \(module.encoder_q\)")),
+    ("module.momentum_encoder.", "module.base_encoder.",  # MoCo v3
+     (r"teacher \(module.momentum_encoder\)", r"student \(module.base_encoder\)")),
+    ("target_encoder.net.", "online_encoder.net.",  # BYOL
+     (r"teacher \(target_encoder.net\)", r"student \(online_encoder.net\)")),
+    ("target_network_state_dict.encoder.", "online_network_state_dict.encoder.",
+     (r"teacher \(target_network_state_dict.encoder\)", "student")),
+    ("teacher_backbone.", "student_backbone.", ("teacher,", "student,")),  # lightly
+    ("backbone_momentum.", "backbone.",
+     (r"teacher \(backbone_momentum\)", r"student \(backbone\)")),
+    ("backbone.vit.", "anchor_backbone.vit.",
+     (r"teacher \(backbone.vit\)", r"student \(anchor_backbone.vit\)")),
+    ("target_encoder.module.", "encoder.module.", (r"teacher \(target", r"student \(encoder")),
+    ("teacher.backbone._orig_mod.", "student._orig_mod.module.backbone.", ("teacher,", "student,")),
+    ("student_ema.", "student.", (r"moving average \(student_ema\)", "student,"))])
+def test_each_copy_is_found_and_named(tmp_path, teacher, student, words):
+    heads = {f"{student}head.weight": torch.zeros(2), "projector.0.weight": torch.zeros(2)}
+    torch.save(prefixed(nano(1), teacher) | prefixed(nano(2), student) | heads, tmp_path / "f.pth")
+    for which, seed, copy in ("teacher", 1, words[0]), ("student", 2, words[1]):
+        net, _, description = backbones.load_backbone(tmp_path / "f.pth", which, arch="vit_nano")
+        assert all(torch.equal(w, nano(seed)[name]) for name, w in net.state_dict().items())
+        assert re.search(rf"unknown\), {copy}.*vit_nano", description)
+
+
+def numbered(net):
+    """The weights of nn.Sequential(*net.children()[:-1]), as lightly's examples build a ResNet."""
+    return nn.Sequential(*list(net.children())[:-1]).state_dict()
+
+
+def nested(net):
+    """The file of a ResNet as VISSL writes it."""
+    trunk = prefixed(net.state_dict(), "_feature_blocks.")
+    return {"classy_state_dict": {"base_model": {"model": {
+        "trunk": trunk, "heads": {"0.prototypes0.weight": torch.zeros(5, 4)}}}}}
+
+
+@pytest.mark.parametrize("stored, copy, unused", [
+    (lambda net: prefixed(numbered(net), "backbone_momentum."),
+     r"teacher \(backbone_momentum\)", "none"),
+    (nested, "only copy", "heads.0.prototypes0.weight, fc.weight, fc.bias")])
+def test_resnets_with_other_names(tmp_path, stored, copy, unused):
+    torch.manual_seed(0)
+    net = resnet18()
+    torch.save(stored(net), tmp_path / "r.pth")
+    ours, _, description = backbones.load_backbone(tmp_path / "r.pth", arch="resnet18")
+    theirs = net.state_dict()
+    assert all(torch.equal(w, theirs[name]) for name, w in ours.state_dict().items())
+    assert re.search(f", {copy}, resnet18; not used: {unused}$", description)
 
 
 def test_a_run_of_ours_can_be_read_by_arch_and_at_another_size(tmp_path):
@@ -564,6 +621,13 @@ def test_torchvisions_resnets(tmp_path, size):
      "blocks.3.norm1.weight too many"),
     (lambda s: s.update(reg_token=torch.ones(1, 4, 96)), {}, "reg_token too many"),
     (lambda s: s.update({"norm.bias": torch.zeros(5)}), {}, r"norm.bias \(5,\) for \(96,\)"),
+    (lambda s: s.update(pos_embed=torch.zeros(5)), {}, r"pos_embed \(5,\) for"),
+    (lambda s: s.update(pos_embed=torch.zeros(1, 0, 96)), {}, r"pos_embed \(1, 0, 96\) for"),
+    (lambda s: s.update({"patch_embed.proj.weight": torch.tensor(1.)}), {}, r"patch_embed.proj.w"),
+    (lambda s: s.update({"blocks.0.norm1.bias": torch.zeros(96).to_sparse()}), {},
+     "blocks.0.norm1.bias is sparse"),
+    (lambda s: s.update({"layer1.0.conv1.weight": torch.ones(()), "conv1.weight": torch.ones(())}),
+     {"arch": "resnet18"}, "does not fit --arch resnet18"),
     (lambda s: s.clear() or s.update(a=torch.zeros(2)), {},
      "holds no teacher that fits --arch vit_nano; its keys: a"),
     (lambda s: None, {"arch": "vit_tiny"}, "does not fit --arch vit_tiny"),
