@@ -158,8 +158,8 @@ def parser():
     flag("--patch-size", type=int, default=8,
          help="side of a ViT's patches, pixels; images and crops must be multiples of it")
     flag("--init", metavar="FILE",
-         help="start both backbones from a run of ours, its --export, or weights of others that fit "
-         "this --arch (docs/evaluation.md)")
+         help="start both backbones from a run of ours, its --export, or weights of others that "
+         "fit this --arch (docs/evaluation.md)")
     flag("--drop-path", type=float, default=0.0,
          help="share of the images for which the student's last block is skipped; of earlier "
          "blocks less")
