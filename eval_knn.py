@@ -28,6 +28,8 @@ CHUNK = 512  # queries whose similarities to the whole bank are in memory at a t
 # On one CPU core: 2,000 queries in 10,000 images take 0.12 s here and 0.17 s there; 2,000 in 50,000
 # take 1.5 s and 0.7 s; 1,000 in 300,000 take 8 s and 5 s, and here the memory grows with N.
 PLAIN_UP_TO = 2**26
+# (what a value must be, test, flags)
+RANGES = [("be at least 1", lambda v: v >= 1, ["k", "patch_size"])]
 
 
 # ---- the classifier ------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def parse(argv):
 def evaluate(flags):
     """What main does once the flags are parsed."""
     from support import evaluation, groups
-    evaluation.check_common_flags(flags)
+    evaluation.check_common_flags(flags, RANGES)
     check_votes(flags.k, flags.T)
     backbone, args = evaluation.open_backbone(flags, flags.patch_size)
     name, train, test = evaluation.open_images(flags, args)
@@ -317,9 +319,9 @@ def main(argv=None):
     "guess": groups.report}, "prototypes": groups.prototype_share of a long-tailed bank or None,
     "which", "T", "data", "train", "test" (numbers of images)}.
     """
-    from support import evaluation
+    from support.errors import one_sentence
     flags = parse(argv)
-    with evaluation.errors_as_sentences("eval_knn.py"):
+    with one_sentence("eval_knn.py"):
         return evaluate(flags)
 
 

@@ -7,12 +7,16 @@ import time
 
 from support import ddp
 
+# How text is read and written: what is no UTF-8, as in some file names, becomes an escape
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+
 
 def write(path, put, old_name=None):
     """Write a file that is there whole or not at all: put(f) fills it, then it takes its name.
 
     old_name: where the file of that name goes that was there before; None: it is replaced.
-    OSError if it cannot be written, for lack of space for instance. The old file is then as it was.
+    OSError if it cannot be written, for lack of space for instance. The old file is then as it was,
+    as it is after any other error of put.
     """
     unfinished = f"{path}.tmp"
     try:
@@ -20,11 +24,11 @@ def write(path, put, old_name=None):
             put(f)
             f.flush()
             os.fsync(f.fileno())  # on the disk before it takes the name, in case of a power cut
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(unfinished)
         # torch.save hides the system's error behind one of its own
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
         sentence = f"{cause.strerror}; what was there before is untouched"

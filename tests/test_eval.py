@@ -674,7 +674,16 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--device", "meta"], "--device meta"),
     (["--device", "hpu"], "--device hpu"),
     (["--dump", "/dev/null"], "--dump /dev/null must be a file"),
-    (["--head", "5", "--tail", "50"], "tail ends at 50"),
+    (["--head", "5", "--tail", "50"], "--head 5 --tail 50: .* overlap"),
+    (["--tail", "-1"], "--tail -1: .* overlap"),
+    (["--k", "20", "9" * 20], f"--k must be a number of at most 4294967295, got 20 {'9' * 20}"),
+    (["--T", "inf"], "--T must be a number of at most 4294967295, got inf"),
+    (["--T", "nan"], "--T must be a number of at most 4294967295, got nan"),
+    (["--batch-size", "9" * 400], "--batch-size must be a number of at most"),
+    (["--patch-size", "0"], "--patch-size must be at least 1, got 0"),
+    (["--dump", ""], "--dump must not be empty"),
+    (["--results", "{tmp}"], "--results .* must be a file in a folder that exists"),
+    (["--results", "{tmp}/ckpt.pt/r.csv"], "--results .*ckpt.pt/r.csv must be a file"),
 ])
 def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, words):
     monkeypatch.delattr(backbones, "cached")  # refused before the long work, not after it
@@ -705,7 +714,7 @@ def test_a_full_disk_is_one_sentence_after_the_numbers(tmp_path, capsys, monkeyp
         command(tmp_path, "--k", 1, "--dump", tmp_path / "f.pt")
     out, err = capsys.readouterr()
     assert stop.value.code == 2
-    assert err == f"eval_knn.py: {tmp_path / 'f.pt'}: No space left on device\n"
+    assert err == f"eval_knn.py: error: {tmp_path / 'f.pt'}: No space left on device\n"
     assert " 100.00 " in out and "the numbers are not kept: " in out and "written" not in out
 
 
@@ -720,7 +729,7 @@ def test_an_image_that_is_gone_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command(tmp_path)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith(f"eval_knn.py: {gone}: No such file")
+    assert stop.value.code == 2 and err.startswith(f"eval_knn.py: error: {gone}: No such")
 
 
 def test_what_a_training_run_imports_of_this_file_is_little():
