@@ -361,8 +361,8 @@ def flags_of_run(out):
 
 def could_be(value, action):
     """Whether a value from a file has the form that a flag, an argparse action, has."""
-    if value == action.default:
-        return True
+    if value is None:
+        return action.default is None
     if isinstance(action.default, list):
         return (isinstance(value, list) and len(value) == len(action.default)
                 and all(isinstance(v, (int, float)) for v in value))  # all such flags are floats

@@ -179,10 +179,10 @@ def ablation(order, parts, measures, file):
                 if not values:
                     continue
                 y = line + shift
-                ax.plot(values, [y] * len(values), MARKERS[i], color=COLOURS[i], markersize=4,
-                        alpha=.55)
+                ax.plot(values, [y] * len(values), MARKERS[i % 7], color=COLOURS[i % 7],
+                        markersize=4, alpha=.55)
                 mean = np.mean(values)
-                ax.plot([mean, mean], [y - .17, y + .17], color=COLOURS[i], linewidth=2.5,
+                ax.plot([mean, mean], [y - .17, y + .17], color=COLOURS[i % 7], linewidth=2.5,
                         label=part or "as shipped")
         ax.set_title(title, fontsize=9, loc="left")
         ax.set_ylim(len(rows) - .5, -.5)
