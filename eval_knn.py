@@ -197,13 +197,13 @@ def winners(path, images, device="cpu"):
 
 # ---- command line --------------------------------------------------------------------------------
 
-def parse(argv):
+def parser():
     from support import evaluation
-    parser = argparse.ArgumentParser(
-        description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    evaluation.add_common_flags(parser)
-    add = parser.add_argument
+    p = argparse.ArgumentParser(
+        "eval_knn.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).")
+    evaluation.add_common_flags(p)
+    add = p.add_argument
     add("--patch-size", type=int, metavar="PX",
         help="refuse a ViT of other patches; None: as in the file")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
@@ -212,7 +212,7 @@ def parse(argv):
         help="temperature of a neighbour's vote exp(similarity / T)")
     add("--leave-one-out", action="store_true",
         help="each training image against all others, where there is no test split")
-    return parser.parse_args(argv)
+    return p
 
 
 def evaluate(flags):
@@ -320,7 +320,7 @@ def main(argv=None):
     "which", "T", "data", "train", "test" (numbers of images)}.
     """
     from support.errors import one_sentence
-    flags = parse(argv)
+    flags = parser().parse_args(argv)
     with one_sentence("eval_knn.py"):
         return evaluate(flags)
 

@@ -178,12 +178,13 @@ def percent(metric, out, y):
 
 # ---- command line --------------------------------------------------------------------------------
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description="Linear probes of frozen features.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    evaluation.add_common_flags(parser)
-    add = parser.add_argument
+def parser():
+    p = argparse.ArgumentParser(
+        "eval_linear.py", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Linear probes of frozen features.")
+    evaluation.add_common_flags(p)
+    add = p.add_argument
     add("--protocol", choices=["lbfgs", "grid", "sgd", "transfer"], default="lbfgs",
         help="whose rules: Fig. 4b, Table 3, Table 2 or Table 4")
     add("--layers", type=int, metavar="N",
@@ -204,7 +205,7 @@ def parse(argv):
         help="sgd: processes that decode images on disk; None: 0")
     add("--seed", type=int, default=0,
         help="of heads and crops; splits are the same for every seed")
-    return parser.parse_args(argv)
+    return p
 
 
 def check_flags(flags):
@@ -345,7 +346,7 @@ def main(argv=None):
     groups.report, or {"map11"}}, "note", "data", "train", "test" (numbers of images), "layers",
     "pool", "weights": hash of the backbone}.
     """
-    flags = parse(argv)
+    flags = parser().parse_args(argv)
     with one_sentence("eval_linear.py"):
         return evaluate(flags)
 
