@@ -102,7 +102,7 @@ NUMBERS = ["nan", "inf", "-inf", "-1", "0", "-0", "1e400", "1e-300", "1e9", "9" 
 PATHS = ["", " ", ".", "images", "run", "run/ckpt.pt", "C.npy", "C.npy/below", "nowhere",
          "nowhere/below", "/dev/full", "/dev/null", "n" * 300, "new.pt", "new.csv", "new.png",
          "new.safetensors", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", os.fsdecode(b"caf\xe9"),
-         os.fsdecode(b"caf\xe9.png"), "two\nlines", "-", "shape"]
+         os.fsdecode(b"caf\xe9.png"), "-", "shape"]
 GOOD = {"workers": ["0", "1"], "arch": ["vit_nano", "vit_tiny", "resnet18"],
         "preset": ["tiny", "cifar10-cpu"], "device": ["cpu", "cpu:0", "auto", "cuda", "mps"],
         "eps": ["0.1", "0,2", "0.025,0.5,1"], "panels": ["knn", "used"], "seeds": ["0", "3"],
@@ -138,8 +138,7 @@ def draw_case(seed, number):
     """The case of this number: a random command line if it is even, else a damaged file."""
     rng = random.Random(f"{seed} {number}")
     if number % 2:
-        damage = rng.choice(list(READERS))
-        tool, n = rng.choice(READERS[damage])
+        damage, tool, n = rng.choice([(p, *reader) for p in READERS for reader in READERS[p]])
         words = TOOLS[tool][2][n]
     else:
         tool, damage = rng.choice([*TOOLS, "train.py", "train.py", "eval_linear.py"]), ""
@@ -233,10 +232,14 @@ def damage(path, seed):
             old = f.read()
     elif path.endswith(".pt"):
         stored = torch.load(path, weights_only=True)
-        alter(stored, rng)
+        alter(stored["args"] if "args" in stored and rng.random() < 0.5 else stored, rng)
         torch.save(stored, path)
         return
-    elif path.endswith((".csv", ".json")):
+    elif path.endswith(".json"):
+        stored = json.loads(old)
+        alter(stored, rng)
+        old = json.dumps(stored, default=str).encode()
+    elif path.endswith(".csv"):
         words = re.split(r"([\w.]+)", old.decode())
         place = rng.randrange(1, len(words), 2)
         words[place] = rng.choice(["nan", "x", "-1", "1e999", "", "null", '"', "\n", ",", "[1]",
@@ -273,10 +276,10 @@ def alter(tree, rng):
 
 
 # ---- one case in a process of its own ----------------------------------------------------------
-def run_in_fork(work):
+def run_in_fork(work, encoding="utf-8"):
     """(exit code, output) of work() in a fork; the code is negative for a signal, None for a hang.
 
-    What work returns is the exit code, where it is a number.
+    What work returns is the exit code, where it is a number. encoding: of the terminal.
     """
     sys.stdout.flush()
     read_end, write_end = os.pipe()
@@ -285,6 +288,9 @@ def run_in_fork(work):
         code = 99
         try:
             os.setsid()  # so that the parent can end whatever it starts
+            for name, errors in ("stdout", "strict"), ("stderr", "backslashreplace"):
+                stream = io.TextIOWrapper(open(os.dup(write_end), "wb"), encoding, errors)
+                setattr(sys, name, stream)
             os.dup2(write_end, 1)
             os.dup2(write_end, 2)
             code = work()
@@ -317,9 +323,6 @@ def call(case, folder):
     os.chdir(folder)
     sys.argv = [case.tool]
     bench.race = race_without_processes
-    for name, fd, errors in ("stdout", 1, "strict"), ("stderr", 2, "backslashreplace"):
-        stream = io.TextIOWrapper(open(fd, "wb"), case.encoding, errors, line_buffering=True)
-        setattr(sys, name, stream)
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     if case.largest_file:
@@ -378,7 +381,7 @@ def run_case(case, template):
         if case.damage:
             run_in_fork(lambda: damage(os.path.join(folder, case.damage), case.seed))
         before = contents(folder)
-        code, output = run_in_fork(lambda: call(case, folder))
+        code, output = run_in_fork(lambda: call(case, folder), case.encoding)
         return what_is_wrong(case, code, output, before, contents(folder)), output
 
 

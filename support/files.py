@@ -59,29 +59,35 @@ def locked(out):
         with open(path, "x") as f:  # looks and creates in one operation
             f.write(text)
     except FileExistsError:
-        owner = {}
-        with contextlib.suppress(ValueError, OSError), open(path) as f:
-            owner = json.load(f)
-        here = owner.get("host") == host
-        if not here or owner["pid"] != os.getpid() and is_alive(owner["pid"]):
-            pid, where, since = (owner.get(k, "?") for k in ("pid", "host", "time"))
+        pid, where, since = owner_of(path)
+        may_live = not isinstance(pid, int) or pid != os.getpid() and is_alive(pid)
+        if where != host or may_live:
             raise ValueError(f"--out {out} is in use by process {pid} on {where} since {since}; "
                              f"if that run is gone, delete {path}") from None
-        print(f"took over {path}: process {owner['pid']} of {owner['time']} is gone", flush=True)
+        print(f"took over {path}: process {pid} of {since} is gone", flush=True)
         write(path, lambda f: f.write(text.encode()))
     try:
         yield
     finally:
-        with contextlib.suppress(OSError), open(path) as f:
+        with contextlib.suppress(OSError), open(path, **TEXT) as f:
             if f.read() == text:
                 os.remove(path)
+
+
+def owner_of(path):
+    """(process, host, time) that a lock names; "?" for what it lacks, all three if it is damaged.
+    """
+    owner = {}
+    with contextlib.suppress(ValueError, OSError), open(path, **TEXT) as f:
+        owner = json.load(f)
+    return [owner.get(k, "?") if isinstance(owner, dict) else "?" for k in ("pid", "host", "time")]
 
 
 def is_alive(pid):
     """Whether a process with this number runs on this host."""
     try:
         os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: no process has so large a number
         return False
     except PermissionError:  # another user's
         pass
