@@ -347,6 +347,28 @@ def test_a_folder_with_a_damaged_lock_is_refused(text, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["lock"]
 
 
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(b"step,", b"stop,", 1), lambda text: text.replace(b"\n2,", b"\nx,"),
+    lambda text: text.replace(b"\n2,", b"\n2,\xff"), lambda text: text.replace(b"\n2,", b"\n2,x"),
+    lambda text: text.replace(b"\n2,", b"\n2" + 99 * b",1")])
+def test_a_damaged_log_is_named_and_stays(change, tmp_path, capsys):
+    train_tiny(tmp_path, "--stop-at", "4")
+    damaged = change((tmp_path / "log.csv").read_bytes())
+    (tmp_path / "log.csv").write_bytes(damaged)
+    sentence = sentence_of_refusal(capsys, tmp_path, "--resume")
+    assert f"{tmp_path / 'log.csv'} is damaged; move it away" in sentence
+    assert (tmp_path / "log.csv").read_bytes() == damaged
+    os.remove(tmp_path / "log.csv")
+    train_tiny(tmp_path, "--resume")
+    assert read_log(tmp_path)[-1]["step"] == "6"
+
+
+def test_a_run_that_diverges_without_a_loss_that_shows_it_is_one_sentence(tmp_path, capsys):
+    sentence = sentence_of_refusal(capsys, tmp_path, "--weight-decay", "4e9", "--steps", "4",
+                                   "--eval-every", "4")
+    assert "not finite" in sentence and "lower --lr" in sentence
+
+
 def test_a_number_that_no_process_can_have_is_of_a_dead_one(tmp_path, capsys):
     write_lock(tmp_path, socket.gethostname(), 10 ** 30)
     train_tiny(tmp_path, "--stop-at", "1")
