@@ -107,10 +107,10 @@ GOOD = {"workers": ["0", "1"], "arch": ["vit_nano", "vit_tiny", "resnet18"],
         "preset": ["tiny", "cifar10-cpu"], "device": ["cpu", "cpu:0", "auto", "cuda", "mps"],
         "eps": ["0.1", "0,2", "0.025,0.5,1"], "panels": ["knn", "used"], "seeds": ["0", "3"],
         "kills": ["0", "1"], "longest": ["0.1"], "reps": ["1"], "bank": ["20", "40"],
-        "protocol": ["lbfgs"], "table": ["A2"], "items": ["gmm", "unique"], "checkpoint": ["run"]}
-COSTLY = {"compile", "paper", "step_flags", "steps_flags", "out"}  # never drawn
+        "protocol": ["lbfgs"]}
+COSTLY = {"compile", "paper", "step_flags"}  # flags that are never drawn
 SIZES = {"num_prototypes", "bottleneck_dim", "head_hidden", "img_size", "local_size", "layers",
-         "K", "D", "N", "V", "B", "P", "unique", "queries", "batch"}  # no huge ones
+         "K", "D", "N", "V", "B", "P", "unique", "queries", "batch"}  # flags without huge values
 
 
 @dataclass

@@ -36,8 +36,8 @@ def read_environment(variables):
         raise ValueError(f"RANK={rank} in the environment must be below WORLD_SIZE={world}")
     port = variables.get("MASTER_PORT", "")
     if world > 1 and not variables.get("MASTER_ADDR"):
-        raise ValueError(f"WORLD_SIZE={world} in the environment needs MASTER_ADDR and MASTER_PORT, "
-                         "as torchrun sets them")
+        raise ValueError(f"WORLD_SIZE={world} in the environment needs MASTER_ADDR and "
+                         "MASTER_PORT, as torchrun sets them")
     if world > 1 and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2 ** 16):
         raise ValueError(f"MASTER_PORT={port!r} in the environment is not the number of a port")
     return list(numbers.values())

@@ -3,9 +3,9 @@ Pictures of prototype sets: Fig. 1 (where they lie), Fig. 3a (unique against eps
 training), the table of an ablation, and images per prototype.
 
 Every function gets plain numbers and the name of the picture file. It raises ValueError where
-matplotlib is missing, and OSError where the file cannot be written. The colours are those of Okabe and Ito, which
-the colour-blind can tell apart; lines and markers differ too, for black and white print.
-matplotlib is imported inside the functions, so that nothing else needs it.
+matplotlib is missing, and OSError where the file cannot be written. The colours are those of Okabe
+and Ito, which the colour-blind can tell apart; lines and markers differ too, for black and white
+print. matplotlib is imported inside the functions, so that nothing else needs it.
 """
 import itertools
 import math

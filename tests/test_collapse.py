@@ -611,8 +611,8 @@ def test_names_that_are_not_utf_8_are_printed_and_written_with_escapes(tmp_path)
     """Also where the terminal is not UTF-8: the table of counts has a plus-minus sign."""
     name = os.fsdecode(b"caf\xe9.npy")
     np.save(tmp_path / name, randn(4, 3).numpy())
-    done = subprocess.run([sys.executable, os.path.join(HERE, "collapse.py"), name, "--csv", "o.csv"],
-                          cwd=tmp_path, capture_output=True, text=True,
+    command = [sys.executable, os.path.join(HERE, "collapse.py"), name, "--csv", "o.csv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not done.stderr
     assert "caf\\udce9.npy" in done.stdout and "\\xb1" in done.stdout
