@@ -485,7 +485,14 @@ def completed(old):
 
 
 def differences(old, new):
-    """Flags that change what is computed and differ between two runs' args: ["--lr 1 -> 2"]."""
+    """Flags that change what is computed and differ between two runs' args: ["--lr 1 -> 2"].
+
+    A value that a flag cannot have, as in a damaged file, differs from any.
+    """
     old = vars(completed(old))
-    changed = [k for k, v in new.items() if k not in FREE and old.get(k) != v]
+    flags = {action.dest: action for action in parser()._actions}
+
+    def same(k):
+        return (k not in flags or could_be(old.get(k), flags[k])) and old.get(k) == new[k]
+    changed = [k for k in new if k not in FREE and not same(k)]
     return [f"--{k.replace('_', '-')} {old.get(k)} -> {new[k]}" for k in changed]

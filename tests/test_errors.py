@@ -149,6 +149,14 @@ def test_values_of_a_damaged_args_json_have_the_types_of_their_flags(flag, value
     assert config.could_be(value, action) is fits
 
 
+@pytest.mark.parametrize("value", [torch.zeros(0), torch.zeros(2), [torch.zeros(2)], "x", None, {}])
+def test_a_value_that_a_flag_cannot_have_differs_from_any(value):
+    new = vars(config.parse(["--device", "cpu"]))
+    change, = config.differences(new | {"lr": value}, new)
+    assert change.startswith("--lr ") and change.endswith(" -> 0.018")
+    assert config.differences(new, new) == []
+
+
 # ---- errors ------------------------------------------------------------------------------------
 def leave(error, out=None):
     """The exit code of a command in which this error happens."""
