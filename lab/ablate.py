@@ -344,7 +344,12 @@ def mean(results, column, digits):
 def deviation(results, column, digits):
     """Standard deviation over the results that have the column, as text; "" for fewer than two."""
     values = [float(result[column]) for result in results if result.get(column)]
-    return f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{spread(values):.{digits}f}" if len(values) > 1 else ""
+
+
+def spread(values):
+    """Standard deviation of at least two numbers; nan where one is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def table(name, results):
@@ -410,7 +415,7 @@ def verdict(rows):
         line("(a) the default length gains on a third of it, or loses at most 0.5 points",
              {s: difference(default[s][:len(third[s])], third[s]) for s in SYSTEMS}, least=-0.5),
         line("(b) standard deviation over seeds at most 1.5 points",
-             {s: statistics.stdev(default[s]) if len(default[s]) > 1 else None
+             {s: spread(default[s]) if len(default[s]) > 1 else None
               for s in SYSTEMS}, most=1.5),
         line("(c) at least 20 points above raw pixels and the untrained backbone",
              {s: difference(default[s], controls[s]) for s in SYSTEMS}, least=20),

@@ -280,6 +280,15 @@ def test_a_csv_of_others_or_a_damaged_one_is_named(change, words, tmp_path, caps
     assert (tmp_path / "A2.csv").read_text() == damaged and len(os.listdir(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
+def test_a_number_that_is_not_finite_is_shown_as_such(value, tmp_path, capsys):
+    file, (row, _) = str(tmp_path / "A2.csv"), ablate.TABLES["A2"][1][0]
+    ablate.add(file, [result(row, 0, 50)], result(row, 1, value))
+    ablate.main(["A2", "--show", "--results", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert f"| {row} | 2 | {float(value)} |" in text and "| ± sd | | nan |" in text
+
+
 def test_rows_of_an_earlier_table_stay_in_the_file_and_are_not_shown(tmp_path, capsys):
     file, (row, _) = str(tmp_path / "A2.csv"), ablate.TABLES["A2"][1][0]
     ablate.add(file, [], result("of old", 0, 50, "--steps 3"))
