@@ -204,9 +204,10 @@ PRINTS = "from support import errors\nwith errors.one_sentence('tool'):\n    pri
 
 
 def test_full_standard_output_is_one_line():
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # written at the end
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", PRINTS], stdout=full, text=True, cwd=ROOT,
-                              stderr=subprocess.PIPE)
+                              stderr=subprocess.PIPE, env=env)
     assert done.returncode == 2 and done.stderr == "tool: error: No space left on device\n"
 
 
