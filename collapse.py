@@ -191,6 +191,12 @@ def load_prototypes(path, key=None):
 
 
 # ---- the command line ---------------------------------------------------------------------------
+# (what a value must be, test, flags)
+RANGES = [
+    ("lie in [0, 1000]", lambda v: 0 <= v <= 1000, ["orders"]),
+    ("be a share in [0, 1]", lambda v: 0 <= v <= 1, ["fail_below"]),
+    ("not be negative", lambda v: v >= 0, ["seed"]),
+]
 SWEEP = [round(.025 * i, 3) for i in range(21)]  # Fig. 3a: eps from 0 to 0.5
 QUANTILES = (.01, .25, .5, .75, .99)  # of the cosine to the nearest neighbour
 
@@ -286,32 +292,43 @@ def parser():
 
 
 def main(argv=None):
-    """`python collapse.py --help`. Returns the exit code: 0, 1 (--fail-below) or 2 (bad input)."""
+    """`python collapse.py --help`. Returns the exit code, 0 or 1 (--fail-below). Bad input: one
+    sentence on stderr and exit code 2."""
+    from support.errors import one_sentence
     args = parser().parse_args(argv)
-    try:
+    with one_sentence("collapse.py"):
         return measure(args)
-    except (ValueError, OSError) as error:
-        print(f"collapse.py: {error}", file=sys.stderr)
-        return 2
 
 
-def measure(args):
-    """Measure every set and run; print, write and draw what args ask for. Returns the exit code."""
-    from support import report
+def check(args):
+    """The --eps of args as a list; ValueError, before the long work, for flags that cannot be."""
+    from support.flags import check_files, check_values
+    check_values(args, RANGES)
     try:
         eps_list = valid_eps([float(word) for word in args.eps.split(",")])
     except ValueError:
         message = f"--eps {args.eps} is not a list of numbers in [0, 2], as in 0.025,0.5"
         raise ValueError(message) from None
-    if args.fail_below is not None and not 0 <= args.fail_below <= 1:
-        raise ValueError(f"--fail-below {args.fail_below} must be a share in [0, 1]")
+    check_files(args, "csv", "assign", "montage", "plot", *["json"] * (args.json != "-"))
+    if args.plot or args.montage:
+        from support import plots
+        plots.check_files(args.plot, args.montage)
     if (args.assign or args.montage) and (not args.data or len(args.paths) > 1):
         raise ValueError("--assign and --montage need --data and exactly one run")
     if args.panels and (not args.plot or args.picture in ("sweep", "fig1")):
         raise ValueError("--panels needs --plot FILE, and only --picture training has panels")
+    return eps_list
+
+
+def measure(args):
+    """Measure every set and run; print, then write and draw, what args ask for. Returns the exit
+    code."""
+    from support import report
+    eps_list = check(args)
     result = {"runs": [], "sets": [], "data": {}}
     logs = []  # [(run, evaluated rows of its log.csv)]
     prototypes = {}  # {label: (K, D)}
+    assigned = None  # assign.assign_images of the last run
     for path, name in zip(args.paths, report.short_names(args.paths)):
         log = report.read_log(path)
         has_checkpoint = os.path.isfile(os.path.join(path, "ckpt.pt"))
@@ -328,15 +345,13 @@ def measure(args):
             about = {"label": label, "file": path, "set": which, "several": len(sets) > 1}
             result["sets"].append(describe_set(C, about, eps_list, args))
         if args.data:
-            result["data"][name] = describe_images(path, eps_list, args)
-    if args.json:
-        report.write_json(result, args.json)
-    if args.csv:
-        report.write_csv(result["sets"], args.csv)
-    if args.json != "-":
+            from support import assign
+            assigned = assign.assign_images(path, args.data, usage)
+            result["data"][name] = assign.summary(assigned)
+    if args.json == "-":
+        print(report.json_text(result))
+    else:
         report.show(result)
-    if args.plot:
-        draw(args, logs, result["sets"], prototypes)
     code = 0
     for one in result["sets"]:
         for eps, e in one["eps"].items():
@@ -344,6 +359,17 @@ def measure(args):
                 print(f"collapse.py: {one['label']}: unique({eps:g}) is {e['share']:.4f}, below "
                       f"{args.fail_below:g}", file=sys.stderr)
                 code = 1
+    # the numbers are out: from here on a full disk costs none of them
+    if args.json and args.json != "-":
+        report.write_text(report.json_text(result), args.json)
+    if args.csv:
+        report.write_text(report.csv_text(result["sets"]), args.csv)
+    if args.assign:
+        report.write_text(assign.csv_text(assigned), args.assign)
+    if args.montage:
+        assign.draw_montage(assigned, *largest_group(assigned.C, eps_list), args.montage)
+    if args.plot:
+        draw(args, logs, result["sets"], prototypes)
     return code
 
 
@@ -357,18 +383,6 @@ def describe_set(C, about, eps_list, args):
     random = describe_random(M, one["D"], tuple(eps_list), args.orders, args.seed)
     verdicts = [verdict(e["share"], M, one["D"], eps) for eps, e in random["eps"].items()]
     return one | about | {"random": random, "verdict": verdicts}
-
-
-def describe_images(path, eps_list, args):
-    """Assign the images --data to the prototypes of the run `path`, and write the files that
-    --assign and --montage name. -> plain numbers, see support.assign.summary."""
-    from support import assign
-    assigned = assign.assign_images(path, args.data, usage)
-    if args.assign:
-        assign.write_csv(assigned, args.assign)
-    if args.montage:
-        assign.draw_montage(assigned, *largest_group(assigned.C, eps_list), args.montage)
-    return assign.summary(assigned)
 
 
 def largest_group(C, eps_list):

@@ -6,7 +6,6 @@ over it the command line. A preset holds only what differs from the defaults. Gr
 """
 import argparse
 import json
-import math
 import os
 
 import torch
@@ -17,6 +16,7 @@ import losses
 import models
 import views
 from support import ddp
+from support.flags import check_values
 
 # python train.py: 3 minutes on 2 CPU cores; docs and README show its numbers
 PRESETS = {"tiny": {}}
@@ -296,7 +296,7 @@ def parse(argv=None, script="train.py"):
     complete(args)
     check(args, p.error)
     args.device = device(args, p.error)
-    args.resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    args.resume = args.resume or ddp.RESTARTS > 0
     args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
     if args.method == "carl":
         args.partition_size = args.num_prototypes
@@ -367,12 +367,17 @@ def flags_of_run(out):
 
 def could_be(value, action):
     """Whether a value from a file has the form that a flag, an argparse action, has."""
-    if value == action.default:
-        return True
+    if value is None:
+        return action.default is None
     if isinstance(action.default, list):
         return (isinstance(value, list) and len(value) == len(action.default)
-                and all(isinstance(v, (int, float)) for v in value))
-    return isinstance(value, (int, float, str)) and (not action.choices or value in action.choices)
+                and all(isinstance(v, (int, float)) for v in value))  # all such flags are floats
+    kinds = {int: int, float: (int, float), None: str}
+    is_switch = isinstance(action.default, bool) or action.nargs == 0
+    kind = bool if is_switch else kinds[action.type]
+    if not isinstance(value, kind) or isinstance(value, bool) and not is_switch:
+        return False
+    return not action.choices or value in action.choices
 
 
 def complete(args):
@@ -388,19 +393,20 @@ def complete(args):
     default("kp_weight", 0.1 if args.prototypes == "kp" else 0.0)
 
 
-# (what a value must be, test, flags)
+# (what a value must be, test, flags); see support/flags.py
 RANGES = [
     ("be at least 1", lambda v: v >= 1,
      ["num_prototypes", "partition_size", "batch_size", "bottleneck_dim", "head_hidden",
       "patch_size", "img_size", "local_size", "accum", "log_every", "eval_every", "eval_bank",
       "eval_queries", "steps", "stop_at", "save_every", "keep_every"]),
-    ("be positive", lambda v: 0 < v < math.inf,
+    ("be positive", lambda v: v > 0,
      ["epochs", "lr", "logit_scale", "var_floor", "student_temp", "teacher_temp", "live_patience",
       "std"]),
-    ("not be negative", lambda v: 0 <= v < math.inf,
-     ["local_crops", "workers", "seed", "warmup_epochs", "min_lr", "weight_decay",
-      "weight_decay_end", "clip_grad", "gmm_start", "eta_a", "kp_weight", "freeze_prototypes",
-      "teacher_temp_epochs", "live_apart"]),
+    ("not be negative", lambda v: v >= 0,
+     ["seed", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad",
+      "gmm_start", "eta_a", "kp_weight", "freeze_prototypes", "teacher_temp_epochs", "live_apart",
+      "jitter"]),
+    ("lie in [0, 1000]", lambda v: 0 <= v <= 1000, ["local_crops", "workers"]),
     ("lie in [0, 1]", lambda v: 0 <= v <= 1,
      ["jitter_p", "gray", "momentum", "blur", "solarize", "beta", "mean"]),
     ("lie in [0, 1)", lambda v: 0 <= v < 1, ["resurrect", "drop_path"]),
@@ -412,13 +418,10 @@ RANGES = [
 
 def check(args, error):
     """Rules of the flags; error(sentence) does not return."""
-    for must, test, names in RANGES:
-        for name in names:
-            value = getattr(args, name)
-            values = value if isinstance(value, list) else [value]
-            if value is not None and not all(map(test, values)):
-                given = " ".join(map(str, values))
-                error(f"--{name.replace('_', '-')} must {must}, got {given}")
+    try:
+        check_values(args, RANGES)
+    except ValueError as sentence:
+        error(sentence)
     K, batch = args.num_prototypes, args.batch_size
     if args.prototypes == "vmf" and args.method != "dino":
         error("--prototypes vmf has concentrations in units of DINO's temperatures; "
@@ -432,9 +435,8 @@ def check(args, error):
         if not 0 < lo <= hi <= 1:
             error(f"--{name.replace('_', '-')} needs 0 < LO <= HI <= 1, got {lo} {hi}")
     b, c, s, h = args.jitter
-    if min(b, c, s, h) < 0 or h > 0.5:
-        error("--jitter needs values of at least 0 and a hue of at most 0.5, "
-              f"got {b} {c} {s} {h}")
+    if h > 0.5:
+        error(f"--jitter needs a hue of at most 0.5, got {b} {c} {s} {h}")
     if args.method == "carp" and K % args.partition_size:
         error(f"--num-prototypes {K} must be a multiple of --partition-size {args.partition_size}")
     if args.method == "carp" and args.partition_size == 1:
@@ -447,10 +449,9 @@ def check(args, error):
                       f"--patch-size {args.patch_size}")
     if args.arch == "vit_nano" and args.patch_size != 8:
         error(f"--arch vit_nano has a stem of patch size 8, got --patch-size {args.patch_size}")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if batch % (args.accum * world):
-        error(f"--batch-size {batch} must be a multiple of --accum {args.accum} times {world} "
-              "processes")
+    if batch % (args.accum * ddp.WORLD):
+        error(f"--batch-size {batch} must be a multiple of --accum {args.accum} times "
+              f"{ddp.WORLD} processes")
     if args.head_bn and batch // args.accum < 2:
         error(f"--batch-size {batch} over --accum {args.accum} leaves one image, too few for "
               "--head-bn")
@@ -473,6 +474,10 @@ def device(args, error):
         error(f"--device must be auto, cpu, cuda or mps, got {name}")
     if not available[kind]:
         error(f"--device {name}: torch {torch.__version__} finds no such device here")
+    try:
+        torch.empty(0, device=name)  # it may have a number, as in cuda:1
+    except (RuntimeError, AssertionError):
+        error(f"--device {name} does not work here")
     if kind == "mps" and has_mixture:
         error(f"--device mps has no float64, which --prototypes {args.prototypes} needs; use "
               "--device cpu")
@@ -487,7 +492,14 @@ def completed(old):
 
 
 def differences(old, new):
-    """Flags that change what is computed and differ between two runs' args: ["--lr 1 -> 2"]."""
+    """Flags that change what is computed and differ between two runs' args: ["--lr 1 -> 2"].
+
+    A value that a flag cannot have, as in a damaged file, differs from any.
+    """
     old = vars(completed(old))
-    changed = [k for k, v in new.items() if k not in FREE and old.get(k) != v]
+    flags = {action.dest: action for action in parser()._actions}
+
+    def same(k):
+        return (k not in flags or could_be(old.get(k), flags[k])) and old.get(k) == new[k]
+    changed = [k for k in new if k not in FREE and not same(k)]
     return [f"--{k.replace('_', '-')} {old.get(k)} -> {new[k]}" for k in changed]

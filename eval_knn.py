@@ -28,6 +28,8 @@ CHUNK = 512  # queries whose similarities to the whole bank are in memory at a t
 # On one CPU core: 2,000 queries in 10,000 images take 0.12 s here and 0.17 s there; 2,000 in 50,000
 # take 1.5 s and 0.7 s; 1,000 in 300,000 take 8 s and 5 s, and here the memory grows with N.
 PLAIN_UP_TO = 2**26
+# (what a value must be, test, flags)
+RANGES = [("be at least 1", lambda v: v >= 1, ["k", "patch_size"])]
 
 
 # ---- the classifier ------------------------------------------------------------------------------
@@ -196,13 +198,13 @@ def winners(path, images, device="cpu"):
 
 # ---- command line --------------------------------------------------------------------------------
 
-def parse(argv):
+def parser():
     from support import evaluation
-    parser = argparse.ArgumentParser(
-        description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).",
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    evaluation.add_common_flags(parser)
-    add = parser.add_argument
+    p = argparse.ArgumentParser(
+        "eval_knn.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).")
+    evaluation.add_common_flags(p)
+    add = p.add_argument
     add("--patch-size", type=int, metavar="PX",
         help="refuse a ViT of other patches; None: as in the file")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
@@ -211,13 +213,13 @@ def parse(argv):
         help="temperature of a neighbour's vote exp(similarity / T)")
     add("--leave-one-out", action="store_true",
         help="each training image against all others, where there is no test split")
-    return parser.parse_args(argv)
+    return p
 
 
 def evaluate(flags):
     """What main does once the flags are parsed."""
     from support import evaluation, groups
-    evaluation.check_common_flags(flags)
+    evaluation.check_common_flags(flags, RANGES)
     check_votes(flags.k, flags.T)
     backbone, args = evaluation.open_backbone(flags, flags.patch_size)
     name, train, test, own = evaluation.open_images(flags, args)
@@ -318,9 +320,9 @@ def main(argv=None):
     "guess": groups.report}, "prototypes": groups.prototype_share of a long-tailed bank or None,
     "which", "T", "data", "train", "test" (numbers of images)}.
     """
-    from support import evaluation
-    flags = parse(argv)
-    with evaluation.errors_as_sentences("eval_knn.py"):
+    from support.errors import one_sentence
+    flags = parser().parse_args(argv)
+    with one_sentence("eval_knn.py"):
         return evaluate(flags)
 
 

@@ -24,6 +24,7 @@ from support import evaluation
 from support import groups
 from support import probes
 from support import transfer
+from support.errors import one_sentence
 from support.features import POOLS, embed, width
 from views import Recipe, batches, indices
 
@@ -38,6 +39,13 @@ PROTOCOL_FLAGS = {
     "lr": ("sgd", (0.001, 0.01, 0.1, 0.3)),
     "workers": ("sgd", 0),
 }
+# (what a value must be, test, flags)
+RANGES = [
+    ("be at least 1", lambda v: v >= 1, ["layers", "steps", "epochs"]),
+    ("be above 0", lambda v: v > 0, ["lr"]),
+    ("not be negative", lambda v: v >= 0, ["weight_decay", "seed"]),
+    ("lie in [0, 1000]", lambda v: 0 <= v <= 1000, ["workers"]),
+]
 
 
 def default_feature(protocol, backbone):
@@ -171,12 +179,13 @@ def percent(metric, out, y):
 
 # ---- command line --------------------------------------------------------------------------------
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description="Linear probes of frozen features.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    evaluation.add_common_flags(parser)
-    add = parser.add_argument
+def parser():
+    p = argparse.ArgumentParser(
+        "eval_linear.py", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Linear probes of frozen features.")
+    evaluation.add_common_flags(p)
+    add = p.add_argument
     add("--protocol", choices=["lbfgs", "grid", "sgd", "transfer"], default="lbfgs",
         help="whose rules: Fig. 4b, Table 3, Table 2 or Table 4")
     add("--layers", type=int, metavar="N",
@@ -197,26 +206,19 @@ def parse(argv):
         help="sgd: processes that decode images on disk; None: 0")
     add("--seed", type=int, default=0,
         help="of heads and crops; splits are the same for every seed")
-    return parser.parse_args(argv)
+    return p
 
 
 def check_flags(flags):
     """ValueError, before the long work, for flags that cannot be. Sets the device, and the defaults
     of the flags that only the chosen protocol reads."""
-    evaluation.check_common_flags(flags)
+    evaluation.check_common_flags(flags, RANGES)
     for name, (protocol, default) in PROTOCOL_FLAGS.items():
         if getattr(flags, name) is None:
             setattr(flags, name, default)
         elif flags.protocol != protocol:
             raise ValueError(f"--{name.replace('_', '-')} is read by --protocol {protocol} alone, "
                              f"not {flags.protocol}")
-    for name in ("epochs", "steps"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(flags, name)}")
-    if not 0 < min(flags.lr) <= max(flags.lr) < float("inf"):
-        raise ValueError(f"--lr must be above 0 and finite, got {' '.join(map(str, flags.lr))}")
-    if not 0 <= flags.weight_decay < float("inf"):
-        raise ValueError(f"--weight-decay must be at least 0 and finite, got {flags.weight_decay}")
 
 
 def open_images(flags, args):
@@ -347,8 +349,8 @@ def main(argv=None):
     groups.report, or {"map11"}}, "note", "data", "train", "test" (numbers of images), "layers",
     "pool", "weights": hash of the backbone}.
     """
-    flags = parse(argv)
-    with evaluation.errors_as_sentences("eval_linear.py"):
+    flags = parser().parse_args(argv)
+    with one_sentence("eval_linear.py"):
         return evaluate(flags)
 
 

@@ -31,8 +31,9 @@ import torch
 
 import config
 from support import plots
-from support.evaluation import errors_as_sentences
-from support.files import write
+from support.errors import one_sentence
+from support.files import TEXT, write
+from support.flags import check_values
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -183,9 +184,8 @@ def folder(args, run, block):
 def train(args, run, out, block):
     """One run to its end, in the folder `out`. Returns what the file holds of it, {field: value}.
 
-    ValueError if the run fails, or the folder holds a run that its command would not make.
+    ValueError if the run fails.
     """
-    refuse_another_run(run, out)
     command = [sys.executable, *command_line(run, out), "--resume"]
     code = subprocess.run(command, cwd=ROOT).returncode
     if code:
@@ -202,45 +202,57 @@ def refuse_another_run(run, out):
     """ValueError if `out` holds a run of another script or with other flags.
 
     --resume takes the flags of the folder, and the table would then name flags that did not run.
+    Flags that cannot be end the process, as they do in the run's own script.
     """
-    path = os.path.join(out, "args.json")
-    if not os.path.exists(path):
-        return
-    with open(path) as f:
-        old = json.load(f)
+    old = read_args(out) if os.path.exists(os.path.join(out, "args.json")) else {}
     script = old.get("script", "train.py")
-    if script != run.script:
+    if old and script != run.script:
         raise ValueError(f"{out} holds a run of {script}, not of {run.script}; move it away")
     parse = config.parse
-    if script != "train.py":  # a script with flags of its own has its own `parse`
-        parse = getattr(importlib.import_module(module_of(script)), "parse", config.parse)
+    if run.script != "train.py":  # a script with flags of its own has its own `parse`
+        parse = getattr(importlib.import_module(module_of(run.script)), "parse", config.parse)
     new = vars(parse(run.flags))
     old = {flag: value for flag, value in old.items() if flag in new}
-    if changed := config.differences(old, new):
+    if old and (changed := config.differences(old, new)):
         raise ValueError(f"{out} holds a run with other flags ({', '.join(changed)}); move it away")
+
+
+def read_args(out):
+    """The flags of the run in the folder `out`, from its args.json; ValueError if it is damaged."""
+    path = os.path.join(out, "args.json")
+    try:
+        with open(path, **TEXT) as f:
+            args = json.load(f)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(args, dict):
+        raise ValueError(f"{path} does not hold the flags of a run")
+    return args
 
 
 def last_evaluation(out):
     """The last evaluation in the log of a finished run, and the controls in its row of step 0."""
-    log = read(os.path.join(out, "log.csv"))
-    with open(os.path.join(out, "args.json")) as f:
-        args = json.load(f)
+    columns = [column for column, _, _ in MEASURES] + ["ceiling_0.025", "h_norm"]
+    log = read(os.path.join(out, "log.csv"), ["step", *columns])
     evaluated = [row for row in log if row["used"]]
     if not evaluated:
         raise ValueError(f"{out}/log.csv has no row of an evaluation")
-    last = evaluated[-1]
-    columns = [column for column, _, _ in MEASURES] + ["ceiling_0.025", "h_norm"]
+    last, args = evaluated[-1], read_args(out)
     return {column: last[column] for column in columns} | {
         "raw_knn": log[0].get("raw_knn", ""), "untrained_knn": log[0]["knn"], "steps": last["step"],
-        "torch": args["torch"], "data_version": args.get("data_version") or ""}
+        "torch": args.get("torch", ""), "data_version": args.get("data_version") or ""}
 
 
 def accuracy_of_groups(out):
     """k-NN (k 20) of head, medium and tail classes in the whole test split, by eval_knn.py."""
     command = [sys.executable, "eval_knn.py", out, "--k", "20", *GROUP_LIMITS]
-    subprocess.run(command, check=True, cwd=ROOT)
-    results = [row for row in read(os.path.join(out, "results.csv")) if row["result"] == "k=20"]
-    return {f"knn_{group}": results[-1][group] for group in ("head", "medium", "tail")}
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError(f"eval_knn.py of {out} failed")
+    file, groups = os.path.join(out, "results.csv"), ("head", "medium", "tail")
+    results = [row for row in read(file, ["result", *groups]) if row["result"] == "k=20"]
+    if not results:
+        raise ValueError(f"{file} has no row of k=20")
+    return {f"knn_{group}": results[-1][group] for group in groups}
 
 
 def hardware():
@@ -258,22 +270,61 @@ def hardware():
 
 
 # ---- the file and the printed table ------------------------------------------------------------
-def read(file):
-    """The rows of a csv file as dicts of text; none where there is no file."""
+def read(file, columns):
+    """The rows of a csv file as dicts of text; none where there is no file.
+
+    ValueError if it is no table, or lacks one of these columns.
+    """
     if not os.path.exists(file):
         return []
-    with open(file, newline="") as f:
-        return list(csv.DictReader(f))
+    try:
+        with open(file, newline="", **TEXT) as f:
+            table = csv.DictReader(f)
+            rows, there = list(table), table.fieldnames or []
+    except csv.Error as error:
+        raise ValueError(f"{file} is not a csv file: {error}") from None
+    lacking = [column for column in columns if column not in there]
+    if lacking:
+        raise ValueError(f"{file} lacks the column {lacking[0]}")
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{file} has rows with more or fewer cells than columns")
+    return rows
 
 
-def add(file, result):
-    """Write one more row into the file; the old file stays whole until the new one is."""
+def read_results(name, file):
+    """The rows of a table's file, as `add` wrote them; ValueError for another file."""
+    numbers = ["raw_knn", "untrained_knn", *[column for column, _, _ in measures(name)]]
+    results = read(file, ["row", "seed", "block", "steps", "hardware", "torch", "date", *numbers])
+    if results and not rows_of_table(name, results):
+        raise ValueError(f"{file} has no row of the table {name}")
+    for result in results:
+        for column in numbers:
+            try:
+                float(result[column] or 0)
+            except ValueError:
+                raise ValueError(f"{file}: {column} {result[column]!r} is no number") from None
+    return results
+
+
+def rows_of_table(name, results):
+    """The results of rows that the table has; a file may have more, of an earlier version of it."""
+    rows = [row for row, _ in TABLES[name][1]]
+    return [result for result in results if result["row"] in rows]
+
+
+def add(file, results, result):
+    """Write the results and one more; the old file stays whole until the new one is."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    writer = csv.DictWriter(text, FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*read(file), result])
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    write(file, lambda f: f.write(text.getvalue().encode()))
+    writer.writerows([*results, result])
+    write(file, lambda f: f.write(text.getvalue().encode(**TEXT)))
+
+
+def is_done(run, block, results):
+    """Whether the results hold this run with the flags `block` after --."""
+    done = {(result["row"], result["seed"], result["block"]) for result in results}
+    return (run.row, str(run.seed), block) in done
 
 
 def blocks(results):
@@ -293,12 +344,17 @@ def mean(results, column, digits):
 def deviation(results, column, digits):
     """Standard deviation over the results that have the column, as text; "" for fewer than two."""
     values = [float(result[column]) for result in results if result.get(column)]
-    return f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{spread(values):.{digits}f}" if len(values) > 1 else ""
+
+
+def spread(values):
+    """Standard deviation of at least two numbers; nan where one is not finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def table(name, results):
     """The Markdown text of a finished table, block by block."""
-    return "\n".join(line for block, rows in blocks(results).items()
+    return "\n".join(line for block, rows in blocks(rows_of_table(name, results)).items()
                      for line in lines_of_block(name, block, rows))
 
 
@@ -337,7 +393,7 @@ def verdict(rows):
     A claim that lacks a run says so.
     """
     def knn(row):
-        return [float(result["knn"]) for result in rows.get(row, [])]
+        return [float(result["knn"]) for result in rows.get(row, []) if result["knn"]]
 
     def line(claim, values, least=-math.inf, most=math.inf):
         if None in values.values():
@@ -350,7 +406,7 @@ def verdict(rows):
         return statistics.mean(a) - statistics.mean(b) if a and b else None
 
     third, default, three = ({s: knn(f"{s}, {length}") for s in SYSTEMS} for length in LENGTHS)
-    controls = {s: [max(float(r["raw_knn"]), float(r["untrained_knn"]))
+    controls = {s: [max(float(r["raw_knn"] or 0), float(r["untrained_knn"] or 0))
                     for r in rows.get(f"{s}, default length", [])] for s in SYSTEMS}
     # five seeds and three seeds are compared on those they share
     lines = [
@@ -359,7 +415,7 @@ def verdict(rows):
         line("(a) the default length gains on a third of it, or loses at most 0.5 points",
              {s: difference(default[s][:len(third[s])], third[s]) for s in SYSTEMS}, least=-0.5),
         line("(b) standard deviation over seeds at most 1.5 points",
-             {s: statistics.stdev(default[s]) if len(default[s]) > 1 else None
+             {s: spread(default[s]) if len(default[s]) > 1 else None
               for s in SYSTEMS}, most=1.5),
         line("(c) at least 20 points above raw pixels and the untrained backbone",
              {s: difference(default[s], controls[s]) for s in SYSTEMS}, least=20),
@@ -392,11 +448,12 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args, extra = parser().parse_args(argv[:end]), argv[end + 1:]
-    with errors_as_sentences("lab.ablate"):
+    with one_sentence("lab.ablate"):
         return ablate(args, extra)
 
 
 def ablate(args, extra):
+    check_values(args, [("not be negative", lambda v: v >= 0, ["seeds"])])
     if {"--seed", "--out", "--resume"} & set(extra):
         raise ValueError("--seed, --out and --resume are set for each run: use --seeds and --runs")
     names = [row for row, _ in TABLES[args.table][1]]
@@ -408,23 +465,28 @@ def ablate(args, extra):
     block = shlex.join(extra)
     todo = [run for run in runs(args.table, args.seeds, extra)
             if not args.rows or run.row in args.rows]
+    results = read_results(args.table, file)
     if args.dry_run:
         for run in todo:
             print(shlex.join(["python", *command_line(run, folder(args, run, block))]))
-        return read(file)
+        return results
     if not args.show:
+        for run in todo:  # all of them before the first one starts
+            if not is_done(run, block, results):
+                refuse_another_run(run, folder(args, run, block))
+        os.makedirs(args.results, exist_ok=True)
         for n, run in enumerate(todo, 1):
-            done = {(result["row"], result["seed"], result["block"]) for result in read(file)}
-            if (run.row, str(run.seed), block) not in done:
+            if not is_done(run, block, read_results(args.table, file)):
                 print(f"== {args.table} {n}/{len(todo)}: {run.row}, seed {run.seed}", flush=True)
-                add(file, train(args, run, folder(args, run, block), block))
-    results = read(file)
+                result = train(args, run, folder(args, run, block), block)
+                add(file, read_results(args.table, file), result)
+        results = read_results(args.table, file)
     if not results:
         raise ValueError(f"{file} holds no results yet")
     print("\n" + table(args.table, results))
     try:
         plots.ablation(names, blocks(results), measures(args.table), f"{file[:-4]}.png")
-    except ValueError as error:
+    except ValueError as error:  # no matplotlib
         print(f"no picture: {error}")
     return results
 

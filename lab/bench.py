@@ -15,6 +15,7 @@ import argparse
 import csv
 import ctypes
 import datetime
+import math
 import multiprocessing
 import os
 import platform
@@ -27,7 +28,9 @@ import time
 import torch
 
 from lab import contestants
-from support.evaluation import errors_as_sentences
+from support.backbones import choose_device
+from support.errors import one_sentence
+from support.flags import check_values
 from support.log import keep_freed_memory
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -44,6 +47,14 @@ SIZES = {  # name: (default, with --paper)
     "batch": (64, 64),  # images of a step of the item step
     "steps": (6, 6),  # of the item step; the item loop takes ten times as many
 }
+# (what a value must be, test, flags)
+RANGES = [
+    ("be at least 1", lambda v: v >= 1,
+     ["reps", "K", "D", "N", "B", "P", "unique", "queries", "batch"]),
+    ("be at least 2, as the teacher has two views", lambda v: v >= 2, ["V"]),
+    ("be at least 2, as the first step is not counted", lambda v: v >= 2, ["steps"]),
+    ("be at least 20, the neighbours of a query", lambda v: v >= 20, ["bank"]),
+]
 
 
 def with_sizes(options, **sizes):
@@ -100,10 +111,11 @@ def serve(pipe, item, way, options, threads):
     prepare = getattr(contestants, item)
     # a first call at small sizes loads the libraries, whose memory and time belong to nobody's turn
     small = with_sizes(options, K=2 * options.P, N=8, B=2, unique=64, bank=64, queries=8)
-    prepare(way, small)()
-    work = prepare(way, options)
-    while (trim := pipe.recv()) is not None:
-        pipe.send(turn(work, options.device, trim))
+    with one_sentence(f"lab.bench, {item}, {way}"):
+        prepare(way, small)()
+        work = prepare(way, options)
+        while (trim := pipe.recv()) is not None:
+            pipe.send(turn(work, options.device, trim))
 
 
 def race(item, ways, options, reps=None):
@@ -186,7 +198,7 @@ def bench_one_loss(item, name, ways, options):
         times, peaks = show(f"{name} loss, {'joint' if joint else 'decoupled'} prototypes: "
                             f"K {options.K}, {options.V} views x {options.B}", measured)
         verdict("time, ours / plain", ratio(times, "ours", "plain"), 1)
-        share = peaks["ours"] / peaks["plain"]
+        share = peaks["ours"] / peaks["plain"] if peaks["plain"] else math.inf
         if joint:
             gradient = options.K * options.D * 4 / 2 ** 20
             print(f"    memory, ours / plain {share:.3g}   (the gradient of C, which both return, "
@@ -232,8 +244,9 @@ def train(*flags, processes=1, threads=None):
         command = [sys.executable, *launcher, os.path.join(ROOT, "train.py"), "--out", out, *flags]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         if done.returncode:
+            words = (done.stderr.strip() or "without a word").splitlines()[-1]
             raise ValueError(f"train.py {' '.join(flags)} ended with exit code {done.returncode}: "
-                             f"{done.stderr[-500:]}")
+                             f"{words}")
         with open(os.path.join(out, "log.csv"), newline="") as f:
             rows = [row for row in csv.DictReader(f) if row["loss"]]
         ckpt = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
@@ -316,7 +329,7 @@ ITEMS = {"gmm": bench_gmm, "loss": bench_loss, "step": bench_step, "unique": ben
 
 
 def parser():
-    p = argparse.ArgumentParser("python -m lab.bench", description=__doc__,
+    p = argparse.ArgumentParser("python -m lab.bench", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("items", nargs="*", help=f"of {', '.join(ITEMS)}; none: all")
     p.add_argument("--paper", action="store_true", help="the paper's sizes")
@@ -333,15 +346,17 @@ def parser():
 def main(argv=None):
     """Run the items. Bad input is one sentence on stderr and exit code 2."""
     options = parser().parse_args(argv)
-    with errors_as_sentences("lab.bench"):
+    with one_sentence("lab.bench"):
         for item in options.items:
             if item not in ITEMS:
                 raise ValueError(f"{item} is none of the items {', '.join(ITEMS)}")
         for name, (default, paper) in SIZES.items():
             if getattr(options, name) is None:
                 setattr(options, name, paper if options.paper else default)
+        check_values(options, RANGES)
         if options.K % options.P:
             raise ValueError(f"--K {options.K} must be a multiple of --P {options.P}")
+        options.device = choose_device(options.device)
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
               f"{torch.get_num_threads()} threads, {options.device}, torch {torch.__version__}, "
               f"{datetime.date.today()}")

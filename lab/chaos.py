@@ -25,12 +25,18 @@ import torch
 from torchvision.utils import save_image
 
 import train
+from support.errors import one_sentence
+from support.flags import check_values
 
 SPEED = ("images_per_s", "data_share", "memory_mb")  # columns of log.csv that differ between runs
 FLAGS = ["--device", "cpu", "--batch-size", "8", "--num-prototypes", "32", "--partition-size", "8",
          "--bottleneck-dim", "16", "--head-hidden", "32", "--local-crops", "1",
          "--eval-bank", "40", "--eval-queries", "6", "--gmm-start", "5",
          "--log-every", "7", "--eval-every", "25", "--save-every", "1"]
+# (what a value must be, test, flags)
+RANGES = [("not be negative", lambda v: v >= 0, ["kills", "seed"]),
+          ("be at least 1", lambda v: v >= 1, ["steps"]),
+          ("be at least 0.02", lambda v: v >= 0.02, ["longest"])]
 
 
 # ---- a run in a process of its own -------------------------------------------------------------
@@ -180,7 +186,7 @@ def disturb(args, flags, base, undisturbed):
 
 
 def parser():
-    p = argparse.ArgumentParser("python -m lab.chaos", description=__doc__,
+    p = argparse.ArgumentParser("python -m lab.chaos", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=50, help="how often; 50 by default")
     p.add_argument("--steps", type=int, default=300, help="length of the run; 300 by default")
@@ -191,8 +197,15 @@ def parser():
 
 
 def main(argv=None):
-    """Exit code 0 if every run went on and equals the undisturbed one, 1 if not."""
+    """Exit code 0 if every run went on and equals the undisturbed one, 1 if not. Bad input: one
+    sentence on stderr and exit code 2."""
     args = parser().parse_args(argv)
+    with one_sentence("lab.chaos"):
+        check_values(args, RANGES)
+        experiment(args)
+
+
+def experiment(args):
     torch.set_num_threads(1)  # before the forks: a fork has none of its parent's threads
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as base:

@@ -8,6 +8,7 @@ augmentation. N images, K prototypes: h (N, D) bottleneck features, P (N, K) ass
 probabilities, won (N,) the most probable prototype of each image, y (N,) labels.
 """
 import csv
+import io
 import math
 from types import SimpleNamespace
 
@@ -86,16 +87,17 @@ def per_class(won, y, classes, K):
     return {"classes": by_class, "groups": by_size}
 
 
-def write_csv(assigned, file):
+def csv_text(assigned):
     """A line per image: its path (or its number in the set), its prototype, the probability."""
     names = assigned.images.paths
     if not names:
         names = [f"{assigned.images.name}[{i}]" for i in range(len(assigned.won))]
-    with open(file, "w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(["path", "prototype", "probability"])
-        for name, k, p in zip(names, assigned.won.tolist(), assigned.probability.tolist()):
-            writer.writerow([name, k, f"{p:.6g}"])
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerow(["path", "prototype", "probability"])
+    for name, k, p in zip(names, assigned.won.tolist(), assigned.probability.tolist()):
+        writer.writerow([name, k, f"{p:.6g}"])
+    return out.getvalue()
 
 
 def draw_montage(assigned, duplicates, eps, file):

@@ -9,29 +9,70 @@ changes nothing.
 """
 import datetime
 import os
+import re
+import sys
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+def read_environment(variables):
+    """[rank, rank on this host, processes, restarts] as a launcher set them, or without one.
+
+    ValueError for variables that are half set or no numbers.
+    """
+    numbers = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
+    for name in numbers.keys() & variables.keys():
+        if not re.fullmatch("[0-9]{1,9}", variables[name]):
+            raise ValueError(f"{name}={variables[name]!r} in the environment is not a whole number")
+        numbers[name] = int(variables[name])
+    rank, _, world, _ = numbers.values()
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if name in variables and other not in variables:
+            raise ValueError(f"{name} is set in the environment and {other} is not: set both, as "
+                             "torchrun does, or none")
+    if rank >= world:
+        raise ValueError(f"RANK={rank} in the environment must be below WORLD_SIZE={world}")
+    port = variables.get("MASTER_PORT", "")
+    if world > 1 and not variables.get("MASTER_ADDR"):
+        raise ValueError(f"WORLD_SIZE={world} in the environment needs MASTER_ADDR and "
+                         "MASTER_PORT, as torchrun sets them")
+    if world > 1 and not (re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 2 ** 16):
+        raise ValueError(f"MASTER_PORT={port!r} in the environment is not the number of a port")
+    return list(numbers.values())
+
+
+try:
+    RANK, LOCAL_RANK, WORLD, RESTARTS = read_environment(os.environ)
+except ValueError as error:  # every command imports this file, and none of them can go on
+    print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def setup(device):
-    """Join the process group if torchrun started us; returns this rank's torch.device."""
+    """Join the process group if torchrun started us; returns this rank's torch.device.
+
+    ValueError where there is no GPU for this rank, or the processes do not find each other.
+    """
     if device == "cuda" and WORLD > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise ValueError(f"process {LOCAL_RANK} of this host has no GPU: there are "
+                             f"{torch.cuda.device_count()}, numbered from 0")
+        device = f"cuda:{LOCAL_RANK}"
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         # gloo for tensors on the CPU also beside nccl: `largest` then waits for no GPU, and a rank
         # that died closes its connections, which the others notice at once; a machine that
         # vanished, after the timeout
-        store = next(dist.rendezvous("env://"))[0]
+        try:
+            store = next(dist.rendezvous("env://"))[0]
+        except dist.DistError as error:  # the port is taken, or nobody answers
+            raise ValueError(f"process {RANK} of {WORLD} cannot meet the others at MASTER_ADDR and "
+                             f"MASTER_PORT: {str(error).splitlines()[0]}") from None
         # torchrun keeps its store over a restart, and the addresses in it are then those of dead
         # processes
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"restart {restart}", store)
+        store = dist.PrefixStore(f"restart {RESTARTS}", store)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD,
                                 timeout=datetime.timedelta(minutes=10))

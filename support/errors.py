@@ -1,34 +1,76 @@
-"""Every foreseeable error of a run is one sentence and an exit code."""
+"""Every foreseeable error of a command is one sentence and an exit code."""
 import contextlib
+import io
+import os
 import sys
+
+import torch
 
 from support import ddp
 
 
 @contextlib.contextmanager
-def one_sentence(script, out):
+def one_sentence(script, out=None):
     """Inside, errors that a user can mend end the process with one sentence on stderr.
 
-    Exit code 2: bad input, a full disk, a compiler that does not work here; all that is raised as
-    ValueError or OSError has its sentence. Exit code 1: another process of the run is gone.
+    Exit code 2: bad input, a full disk, too little memory, a compiler that does not work here; all
+    that is raised as ValueError or OSError has its sentence. Exit code 1: another process of the
+    run is gone. out: the folder of the run, for errors of the system that name no file.
     """
     def leave(sentence, code):
         process = f" (process {ddp.RANK})" if ddp.RANK else ""
-        print(f"{script}: error{process}: {sentence}", file=sys.stderr)
+        words = " ".join(str(sentence).split())
+        print(f"{script}: error{process}: {words}", file=sys.stderr)
         raise SystemExit(code) from None
 
+    write_escapes()
     try:
         yield
+        sys.stdout.flush()
     except ValueError as error:
         leave(error, 2)
     except OSError as error:
-        leave(f"{error.filename or out}: {error.strerror}", 2)
+        leave(sentence_of(error, out), 2)
+    except MemoryError:
+        leave("there is not enough memory", 2)
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             leave(f"--compile does not work here: {str(error).splitlines()[0]}", 2)
         if ddp.lost_contact(error):
             leave(f"process {ddp.RANK} lost its connection to another one and leaves; the last "
                   "checkpoint is whole, go on with --resume", 1)
+        if is_lack_of_memory(error):
+            leave(f"there is not enough memory ({str(error).splitlines()[0]})", 2)
         raise
     finally:
         ddp.cleanup()
+        drop_unwritten_output()
+
+
+def write_escapes():
+    """From now on, what a terminal or a file name's encoding cannot express is printed as an
+    escape, as in \\udcff or \\xb1, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop_unwritten_output():
+    """Where standard output is full or closed, Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def sentence_of(error, out=None):
+    """What an OSError says, with the file that it names, or else the folder `out`."""
+    place, words = error.filename or out, error.strerror or str(error)
+    return f"{place}: {words}" if place else words
+
+
+def is_lack_of_memory(error):
+    """Whether a RuntimeError of torch says that tensors are too large, for this machine or at all.
+    """
+    words = ("can't allocate memory", "size calculation overflowed", "multiplication overflow")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)

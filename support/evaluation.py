@@ -9,7 +9,6 @@ import io
 import os
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +17,13 @@ import data
 import views
 from support import backbones
 from support import groups
-from support.files import write
+from support.files import TEXT, write
+from support.flags import check_files, check_values
+
+# (what a value must be, test, flags that all evaluation commands have)
+RANGES = [("be at least 1", lambda v: v >= 1, ["batch_size", "img_size"]),
+          ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mean"]),
+          ("be positive", lambda v: v > 0, ["std"])]
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -55,33 +60,17 @@ def add_common_flags(parser):
         help="csv file to append to; None: results.csv next to the checkpoint")
 
 
-def check_common_flags(flags):
-    """ValueError, before the long work, for flags that cannot be. Sets flags.device to a device."""
-    if flags.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {flags.batch_size}")
-    groups.members([], flags.head, flags.tail)
-    if not all(0 <= v <= 1 for v in flags.mean or []):
-        raise ValueError(f"--mean must lie in [0, 1], got {' '.join(map(str, flags.mean))}")
-    if not all(0 < v < float("inf") for v in flags.std or []):
-        raise ValueError(f"--std must be above 0 and finite, got {' '.join(map(str, flags.std))}")
-    if flags.dump:
-        path = Path(flags.dump).absolute()
-        if not path.parent.is_dir() or path.exists() and not path.is_file():
-            raise ValueError(f"--dump {flags.dump} must be a file in a folder that exists")
+def check_common_flags(flags, ranges):
+    """ValueError, before the long work, for flags that cannot be. Sets flags.device to a device.
+
+    ranges: as RANGES, for the flags that the command has beside these.
+    """
+    check_values(flags, [*RANGES, *ranges])
+    if not 0 <= flags.tail <= flags.head + 1:
+        raise ValueError(f"--head {flags.head} --tail {flags.tail}: classes of fewer than TAIL "
+                         "images are the tail and those of more than HEAD the head; they overlap")
+    check_files(flags, "dump", "results")
     flags.device = backbones.choose_device(flags.device)
-
-
-@contextmanager
-def errors_as_sentences(script):
-    """A ValueError or OSError inside ends the process: one sentence on stderr, exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            message = f"{error.filename}: {error.strerror}"
-        print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 # ---- what is evaluated ---------------------------------------------------------------------------
@@ -225,7 +214,10 @@ def record(path, row):
     """
     path = Path(path)
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S")} | row
-    text = path.read_text() if path.exists() else ""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8") from None
     header = next(csv.reader(io.StringIO(text)), [])
     new_columns = [column for column in row if column not in header]
     out = io.StringIO(newline="")
@@ -234,12 +226,12 @@ def record(path, row):
         if not text.endswith("\n"):
             out.write("\n")  # the last line was cut off: it must not swallow this one
         table.writerow(row)
-        with open(path, "a", newline="") as file:
+        with open(path, "a", newline="", **TEXT) as file:
             file.write(out.getvalue())
         return
     table.writeheader()
     table.writerows([*csv.DictReader(io.StringIO(text)), row])
-    write(str(path), lambda file: file.write(out.getvalue().encode()))
+    write(str(path), lambda file: file.write(out.getvalue().encode(**TEXT)))
 
 
 def dump(path, train_x, train_y, test_x, test_y):

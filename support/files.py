@@ -10,12 +10,16 @@ import torch
 
 from support import ddp
 
+# How text is read and written: what is no UTF-8, as in some file names, becomes an escape
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+
 
 def write(path, put, old_name=None):
     """Write a file that is there whole or not at all: put(f) fills it, then it takes its name.
 
     old_name: where the file of that name goes that was there before; None: it is replaced.
-    OSError if it cannot be written, for lack of space for instance. The old file is then as it was.
+    OSError if it cannot be written, for lack of space for instance. The old file is then as it was,
+    as it is after any other error of put.
     """
     unfinished = f"{path}.tmp"
     try:
@@ -23,11 +27,11 @@ def write(path, put, old_name=None):
             put(f)
             f.flush()
             os.fsync(f.fileno())  # on the disk before it takes the name, in case of a power cut
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(unfinished)
         # torch.save hides the system's error behind one of its own
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
         sentence = f"{cause.strerror}; what was there before is untouched"
@@ -58,29 +62,35 @@ def locked(out):
         with open(path, "x") as f:  # looks and creates in one operation
             f.write(text)
     except FileExistsError:
-        owner = {}
-        with contextlib.suppress(ValueError, OSError), open(path) as f:
-            owner = json.load(f)
-        here = owner.get("host") == host
-        if not here or owner["pid"] != os.getpid() and is_alive(owner["pid"]):
-            pid, where, since = (owner.get(k, "?") for k in ("pid", "host", "time"))
+        pid, where, since = owner_of(path)
+        may_live = not isinstance(pid, int) or pid != os.getpid() and is_alive(pid)
+        if where != host or may_live:
             raise ValueError(f"--out {out} is in use by process {pid} on {where} since {since}; "
                              f"if that run is gone, delete {path}") from None
-        print(f"took over {path}: process {owner['pid']} of {owner['time']} is gone", flush=True)
+        print(f"took over {path}: process {pid} of {since} is gone", flush=True)
         write(path, lambda f: f.write(text.encode()))
     try:
         yield
     finally:
-        with contextlib.suppress(OSError), open(path) as f:
+        with contextlib.suppress(OSError), open(path, **TEXT) as f:
             if f.read() == text:
                 os.remove(path)
+
+
+def owner_of(path):
+    """(process, host, time) that a lock names; "?" for what it lacks, all three if it is damaged.
+    """
+    owner = {}
+    with contextlib.suppress(ValueError, OSError), open(path, **TEXT) as f:
+        owner = json.load(f)
+    return [owner.get(k, "?") if isinstance(owner, dict) else "?" for k in ("pid", "host", "time")]
 
 
 def is_alive(pid):
     """Whether a process with this number runs on this host."""
     try:
         os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter: no process has so large a number
         return False
     except PermissionError:  # another user's
         pass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from support import ddp
-from support.files import write
+from support.files import TEXT, write
 
 # Columns that every run has, in order. What a loss, a prototype set or an evaluation adds comes
 # after "loss_over_ln_k" (terms of the loss) or at the end.
@@ -45,13 +45,21 @@ class Log:
         write(path, lambda f: f.write(json.dumps(about, indent=1).encode()))
 
     def read_rows(self, start, drop_last, eval_every):
-        with open(self.path, newline="") as f:
+        with open(self.path, newline="", **TEXT) as f:
             whole = [line for line in f if line.endswith("\n")]  # a kill can cut a line short
         table = csv.DictReader(whole)
+        try:
+            rows = list(table)
+            steps = [int(row["step"]) for row in rows]
+            for row in rows:
+                for cell in row.values():
+                    float(cell or 0)  # a row that is cut short has None
+        except (csv.Error, KeyError, TypeError, ValueError):
+            raise ValueError(f"{self.path} is damaged; move it away, and --resume begins a new "
+                             "one") from None
         self.columns += [c for c in table.fieldnames or [] if c not in self.columns]
-        for row in table:
-            if int(row["step"]) < start or int(row["step"]) == start and not drop_last:
-                self.rows.append(row)
+        self.rows = [row for row, step in zip(rows, steps)
+                     if step < start or step == start and not drop_last]
         if self.rows and int(self.rows[-1]["step"]) == start and start % eval_every:
             # an evaluation that was there only because the run stopped at this step
             self.rows[-1].update(dict.fromkeys(MEASURED, ""))

@@ -35,8 +35,12 @@ def coming_vectors(teacher, images, recipe, step, args, device, autocast):
 def prototype_measures(protos, loss, h, beta, seed):
     """Unique shares of a prototype set, and the measures that belong beside them.
 
-    h (N, D): teacher vectors, for used, perplexity and the ceiling.
+    h (N, D): teacher vectors, for used, perplexity and the ceiling. ValueError if they are not
+    finite.
     """
+    if not h.isfinite().all():
+        raise ValueError("the teacher's vectors are not finite: lower --lr or --weight-decay. The "
+                         "last checkpoint is untouched")
     C, centre = protos.vectors(), loss.centre_over_tau()  # (K, D) (K,) or 0
     assigned = (protos.assign(part, beta, loss.tau, centre) for part in h.split(128))
     used, perplexity = collapse.usage(assigned)

@@ -3,15 +3,18 @@ Pictures of prototype sets: Fig. 1 (where they lie), Fig. 3a (unique against eps
 training), the table of an ablation, and images per prototype.
 
 Every function gets plain numbers and the name of the picture file. It raises ValueError where
-matplotlib is missing or the file cannot be written. The colours are those of Okabe and Ito, which
-the colour-blind can tell apart; lines and markers differ too, for black and white print.
-matplotlib is imported inside the functions, so that nothing else needs it.
+matplotlib is missing, and OSError where the file cannot be written. The colours are those of Okabe
+and Ito, which the colour-blind can tell apart; lines and markers differ too, for black and white
+print. matplotlib is imported inside the functions, so that nothing else needs it.
 """
 import itertools
 import math
+import os
 
 import numpy as np
 import torch
+
+from support.files import write
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
@@ -35,11 +38,23 @@ def figure(rows, columns, width, height):
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
+def check_files(*files):
+    """ValueError where no picture can have these names (None is left out), or be drawn at all."""
+    fig, _ = figure(1, 1, 1, 1)
+    formats = fig.canvas.get_supported_filetypes()
+    for file in files:
+        if file is not None and suffix(file) not in formats:
+            raise ValueError(f"the picture {file} must end in one of .{', .'.join(formats)}")
+
+
+def suffix(file):
+    """The format of a picture by its name, as matplotlib has it: png without one."""
+    return os.path.splitext(file)[1][1:].lower() or "png"
+
+
 def save(fig, file):
-    try:
-        fig.savefig(file, dpi=150, facecolor="white")
-    except (OSError, ValueError) as error:  # no such folder, unknown picture format
-        raise ValueError(f"cannot write the picture {file}: {error}") from None
+    """Write the picture, whole or not at all. OSError if it cannot be written."""
+    write(file, lambda f: fig.savefig(f, format=suffix(file), dpi=150, facecolor="white"))
 
 
 def line_style(i, n):
@@ -164,10 +179,10 @@ def ablation(order, parts, measures, file):
                 if not values:
                     continue
                 y = line + shift
-                ax.plot(values, [y] * len(values), MARKERS[i], color=COLOURS[i], markersize=4,
-                        alpha=.55)
+                ax.plot(values, [y] * len(values), MARKERS[i % 7], color=COLOURS[i % 7],
+                        markersize=4, alpha=.55)
                 mean = np.mean(values)
-                ax.plot([mean, mean], [y - .17, y + .17], color=COLOURS[i], linewidth=2.5,
+                ax.plot([mean, mean], [y - .17, y + .17], color=COLOURS[i % 7], linewidth=2.5,
                         label=part or "as shipped")
         ax.set_title(title, fontsize=9, loc="left")
         ax.set_ylim(len(rows) - .5, -.5)

@@ -7,10 +7,12 @@ Nothing is measured here. Everything comes as plain numbers, as collapse.measure
      "data": {run: support.assign.summary of the run}}
 """
 import csv
+import io
 import json
 import os
 
 from support import checkpoints
+from support.files import TEXT, write
 
 SHARE = "{:.1%}"
 RUN_COLUMNS = {"run": "{}", "method": "{}", "prototypes": "{}", "K": "{:,}", "step": "{:,}",
@@ -27,10 +29,10 @@ def read_log(path):
         return []
     rows = []
     try:
-        with open(log, newline="") as file:
+        with open(log, newline="", **TEXT) as file:
             for row in csv.DictReader(file):
                 rows.append({k: float(v) for k, v in row.items() if k and v})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{log}: not a table of numbers ({error})") from None
     return [row for row in rows if "step" in row and is_evaluated(row)]
 
@@ -185,17 +187,17 @@ def show_images(run, images):
 
 
 # ---- files --------------------------------------------------------------------------------------
-def write_json(result, file):
-    """All numbers, to a file, or printed where file is "-"."""
-    text = json.dumps(result, indent=1)
-    if file == "-":
-        print(text)
-    else:
-        with open(file, "w") as out:
-            print(text, file=out)
+def write_text(text, file):
+    """Write a text file, whole or not at all. OSError if it cannot be written."""
+    write(file, lambda out: out.write(text.encode(**TEXT)))
 
 
-def write_csv(sets, file):
+def json_text(result):
+    """All numbers."""
+    return json.dumps(result, indent=1) + "\n"
+
+
+def csv_text(sets):
     """One line per prototype set and eps; random_* are the same numbers for random directions."""
     rows = []
     for one in sets:
@@ -212,7 +214,8 @@ def write_csv(sets, file):
                     row[prefix + key] = value
             rows.append(row)
     columns = dict.fromkeys(column for row in rows for column in row)  # in order, each once
-    with open(file, "w", newline="") as out:
-        writer = csv.DictWriter(out, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

@@ -114,10 +114,32 @@ def test_a_run_that_was_stopped_goes_on(ablate_main, tmp_path, capfd):
 
 def test_a_run_that_fails_is_named(ablate_main, capfd):
     with pytest.raises(SystemExit) as stop:
+        ablate_main("0", extra=("--batch-size", "64"))  # there are 16 images
+    assert stop.value.code == 2
+    assert ("lab.ablate: error: one, seed 0: train.py ended with exit code 2; run the same command "
+            "again" in capfd.readouterr().err)
+
+
+def test_flags_that_cannot_be_are_refused_before_the_first_run(ablate_main, capfd, tmp_path):
+    with pytest.raises(SystemExit) as stop:
         ablate_main("0", extra=("--lr", "-1"))
     assert stop.value.code == 2
-    assert ("lab.ablate: one, seed 0: train.py ended with exit code 2; run the same command again"
-            in capfd.readouterr().err)
+    assert "error: --lr must be positive, got -1.0" in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
+def test_a_damaged_args_json_is_named(text, ablate_main, capfd, tmp_path):
+    run, = ablate.runs("main", [0], [])
+    args = SimpleNamespace(runs=str(tmp_path / "runs"), table="main")
+    out = ablate.folder(args, run, "")
+    os.makedirs(out)
+    with open(os.path.join(out, "args.json"), "w") as f:
+        f.write(text)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["main", "--runs", args.runs, "--results", str(tmp_path), "--seeds", "0"])
+    assert stop.value.code == 2
+    assert f"lab.ablate: error: {out}/args.json " in capfd.readouterr().err
 
 
 def test_a_script_of_the_zoo_is_run_beside_train(tmp_path):
@@ -133,7 +155,7 @@ def test_a_script_of_the_zoo_is_run_beside_train(tmp_path):
     command = [sys.executable, "-c", code, "main", "--seeds", "0", "--", *TINY, "--data", folder]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = ablate.read(tree / "results" / "main.csv")
+    one, two = ablate.read(tree / "results" / "main.csv", ["row"])
     assert [one[column] for column in MEASURED] == [two[column] for column in MEASURED]
     assert one["command"].startswith("train.py --prototypes frozen ")
     assert two["command"].startswith("zoo/copied.py --prototypes frozen ")
@@ -205,8 +227,8 @@ def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
     file = str(tmp_path / "A2.csv")
     for r in (result(second, 0, 60), result(first, 0, 50), result(first, 1, 54),
               result(first, 2, 55), result(first, 0, 20, "--steps 3")):
-        ablate.add(file, r)
-    text = ablate.table("A2", ablate.read(file))
+        ablate.add(file, ablate.read_results("A2", file), r)
+    text = ablate.table("A2", ablate.read_results("A2", file))
     # mean of 50, 54, 55 is 53; deviations -3, 1, 2: sqrt((9 + 1 + 4) / 2) = 2.65
     assert f"| {first} | 3 | 53.0 | 0.500 |" in text and "\n| ± sd | | 2.6 | 0.000 |" in text
     assert f"| {second} | 1 | 60.0 | 0.500 |" in text
@@ -222,12 +244,59 @@ def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
     (["main", "--show", "--results", "nowhere"], "nowhere/main.csv holds no results yet"),
     (["main", "--", "--seed", "3"], "use --seeds"),
     (["A1", "--rows", "nope"],
-     "--rows 'nope' is not a row of A1; there are: no responsibility forgetting")])
+     "--rows 'nope' is not a row of A1; there are: no responsibility forgetting"),
+    (["A1", "--seeds", "0", "-1"], "--seeds must not be negative, got 0 -1"),
+    (["A1", "--seeds", "9" * 20], "--seeds must be a number of at most 4294967295, got 99"),
+    (["A1", "--results", ""], "--results must not be empty"),
+    (["A1", "--results", __file__], f"{__file__}: File exists"),
+    (["A1", "--results", f"{__file__}/below"], f"{__file__}/below: Not a directory")])
 def test_bad_input_is_one_sentence_and_exit_code_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         ablate.main(argv)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda text: "a,b\n1,2\n", "A2.csv lacks the column row"),
+    (lambda text: "", "A2.csv lacks the column row"),
+    (lambda text: text.replace("knn,", "nkn,", 1), "A2.csv lacks the column knn"),
+    (lambda text: text.replace(",50,", ",fifty,", 1), "A2.csv: knn 'fifty' is no number"),
+    (lambda text: text[:-40], "A2.csv has rows with more or fewer cells than columns"),
+    (lambda text: text + "1,2\n", "A2.csv has rows with more or fewer cells than columns"),
+    (lambda text: text.replace("a 0.001", "b 0.001"), "A2.csv has no row of the table A2"),
+    (lambda text: "a" * 200_000, "A2.csv is not a csv file: field larger than field limit"),
+])
+def test_a_csv_of_others_or_a_damaged_one_is_named(change, words, tmp_path, capsys):
+    row, _ = ablate.TABLES["A2"][1][0]
+    ablate.add(str(tmp_path / "A2.csv"), [], result(row, 0, 50))
+    damaged = change((tmp_path / "A2.csv").read_text())
+    (tmp_path / "A2.csv").write_text(damaged)
+    for flags in (["--show"], ["--dry-run"], []):
+        with pytest.raises(SystemExit) as stop:
+            ablate.main(["A2", "--results", str(tmp_path), "--runs", str(tmp_path), *flags])
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (tmp_path / "A2.csv").read_text() == damaged and len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
+def test_a_number_that_is_not_finite_is_shown_as_such(value, tmp_path, capsys):
+    file, (row, _) = str(tmp_path / "A2.csv"), ablate.TABLES["A2"][1][0]
+    ablate.add(file, [result(row, 0, 50)], result(row, 1, value))
+    ablate.main(["A2", "--show", "--results", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert f"| {row} | 2 | {float(value)} |" in text and "| ± sd | | nan |" in text
+
+
+def test_rows_of_an_earlier_table_stay_in_the_file_and_are_not_shown(tmp_path, capsys):
+    file, (row, _) = str(tmp_path / "A2.csv"), ablate.TABLES["A2"][1][0]
+    ablate.add(file, [], result("of old", 0, 50, "--steps 3"))
+    ablate.add(file, ablate.read(file, ["row"]), result(row, 0, 60))
+    ablate.main(["A2", "--show", "--results", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert f"| {row} | 1 | 60.0 |" in text and "of old" not in text and "--steps 3" not in text
+    assert [r["row"] for r in ablate.read(file, [])] == ["of old", row]
 
 
 # ---- the tables that the project shows ---------------------------------------------------------
@@ -249,7 +318,7 @@ KEPT = sorted(os.path.basename(file).removesuffix(".csv") for file in FILES)
 @pytest.mark.parametrize("name", KEPT)
 def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
     """No number of a table is typed by hand, and every table has its control."""
-    results = ablate.read(os.path.join(ROOT, "results", f"{name}.csv"))
+    results = ablate.read_results(name, os.path.join(ROOT, "results", f"{name}.csv"))
     lines_of_pages = set(pages.splitlines())
     for line in ablate.table(name, results).splitlines():
         assert line in lines_of_pages, line

@@ -81,7 +81,7 @@ def test_every_contestant_has_its_own_process():
 
 def test_a_process_that_ends_is_named():
     """64 prototypes are no multiple of 24, so the process of the plain way raises."""
-    with pytest.raises(ValueError, match="loss: the process of 'plain' ended with code 1"):
+    with pytest.raises(ValueError, match="loss: the process of 'plain' ended with code 2"):
         bench.race("loss", ("plain",), argparse.Namespace(**TINY | {"P": 24}, joint=False))
 
 
@@ -154,12 +154,23 @@ def test_which_column_of_which_run_goes_where(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["gmn"], "lab.bench: gmn is none of the items"),
-    (["loss", "--K", "100"], "lab.bench: --K 100 must be a multiple of --P 512")])
-def test_bad_input_is_one_sentence_and_exit_code_2(flags, sentence, capsys):
+    (["gmn"], "lab.bench: error: gmn is none of the items"),
+    (["loss", "--K", "100"], "lab.bench: error: --K 100 must be a multiple of --P 512"),
+    (["gmm", "--K", "0"], "--K must be at least 1, got 0"),
+    (["gmm", "--N", "8", "-1"], "--N must be at least 1, got 8 -1"),
+    (["--reps", "0"], "--reps must be at least 1, got 0"),
+    (["loss", "--V", "1"], "--V must be at least 2, as the teacher has two views, got 1"),
+    (["step", "--steps", "1"], "--steps must be at least 2, as the first step is not counted"),
+    (["knn", "--bank", "19"], "--bank must be at least 20, the neighbours of a query, got 19"),
+    (["unique", "--D", "9" * 20], "--D must be a number of at most 4294967295, got 9999"),
+    (["--device", ""], "--device must not be empty"),
+    (["--device", "abacus"], "--device abacus does not work here")])
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "ITEMS", dict.fromkeys(bench.ITEMS))
     with pytest.raises(SystemExit) as stop:
         bench.main(flags)
-    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and sentence in err and not out
 
 
 def test_a_run_that_fails_is_one_sentence():

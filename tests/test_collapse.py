@@ -4,6 +4,7 @@ import argparse
 import ast
 import bz2
 import csv
+import errno
 import glob
 import gzip
 import io
@@ -12,6 +13,8 @@ import lzma
 import math
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -631,15 +634,22 @@ def test_broken_files(tmp_path, capsys):
               "cut.npz": ((tmp_path / "good.npz").read_bytes()[:-30], "cut short")}
     for name, (content, says) in broken.items():
         (tmp_path / name).write_bytes(content)
-        assert collapse.main([str(tmp_path / name)]) == 2
-        error = capsys.readouterr().err
+        error = refusal(capsys, str(tmp_path / name))
         assert says in error and name in error
-        assert error.startswith("collapse.py: ") and error.count("\n") == 1
-    assert collapse.main([str(tmp_path / "none.pth")]) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "no such file" in refusal(capsys, str(tmp_path / "none.pth"))
 
 
 # ---- the command line ---------------------------------------------------------------------------
+def refusal(capsys, *words):
+    """The one line on stderr with which collapse.py refuses these words, by exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        collapse.main(list(words))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("collapse.py: error: ") and error.count("\n") == 1
+    return error
+
+
 def fake_run(folder, kind, unique, **more_args):
     """A run directory of 30 steps whose unique share at .5 falls to `unique`."""
     folder.mkdir()
@@ -685,11 +695,10 @@ def test_table_of_runs_and_training_picture(tmp_path, capsys):
     assert collapse.main([a, b, "--plot", two, "--panels", "unique_0.5", "knn"]) == 0
     image = pytest.importorskip("matplotlib.image").imread
     assert image(two).shape[0] < image(tmp_path / "t.png").shape[0]  # one row of panels
-    assert collapse.main([a, b, "--plot", two, "--panels", "lr"]) == 2
-    assert "--panels lr is not among the measures" in capsys.readouterr().err
+    assert "--panels lr is not among the measures" in refusal(
+        capsys, a, b, "--plot", two, "--panels", "lr")
     for flags in ([], ["--plot", two, "--picture", "sweep"]):
-        assert collapse.main([a, b, "--panels", "knn", *flags]) == 2
-        assert "--panels needs --plot" in capsys.readouterr().err
+        assert "--panels needs --plot" in refusal(capsys, a, b, "--panels", "knn", *flags)
 
 
 def test_logs_without_checkpoint_and_the_reverse(tmp_path, capsys):
@@ -702,10 +711,9 @@ def test_logs_without_checkpoint_and_the_reverse(tmp_path, capsys):
     assert out[1].split()[:4] == ["a", "carp", "joint", "40"]
     assert out[2].split()[:5] == ["b", "carp", "kp", "40", "30"]
     assert out[2].split()[-1] == "0.5"  # drift from the checkpoint: |c - 2c| / |2c|
-    assert collapse.main([str(tmp_path)]) == 2  # a folder that is no run
-    assert "ckpt.pt: no such file" in capsys.readouterr().err
+    assert "ckpt.pt: no such file" in refusal(capsys, str(tmp_path))  # a folder that is no run
     (tmp_path / "a" / "log.csv").write_text("step,knn\n0,many\n")
-    assert collapse.main([a]) == 2 and "log.csv: not a table of numbers" in capsys.readouterr().err
+    assert "log.csv: not a table of numbers" in refusal(capsys, a)
 
 
 @pytest.mark.parametrize("stored", [
@@ -744,14 +752,66 @@ def test_json_csv_and_exit_codes(tmp_path, capsys):
     for words, says in (([str(tmp_path / "N.npy")], "1 of 40 prototypes hold NaN"),
                         ([file, "--eps", "a"], "--eps a"),
                         ([file, "--eps", "3"], "--eps 3"),
-                        ([file, "--fail-below", "50"], "--fail-below 50"),
+                        ([file, "--fail-below", "50"], "--fail-below must be a share"),
                         ([file, "--assign", "x.csv"], "--data"),
-                        ([file, "--csv", str(tmp_path / "no" / "x.csv")], "No such file"),
-                        ([file, "--plot", str(tmp_path / "x.docx")], "x.docx"),
                         ([file, "--picture", "training", "--plot", "x"], "step")):
-        assert collapse.main(words) == 2
-        error = capsys.readouterr().err
-        assert says in error and error.count("\n") == 1
+        assert says in refusal(capsys, *words)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--orders -1", "--orders must lie in [0, 1000], got -1"),
+    ("--orders 99999999999999999999", "--orders must lie in [0, 1000], got 99999999999999999999"),
+    ("--fail-below nan", "--fail-below must be a share in [0, 1], got nan"),
+    ("--seed -1", "--seed must not be negative, got -1"),
+    ("--seed 99999999999999999999", "--seed must be a number of at most 4294967295"),
+    ("--eps nan", "--eps nan is not a list of numbers in [0, 2]"),
+    ("--eps 0.1,", "--eps 0.1, is not a list of numbers"),
+    ("--eps=", "--eps must not be empty"),
+    ("--csv no/x.csv", "--csv no/x.csv must be a file in a folder that exists"),
+    ("--json .", "--json . must be a file"),
+    ("--json /dev/full", "--json /dev/full must be a file"),
+    ("--plot C.npy/x.png", "--plot C.npy/x.png must be a file in a folder that exists"),
+    ("--plot x.docx", "the picture x.docx must end in one of"),
+    ("--data toy --montage x.docx", "the picture x.docx must end in one of"),
+])
+def test_flags_that_cannot_be_are_refused_before_the_work(
+        flags, says, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(collapse, "describe")
+    np.save("C.npy", randn(4, 3).numpy())
+    assert says in refusal(capsys, "C.npy", *flags.split())
+    assert os.listdir() == ["C.npy"]
+
+
+@pytest.mark.parametrize("flag, name", [("--json", "o.json"), ("--csv", "o.csv"),
+                                        ("--plot", "o.png")])
+def test_a_full_disk_costs_no_number_and_no_old_file(flag, name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    np.save(tmp_path / "C.npy", randn(4, 3).numpy())
+    (tmp_path / name).write_text("old")
+
+    def fsync(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(SystemExit) as stop:
+        collapse.main([str(tmp_path / "C.npy"), flag, str(tmp_path / name)])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and "4 x 3" in out
+    assert err.startswith(f"collapse.py: error: {tmp_path / name}: No space left on device")
+    assert (tmp_path / name).read_text() == "old" and len(os.listdir(tmp_path)) == 2
+
+
+def test_names_that_are_not_utf_8_are_printed_and_written_with_escapes(tmp_path):
+    """Also where the terminal is not UTF-8: the table of counts has a plus-minus sign."""
+    name = os.fsdecode(b"caf\xe9.npy")
+    np.save(tmp_path / name, randn(4, 3).numpy())
+    command = [sys.executable, os.path.join(HERE, "collapse.py"), name, "--csv", "o.csv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr
+    assert "caf\\udce9.npy" in done.stdout and "\\xb1" in done.stdout
+    assert "caf\\udce9.npy" in (tmp_path / "o.csv").read_text(encoding="utf-8")
 
 
 def test_sweep_fig1_and_checkpoint_series(tmp_path, capsys):

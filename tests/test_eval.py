@@ -732,9 +732,18 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--device", "meta"], "--device meta"),
     (["--device", "hpu"], "--device hpu"),
     (["--dump", "/dev/null"], "--dump /dev/null must be a file"),
-    (["--head", "5", "--tail", "50"], "tail ends at 50"),
+    (["--head", "5", "--tail", "50"], "--head 5 --tail 50: .* overlap"),
+    (["--tail", "-1"], "--tail -1: .* overlap"),
+    (["--k", "20", "9" * 20], f"--k must be a number of at most 4294967295, got 20 {'9' * 20}"),
+    (["--T", "inf"], "--T must be a number of at most 4294967295, got inf"),
+    (["--T", "nan"], "--T must be a number of at most 4294967295, got nan"),
+    (["--batch-size", "9" * 400], "--batch-size must be a number of at most"),
+    (["--patch-size", "0"], "--patch-size must be at least 1, got 0"),
+    (["--dump", ""], "--dump must not be empty"),
+    (["--results", "{tmp}"], "--results .* must be a file in a folder that exists"),
+    (["--results", "{tmp}/ckpt.pt/r.csv"], "--results .*ckpt.pt/r.csv must be a file"),
     (["--mean", "0.5", "0.5", "nan"], "--mean must lie in .0, 1., got 0.5 0.5 nan"),
-    (["--std", "0.5", "0", "0.5"], "--std must be above 0 and finite, got 0.5 0.0 0.5"),
+    (["--std", "0.5", "0", "0.5"], "--std must be positive, got 0.5 0.0 0.5"),
 ])
 def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, words):
     monkeypatch.delattr(backbones, "cached")  # refused before the long work, not after it
@@ -766,7 +775,7 @@ def test_a_full_disk_is_one_sentence_after_the_numbers(tmp_path, capsys, monkeyp
         command(tmp_path, "--k", 1, "--dump", tmp_path / "f.pt")
     out, err = capsys.readouterr()
     assert stop.value.code == 2
-    assert err.endswith(f"eval_knn.py: {tmp_path / 'f.pt'}: No space left on device\n")
+    assert err.endswith(f"eval_knn.py: error: {tmp_path / 'f.pt'}: No space left on device\n")
     assert " 100.00 " in out and "the numbers are not kept: " in out and "written" not in out
 
 

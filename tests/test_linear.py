@@ -962,18 +962,26 @@ def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeyp
      "--steps is read by --protocol grid alone, not lbfgs"),
     (["--protocol", "grid", "--raw"], "--raw is read by --protocol lbfgs alone"),
     (["--protocol", "sgd", "--weight-decay", "0"], "--weight-decay is read by"),
-    (["--weight-decay", "-1"], "--weight-decay must be at least 0 and finite, got -1"),
-    (["--weight-decay", "inf"], "--weight-decay must be at least 0 and finite, got inf"),
-    (["--weight-decay", "nan"], "--weight-decay must be at least 0 and finite, got nan"),
+    (["--weight-decay", "-1"], "--weight-decay must not be negative, got -1"),
+    (["--weight-decay", "inf"], "--weight-decay must be a number of at most 4294967295, got inf"),
+    (["--weight-decay", "nan"], "--weight-decay must not be negative, got nan"),
+    (["--weight-decay", "1e400"], "--weight-decay must be a number of at most"),
+    (["--seed", "9" * 20], f"--seed must be a number of at most 4294967295, got {'9' * 20}"),
+    (["--seed", "-1"], "--seed must not be negative, got -1"),
+    (["--protocol", "grid", "--steps", "9" * 400], "--steps must be a number of at most"),
+    (["--protocol", "sgd", "--workers", "2000"], r"--workers must lie in \[0, 1000\], got 2000"),
     (["--protocol", "sgd", "--epochs", "0"], "--epochs must be at least 1, got 0"),
     (["--protocol", "sgd", "--lr", "0"], "--lr must be above 0"),
-    (["--protocol", "sgd", "--lr", "0.1", "inf"], "--lr must be above 0 and finite, got 0.1 inf"),
+    (["--protocol", "sgd", "--lr", "0.1", "inf"], "--lr must be a number of .* got 0.1 inf"),
+    (["--protocol", "sgd", "--lr", "nan", "0.1"], "--lr must be above 0, got nan 0.1"),
     (["--batch-size", "0"], "--batch-size must be at least 1"),
-    (["--head", "5"], "tail ends at 20"),
+    (["--head", "5"], "--head 5 --tail 20: .* overlap"),
     (["--layers", "9"], r"--layers 9 must lie in 1\.\.3"),
-    (["--layers", "0"], r"--layers 0 must lie in 1\.\.3"),
+    (["--layers", "0"], "--layers must be at least 1, got 0"),
     (["--img-size", "33"], "--img-size 33"),
-    (["--img-size", "0"], "--img-size 0"),
+    (["--img-size", "0"], "--img-size must be at least 1, got 0"),
+    (["--data", ""], "--data must not be empty, got an empty text"),
+    (["--results", "no/such/results.csv"], "--results no/such/results.csv must be a file in"),
     (["--arch", "resnet18"], "fits --arch resnet18"),
     (["--data", "nowhere"], "nowhere"),
     (["--dump", "no/such/f.pt"], "--dump no/such"),
@@ -1052,5 +1060,5 @@ def test_a_full_disk_is_one_sentence_after_the_numbers(tmp_path, monkeypatch, sm
         go(run, "--dump", tmp_path / "f.pt")
     out, err = capsys.readouterr()
     assert stop.value.code == 2
-    assert err == f"eval_linear.py: {tmp_path / 'f.pt'}: No space left on device\n"
+    assert err == f"eval_linear.py: error: {tmp_path / 'f.pt'}: No space left on device\n"
     assert " 100.00 " in out and "the numbers are not kept: " in out

@@ -24,7 +24,7 @@ import views
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
 from gmm import OnlineGMM
-from support import checkpoint, checkpoints, export
+from support import checkpoint, checkpoints, ddp, export
 from support.backbones import load_backbone
 from support.log import Log
 from support.optim import CheckedStep
@@ -399,6 +399,42 @@ def test_a_folder_in_use_is_refused(tmp_path, capsys, owner):
     assert (tmp_path / "lock").read_text() == lock
 
 
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "\xff", '{"host": "HOST"}',
+                                  '{"host": "HOST", "pid": "x"}', '{"host": "HOST", "pid": 0}'])
+def test_a_folder_with_a_damaged_lock_is_refused(text, tmp_path, capsys):
+    (tmp_path / "lock").write_text(text.replace("HOST", socket.gethostname()))
+    assert f"delete {tmp_path / 'lock'}" in sentence_of_refusal(capsys, tmp_path)
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(b"step,", b"stop,", 1), lambda text: text.replace(b"\n2,", b"\nx,"),
+    lambda text: text.replace(b"\n2,", b"\n2,\xff"), lambda text: text.replace(b"\n2,", b"\n2,x"),
+    lambda text: text.replace(b"\n2,", b"\n2" + 99 * b",1")])
+def test_a_damaged_log_is_named_and_stays(change, tmp_path, capsys):
+    train_tiny(tmp_path, "--stop-at", "4")
+    damaged = change((tmp_path / "log.csv").read_bytes())
+    (tmp_path / "log.csv").write_bytes(damaged)
+    sentence = sentence_of_refusal(capsys, tmp_path, "--resume")
+    assert f"{tmp_path / 'log.csv'} is damaged; move it away" in sentence
+    assert (tmp_path / "log.csv").read_bytes() == damaged
+    os.remove(tmp_path / "log.csv")
+    train_tiny(tmp_path, "--resume")
+    assert read_log(tmp_path)[-1]["step"] == "6"
+
+
+def test_a_run_that_diverges_without_a_loss_that_shows_it_is_one_sentence(tmp_path, capsys):
+    sentence = sentence_of_refusal(capsys, tmp_path, "--weight-decay", "4e9", "--steps", "4",
+                                   "--eval-every", "4")
+    assert "not finite" in sentence and "lower --lr" in sentence
+
+
+def test_a_number_that_no_process_can_have_is_of_a_dead_one(tmp_path, capsys):
+    write_lock(tmp_path, socket.gethostname(), 10 ** 30)
+    train_tiny(tmp_path, "--stop-at", "1")
+    assert f"process {10 ** 30} of {SINCE} is gone" in capsys.readouterr().out
+
+
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, capsys):
     pid = process_that_ended()
     write_lock(tmp_path, socket.gethostname(), pid)
@@ -681,9 +717,9 @@ def test_two_processes(tmp_path, monkeypatch):
 
 def test_a_restart_by_torchrun_implies_resume(tmp_path, monkeypatch, capsys):
     train_tiny(tmp_path, "--stop-at", "2")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert ddp.RESTARTS == 0
     assert "already holds a run" in sentence_of_refusal(capsys, tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(ddp, "RESTARTS", 1)
     train_tiny(tmp_path, "--stop-at", "3")
     assert "ckpt.pt at step 2" in capsys.readouterr().out
 

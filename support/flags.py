@@ -1,0 +1,47 @@
+"""What the flags of a command may be: its numbers by a table of ranges, and the files it writes."""
+import os
+
+# The largest number that any flag takes. Products of two such numbers fit into float32 and int64.
+MOST = 2 ** 32 - 1
+
+
+def check_values(flags, ranges):
+    """ValueError, a sentence with flag and value, for a flag that cannot be.
+
+    flags: what argparse returned. ranges: [(what a value must be, test, names of flags)]; every
+    number of a flag has to pass the test, and None passes. nan passes no comparison. Whatever the
+    table says, no number lies beyond MOST, and no text is empty.
+    """
+    def refuse(name, must):
+        given = " ".join(map(str, values_of(flags, name)))
+        raise ValueError(f"--{name.replace('_', '-')} must {must}, got {given or 'an empty text'}")
+
+    for must, test, names in ranges:
+        for name in names:
+            if not all(map(test, values_of(flags, name))):
+                refuse(name, must)
+    for name in vars(flags):
+        for value in values_of(flags, name):
+            if isinstance(value, (int, float)) and not -MOST <= value <= MOST:
+                refuse(name, f"be a number of at most {MOST}")
+            if value == "":
+                refuse(name, "not be empty")
+
+
+def values_of(flags, name):
+    """The values of a flag: one, several or, where it was not given, none."""
+    value = getattr(flags, name)
+    if value is None:
+        return []
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def check_files(flags, *names):
+    """ValueError for flags that name no file which could be written: it lies in a folder that
+    exists, and is a file itself if it exists."""
+    for name in names:
+        for path in values_of(flags, name):
+            folder = os.path.dirname(os.path.abspath(path))
+            if not os.path.isdir(folder) or os.path.exists(path) and not os.path.isfile(path):
+                raise ValueError(f"--{name.replace('_', '-')} {path} must be a file in a folder "
+                                 "that exists")
