@@ -119,8 +119,10 @@ def read(path, mmap=True):
                 raise zipfile.BadZipFile(damaged)
         with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on sparse tensors and old ways to store
-            return torch.load(path, map_location="cpu", weights_only=True,
-                              mmap=mmap and kind == "torch")
+            if mmap and kind == "torch" and is_utf8(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except ImportError:
         raise ValueError(f"{path}: reading it needs the safetensors library "
                          "(pip install safetensors)") from None
@@ -136,6 +138,15 @@ def read(path, mmap=True):
                              "numbers") from None
         raise ValueError(f"{path}: cannot be read, it is cut short or damaged "
                          f"({type(error).__name__})") from None
+
+
+def is_utf8(path):
+    """Whether torch can hand a file's name to the system; one from another encoding it cannot."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # ---- its tensors and their names -----------------------------------------------------------------
