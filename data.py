@@ -32,9 +32,9 @@ from support.files import digest
 from views import LONG_TAIL, THREADS, generator
 
 IN_MEMORY = 2 << 30  # bytes; a folder with more stays on disk
-# differs: an image is shrunk when it is read. Its shorter side has at most this many times the side
-# of the largest crop: for an image in memory every detail that a crop of 1/16 of its area can show,
-# for one on disk a crop of 1/256.
+# differs: an image is shrunk when it is read, so that its shorter side is at most this many times
+# the side of the largest crop. An image in memory keeps all that a crop of 1/16 of its area can
+# show, and one on disk all that a crop of 1/256 can show.
 SIDES_IN_MEMORY, SIDES_ON_DISK = 4, 16
 
 
@@ -57,7 +57,7 @@ class Images:
 class Files:
     """A set on disk, whose images are decoded when needed."""
     paths: list
-    y: torch.Tensor  # (N,) int64, or None
+    y: torch.Tensor  # (N,) int64, or None; (N, 20) for VOC2007
     classes: list
     name: str
     broken: list = field(default_factory=list)  # paths of damaged files that were met so far
@@ -97,7 +97,8 @@ class Files:
 
 
 def load(data, *, root="data", seed=0, img_size=32, imbalance=1.0, imbalance_law="exp"):
-    """(train, test): `Images` or `Files` each; test is None for a folder without classes.
+    """(train, test): `Images` or `Files` each; test is None for a folder without classes, and where
+    every class has one image alone.
 
     data       a name in SETS, or a folder laid out as in support/folders.py. Class folders without
                a test split set 10 % of each class aside for it, the same images for every seed. A
@@ -268,43 +269,27 @@ def open_classes(images, classes, name, img_size, white):
 def open_files(paths, y, classes, name, img_size, white):
     """`Images` when all have one size and together less than IN_MEMORY bytes, else `Files`."""
     on_disk = Files(paths, y, classes, name, white=white)
-    limit = SIDES_IN_MEMORY * img_size
-    first_image = pixels.read(paths[0], limit, white)  # (3, H, W)
+    shrunk = replace(on_disk, limit=SIDES_IN_MEMORY * img_size)
+    first_image, _ = shrunk.read(0)  # (3, H, W)
     if len(paths) * first_image.numel() >= IN_MEMORY:
         return on_disk
-
-    def read(path):
-        """(image, None), or (None, why it cannot be read)."""
-        try:
-            return pixels.read(path, limit, white), None
-        except ValueError as error:
-            return None, str(error)
-
     x = torch.empty(len(paths), *first_image.shape, dtype=torch.uint8)  # (N, 3, H, W)
-    damaged = {}  # {index: why}
     bar = tqdm(total=len(paths), desc=f"reading {name}", disable=None)
     with ThreadPoolExecutor(THREADS) as pool, bar:
         for begin in range(0, len(paths), 256):
-            some_paths = paths[begin:begin + 256]
-            for i, (image, why) in enumerate(pool.map(read, some_paths), begin):
-                if image is None:
-                    damaged[i] = why
-                elif image.shape != first_image.shape:
-                    return on_disk
-                else:
-                    x[i] = image
-            bar.update(len(some_paths))
-    on_disk.note_broken([(paths[i], why) for i, why in damaged.items()])
-    for i, why in damaged.items():
-        stand_in = next((j for j in neighbours(i, len(paths), y) if j not in damaged), None)
-        if stand_in is None:
-            raise ValueError(f"{why}, nor can any other image of its class")
-        x[i] = x[stand_in]
+            part = range(begin, min(begin + 256, len(paths)))
+            samples = list(pool.map(shrunk.read, part))
+            if any(image.shape != first_image.shape for image, _ in samples):
+                return on_disk
+            x[begin:part.stop] = torch.stack([image for image, _ in samples])
+            on_disk.note_broken([damaged for _, damaged in samples if damaged])
+            bar.update(len(part))
     return Images(x, y, classes, name, paths, on_disk.broken)
 
 
 def neighbours(i, n, y):
-    """Indices of 0..n-1 around i, nearest first, of the same class, so that the label stays true.
+    """Indices of 0..n-1 around i, nearest first, at most 999 away, of the same class, so that the
+    label stays true.
 
     y: (N,) or None; (N, 20) for VOC2007, where all 20 labels must agree.
     """
@@ -322,8 +307,9 @@ def identity(images, name):
     of a set without files, over the pixels.
     """
     if images.paths:
+        # what the first and the last in alphabetical order share, all paths share
         shared = os.path.commonprefix([min(images.paths), max(images.paths)])
-        below = len(shared.rpartition(os.sep)[0])
+        below = len(shared.rpartition(os.sep)[0])  # where the names below the common folder begin
         content = "\n".join(path[below:].replace(os.sep, "/") for path in images.paths)
     else:
         content = images.x

@@ -23,10 +23,11 @@ COPY_NAMES = {TEACHER: "teacher", AVERAGE: "moving average", STUDENT: "student"}
 # nn.Sequential(*resnet.children()), as in lightly's examples: its children have numbers.
 LANDMARKS = {"vit": ["pos_embed"], "resnet": ["layer1.0.conv1.weight", "4.0.conv1.weight"]}
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-# Words in the names of tensors, beside the parts of our networks, without which a network of others
-# would compute something else: register_tokens, dist_token, norm_pre, fc_norm, rel_pos_bias...
+# A tensor that our network lacks is refused if the first part of its name has one of these words,
+# because the network of the file then computes something else: register_tokens, norm_pre...
 INSIDE = {"token", "tokens", "embed", "pos", "bias", "rope", "norm", "ln", "pre", "pool"}
-# Words of what only comes after it or is used in training alone: decoder_pos_embed, mask_token...
+# ... unless it has one of these too, because it then belongs to a head or to training alone:
+# decoder_pos_embed, mask_token
 AFTER = {"head", "decoder", "predictor", "projector", "projection", "classifier", "mask", "masked"}
 
 
@@ -58,11 +59,9 @@ def load_backbone(path, which="teacher", arch=None, patch_size=None, img_size=No
     it is missing, unreadable, not a run of ours, or does not fit its own args.
     """
     if which not in COPIES:
-        raise ValueError(f"which must be teacher or student, got '{which}'")
+        raise ValueError(f"--which {which} is neither teacher nor student")
     path = Path(path)
     path = path / "ckpt.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
     if arch is None:
         backbone, args, description = ours(path, which)
     else:
@@ -94,18 +93,18 @@ def check_ours(path, ckpt, which):
         raise ValueError(f"{path} is not a checkpoint of a run of ours: it lacks "
                          f"{', '.join(lacking)}; for another's backbone say which --arch it has")
     kinds = {"arch": str, "patch_size": int, "img_size": int, "data": str, "data_root": str,
-             "seed": int, "imbalance": (int, float), "imbalance_law": str, "mean": list,
-             "std": list, "data_seen": dict}
-    for key, kind in kinds.items():
-        value = ckpt["args"].get(key)
-        if key in ckpt["args"] and not isinstance(value, kind) or (
-                kind is list and value and not is_colour(value)):
-            raise ValueError(f"{path}: its args give {key} as {value!r}")
+             "seed": int, "imbalance": (int, float), "imbalance_law": str, "data_seen": dict}
+    args = ckpt["args"]
+    wrong = [key for key, kind in kinds.items() if key in args and not isinstance(args[key], kind)]
+    wrong += [key for key in ("mean", "std") if key in args and not is_colour(args[key])]
+    if wrong:
+        raise ValueError(f"{path}: its args give {wrong[0]} as {args[wrong[0]]!r}")
 
 
 def is_colour(values):
-    """Whether a list holds three numbers, for red, green and blue."""
-    return len(values) == 3 and all(isinstance(value, (int, float)) for value in values)
+    """Whether they are three numbers, for red, green and blue."""
+    return (isinstance(values, (list, tuple)) and len(values) == 3
+            and all(isinstance(value, (int, float)) for value in values))
 
 
 def ours(path, which):
@@ -180,7 +179,9 @@ def find(path, which, arch):
     if list(prefixes) == [UNNAMED]:
         return backbone, others, "only copy"
     copy = COPY_NAMES.get(rank, which)  # beside a teacher, the one without a name is the student
-    return backbone, others, copy if copy in place else f"{copy} ({place})"
+    if copy not in place:  # where it lies in the file, unless that says it already
+        copy = f"{copy} ({place})"
+    return backbone, others, copy
 
 
 def misfits(own, theirs):

@@ -165,7 +165,9 @@ def check_data(path, old, args):
         ddp.print0(f"{path} does not say which images it saw: they are not compared")
         return
     changed = [f"{name} {old.get(name)} -> {new}" for name, new in args.data_seen.items()
-               if old.get(name) != new]
+               if name != "content" and old.get(name) != new]
+    if old.get("content") != args.data_seen["content"]:
+        changed.append("other names of files, labels or names of classes")
     if changed:
         raise ValueError(f"--resume: {path} was trained on other images than --data {args.data} "
                          f"holds now: {', '.join(changed)}")

@@ -95,8 +95,8 @@ PROTOTYPES = re.compile(
 def read(path, mmap=True):
     """The object in a checkpoint file, tensors on the CPU; for a run folder, in its ckpt.pt.
 
-    mmap: tensors are read from the disk when they are used, so that of a file of 5 GB only the
-    prototypes are read. False: all is read now, and compared with the checksums in the file.
+    mmap: tensors of a file by torch.save are read from the disk when they are used, so that of 5 GB
+    only the prototypes are read. False: all is read now, and compared with the file's checksums.
     ValueError, one sentence that begins with the path: there is no such file; it is refused, as it
     would run code; it is cut short or damaged; or it is no checkpoint but something else.
     """
@@ -126,6 +126,8 @@ def read(path, mmap=True):
     except ImportError:
         raise ValueError(f"{path}: reading it needs the safetensors library "
                          "(pip install safetensors)") from None
+    except MemoryError:
+        raise
     except Exception as error:  # zip, pickle, EOF, Unicode...: each reader has its own
         text = " ".join(str(error).split())
         unsafe = re.search(r"(?:GLOBAL|class|global) '?([\w.]+\.[\w.]+)", text)
@@ -194,6 +196,7 @@ def unusual(tensor):
 
 
 def refuse_unusual(path, name, tensor):
+    """ValueError for a tensor that does not hold its numbers one by one."""
     if word := unusual(tensor):
         raise ValueError(f"{path}: {name} is {word}; save it as a plain tensor of numbers")
 
@@ -201,10 +204,15 @@ def refuse_unusual(path, name, tensor):
 def split_key(key):
     """(rank of the copy, name inside that copy) of a dotted key.
 
+    Its leading parts are taken off from the left, as long as each is a wrapper or names a copy. The
+    last of them that names a copy decides the rank. A part such as momentum_backbone does both: it
+    names a copy, and leaves `backbone`.
+
     'teacher.module.head.last_layer.weight_v' -> (0, 'head.last_layer.weight_v')
     'state_dict.momentum_backbone.cls_token' -> (0, 'backbone.cls_token')
     """
-    *leading, last = [part for part in key.split(".") if part not in INNER_WRAPPERS] or [key]
+    parts = [part for part in key.split(".") if part not in INNER_WRAPPERS]
+    *leading, last = parts or [key]  # a key of wrappers alone stays whole
     rank = UNNAMED
     while leading:
         words = leading[0].split("_")
@@ -325,6 +333,6 @@ def is_queue(name):
 
 
 def refuse_queue(path, key, tensor):
-    raise ValueError(f"{path}: {key} {tuple(tensor.shape)} is a memory bank of features, one per "
-                     "COLUMN (SOP, MaSSL), not a set of prototypes; counting its rows would count "
-                     "feature dimensions")
+    """ValueError for a memory of features, as the codes of SOP and MaSSL keep it."""
+    raise ValueError(f"{path}: {key} {tuple(tensor.shape)} is a memory of features, one in each "
+                     "COLUMN, and not a set of prototypes; its rows are the dimensions of features")

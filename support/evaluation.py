@@ -22,6 +22,7 @@ from support.flags import check_files, check_values
 
 # (what a value must be, test, flags that all evaluation commands have)
 RANGES = [("be at least 1", lambda v: v >= 1, ["batch_size", "img_size"]),
+          ("not be negative", lambda v: v >= 0, ["head", "tail"]),
           ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mean"]),
           ("be positive", lambda v: v > 0, ["std"])]
 
@@ -66,9 +67,9 @@ def check_common_flags(flags, ranges):
     ranges: as RANGES, for the flags that the command has beside these.
     """
     check_values(flags, [*RANGES, *ranges])
-    if not 0 <= flags.tail <= flags.head + 1:
-        raise ValueError(f"--head {flags.head} --tail {flags.tail}: classes of fewer than TAIL "
-                         "images are the tail and those of more than HEAD the head; they overlap")
+    if flags.tail > flags.head + 1:
+        raise ValueError(f"--tail {flags.tail} must be at most --head {flags.head} plus 1, so that "
+                         "no class is both head and tail")
     check_files(flags, "dump", "results")
     flags.device = backbones.choose_device(flags.device)
 
@@ -88,8 +89,11 @@ def open_backbone(flags, patch_size=None):
 
 def normalisation(args):
     """The mean and std of `open_backbone` in words."""
-    mean, std = (" ".join(f"{v:g}" for v in args[name]) for name in ("mean", "std"))
-    return f"pixels less {mean}, over {std}"
+    return f"pixels less {numbers(args['mean'])}, over {numbers(args['std'])}"
+
+
+def numbers(values):
+    return " ".join(f"{value:g}" for value in values)
 
 
 def data_name(flags, args):
@@ -117,10 +121,10 @@ def is_own_name(name, args):
 def load_images(name, args, root=None):
     """(train, test, own) of the set or folder `name`, for the run with these args; see data.load.
 
-    own: whether they are the run's own images, where they lay then or in a folder that was moved.
-    Of those a run has seen one seed's draw of a long tail, if it had one: the same images come back
-    here. Other data is whole. root: where named sets lie; None: as in the run. A line on stderr
-    says so where the run saw other images under that name.
+    own: whether they are the run's own images, where they lay then or in a folder that was moved. A
+    run with --imbalance was trained on a part of its set: that part is drawn again here. Other data
+    is used whole. root: where named sets lie; None: as in the run. A line on stderr says so where
+    the run saw other images under that name.
     """
     own, seen = is_own_name(name, args), args.get("data_seen")
     version, seed = args.get("data_version", 1), args.get("seed", 0)
@@ -132,9 +136,9 @@ def load_images(name, args, root=None):
         print(f"note: the run saw version {version} of the images {name}; these are version "
               f"{data.VERSIONS[name]}, which it has never seen", file=sys.stderr)
     elif own and seen and not is_same(train, name, seen):
-        print(f"note: the run saw {seen['images']} training images of {seen['classes']} classes "
-              f"under the name {name}; here are {len(train)} of {len(train.classes)}, or other "
-              "ones", file=sys.stderr)
+        print(f"note: the run was trained on {seen['images']} images of {seen['classes']} classes "
+              f"under the name {name}, which now holds others ({len(train)} of "
+              f"{len(train.classes)})", file=sys.stderr)
     elif not own and seen:
         cut = train
         if tail["imbalance"] > 1 and train.y is not None:
@@ -185,8 +189,8 @@ def result_row(tool, protocol, flags, backbone, args, name):
     return {"tool": tool, "protocol": protocol, "checkpoint": flags.checkpoint,
             "weights": backbones.fingerprint(backbone), "which": flags.which, "arch": backbone.arch,
             "method": args.get("method", ""), "prototypes": args.get("prototypes", ""),
-            "num_prototypes": args.get("num_prototypes", ""), "data": name, **{
-                flag: " ".join(f"{v:g}" for v in args[flag]) for flag in ("mean", "std")}}
+            "num_prototypes": args.get("num_prototypes", ""), "data": name,
+            "mean": numbers(args["mean"]), "std": numbers(args["std"])}
 
 
 def append_results(flags, row, tables):

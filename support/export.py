@@ -62,12 +62,13 @@ def init(path, backbones):
 def on_same_grid(theirs, own):
     """(the position embedding `theirs` (1, 1 + g^2, dim) on the grid of `own`, words for a change).
 
-    It is returned as it is where it is none of a square grid, or of another dim.
+    It is returned unchanged if it has that grid already, and also if its grid is not square or its
+    dim is another one: then it does not fit, and load_weights says so.
     """
-    positions = theirs.shape[1] - 1 if theirs.dim() == 3 else 0
-    grid, new = math.isqrt(max(0, positions)), math.isqrt(own.shape[1] - 1)
-    same = theirs.dim() == 3 and theirs[:, :1].shape == own[:, :1].shape  # all but the positions
-    if not same or grid ** 2 != positions or grid in (0, new):
+    if theirs.dim() != 3 or theirs[:, :1].shape != own[:, :1].shape:
         return theirs, ""
-    return (models.resize_positions(theirs.float(), new, new),
-            f", positions interpolated from {grid} x {grid} to {new} x {new} patches")
+    grid, own_grid = math.isqrt(theirs.shape[1] - 1), math.isqrt(own.shape[1] - 1)
+    if 1 + grid ** 2 != theirs.shape[1] or grid in (0, own_grid):
+        return theirs, ""
+    return (models.resize_positions(theirs.float(), own_grid, own_grid),
+            f", positions interpolated from {grid} x {grid} to {own_grid} x {own_grid} patches")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, one run per folder, and a hash of what files hold."""
+"""Files that are whole or not there, one run per folder, and a hash of what they hold."""
 import contextlib
 import hashlib
 import json

@@ -23,7 +23,7 @@ def check_values(flags, ranges):
     for name in vars(flags):
         for value in values_of(flags, name):
             if isinstance(value, (int, float)) and not -MOST <= value <= MOST:
-                refuse(name, f"be a number of at most {MOST}")
+                refuse(name, f"be a number below {MOST + 1} in size")
             if value == "":
                 refuse(name, "not be empty")
 

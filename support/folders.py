@@ -43,7 +43,7 @@ def find(path):
     folders = subfolders(path)
     train_folder, test_folder = split(path, folders, TRAIN), split(path, folders, TEST)
     if train_folder and not test_folder:
-        # a split, or a class that happens to be called train
+        # a folder named train without folders in it, beside no test split, is a class
         if not subfolders(os.path.join(path, train_folder)):
             train_folder = None
     base = os.path.join(path, train_folder or "")
@@ -111,8 +111,8 @@ def is_hidden(name):
 
 
 def walk(path, left_out):
-    """({class: sorted paths of its images}, "" for those that lie in `path` itself;
-    {class: names of the folders in its folder}).
+    """(images, inner) of a folder. images {class: sorted paths}, with "" for those that lie in
+    `path` itself; inner {class: names of the folders in its folder}.
 
     Folders are read before links to folders, and none is read twice, so that a link to a folder
     above it ends there, and images keep the class that they lie in. What is not taken is counted in

@@ -46,7 +46,8 @@ def pixels(image, limit, white):
     ImageOps.exif_transpose(image, in_place=True)
     if is_deep(image):
         values = np.asarray(image)
-        values = values / (white or white_of(values)) * 255
+        own_white = white_of(values)  # ValueError for values that are not those of a picture
+        values = values / (white or own_white) * 255
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if image.mode == "P":  # straight to RGB, Pillow would warn if the palette is transparent
         image = image.convert("RGBA")
@@ -82,7 +83,8 @@ def white_of_files(paths):
     """(white, number of deep files) of up to 64 files spread over a set; (None, 0) where none of
     them is deep. The brightest file decides, so that all keep their brightness to each other."""
     whites = []
-    for path in paths[::max(1, len(paths) // 64)][:64]:
+    n = min(64, len(paths))
+    for path in (paths[i * len(paths) // n] for i in range(n)):
         try:
             with Image.open(path) as image:
                 if is_deep(image):

@@ -246,7 +246,7 @@ def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
     (["A1", "--rows", "nope"],
      "--rows 'nope' is not a row of A1; there are: no responsibility forgetting"),
     (["A1", "--seeds", "0", "-1"], "--seeds must not be negative, got 0 -1"),
-    (["A1", "--seeds", "9" * 20], "--seeds must be a number of at most 4294967295, got 99"),
+    (["A1", "--seeds", "9" * 20], "--seeds must be a number below 4294967296 in size, got 99"),
     (["A1", "--results", ""], "--results must not be empty"),
     (["A1", "--results", __file__], f"{__file__}: File exists"),
     (["A1", "--results", f"{__file__}/below"], f"{__file__}/below: Not a directory")])

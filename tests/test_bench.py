@@ -162,7 +162,7 @@ def test_which_column_of_which_run_goes_where(capsys, monkeypatch):
     (["loss", "--V", "1"], "--V must be at least 2, as the teacher has two views, got 1"),
     (["step", "--steps", "1"], "--steps must be at least 2, as the first step is not counted"),
     (["knn", "--bank", "19"], "--bank must be at least 20, the neighbours of a query, got 19"),
-    (["unique", "--D", "9" * 20], "--D must be a number of at most 4294967295, got 9999"),
+    (["unique", "--D", "9" * 20], "--D must be a number below 4294967296 in size, got 9999"),
     (["--device", ""], "--device must not be empty"),
     (["--device", "abacus"], "--device abacus does not work here")])
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, sentence, capsys, monkeypatch):

@@ -764,7 +764,7 @@ def test_json_csv_and_exit_codes(tmp_path, capsys):
     ("--orders 99999999999999999999", "--orders must lie in [0, 1000], got 99999999999999999999"),
     ("--fail-below nan", "--fail-below must be a share in [0, 1], got nan"),
     ("--seed -1", "--seed must not be negative, got -1"),
-    ("--seed 99999999999999999999", "--seed must be a number of at most 4294967295"),
+    ("--seed 99999999999999999999", "--seed must be a number below 4294967296 in size"),
     ("--eps nan", "--eps nan is not a list of numbers in [0, 2]"),
     ("--eps 0.1,", "--eps 0.1, is not a list of numbers"),
     ("--eps=", "--eps must not be empty"),

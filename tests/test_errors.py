@@ -80,18 +80,18 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
 # ---- flags -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("given, sentence", [
     ("--jitter nan .4 .4 .1", "--jitter must not be negative, got nan 0.4 0.4 0.1"),
-    ("--jitter .4 inf .4 .1", "--jitter must be a number of at most 4294967295, got 0.4 inf"),
+    ("--jitter .4 inf .4 .1", "--jitter must be a number below 4294967296 in size, got 0.4 inf"),
     ("--jitter .4 .4 .4 .6", "--jitter needs a hue of at most 0.5"),
     ("--jitter .4 .4 .4", "--jitter: expected 4 arguments"),
     ("--teacher-temp .04 nan", "--teacher-temp must be positive, got 0.04 nan"),
-    ("--global-scale nan 1", "--global-scale must be a number of at most 4294967295, got nan 1.0"),
-    ("--imbalance inf", "--imbalance must be a number of at most 4294967295, got inf"),
+    ("--global-scale nan 1", "--global-scale must be a number below 4294967296 in size, got nan"),
+    ("--imbalance inf", "--imbalance must be a number below 4294967296 in size, got inf"),
     ("--imbalance nan", "--imbalance must be at least 1"),
-    ("--epochs 1e400", "--epochs must be a number of at most 4294967295, got inf"),
-    ("--lr 1e300", "--lr must be a number of at most 4294967295, got 1e+300"),
-    ("--seed " + "9" * 20, "--seed must be a number of at most 4294967295, got " + "9" * 20),
+    ("--epochs 1e400", "--epochs must be a number below 4294967296 in size, got inf"),
+    ("--lr 1e300", "--lr must be a number below 4294967296 in size, got 1e+300"),
+    ("--seed " + "9" * 20, "--seed must be a number below 4294967296 in size, got " + "9" * 20),
     ("--seed -1", "--seed must not be negative, got -1"),
-    ("--steps " + "9" * 400, "--steps must be a number of at most 4294967295, got 99"),
+    ("--steps " + "9" * 400, "--steps must be a number below 4294967296 in size, got 99"),
     ("--steps " + "9" * 5000, "invalid int value"),
     ("--steps 0", "--steps must be at least 1, got 0"),
     ("--local-crops 1001", "--local-crops must lie in [0, 1000], got 1001"),
@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_one(out, words, capsys, tmp_path):
     ("--kills -1", "--kills must not be negative, got -1"),
     ("--steps 0", "--steps must be at least 1, got 0"),
     ("--longest nan", "--longest must be at least 0.02, got nan"),
-    ("--longest inf", "--longest must be a number of at most 4294967295, got inf")])
+    ("--longest inf", "--longest must be a number below 4294967296 in size, got inf")])
 def test_chaos_refuses_numbers_that_cannot_be(given, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         chaos.main(given.split())
@@ -132,7 +132,7 @@ def test_chaos_refuses_numbers_that_cannot_be(given, sentence, capsys):
 
 def test_no_number_beyond_the_limits_passes_whatever_the_table_says():
     for value in (math.nan, math.inf, -math.inf, 2 ** 32, -2 ** 32, [1.0, math.nan], 10 ** 400):
-        with pytest.raises(ValueError, match="--some-flag must be a number of at most 4294967295"):
+        with pytest.raises(ValueError, match="--some-flag must be a number below 4294967296 in"):
             flags.check_values(argparse.Namespace(some_flag=value), [])
     flags.check_values(argparse.Namespace(a=2 ** 32 - 1, b=None, c="text", d=[0.5], e=True), [])
 

@@ -397,9 +397,9 @@ def test_load_backbone_refuses_in_one_sentence(tmp_path):
             backbones.load_backbone(tmp_path / name, which)
         assert "\n" not in str(error.value)
 
-    refused("no checkpoint .*absent.pt", "absent.pt")
+    refused("absent.pt: no such file", "absent.pt")
     (tmp_path / "empty").mkdir()
-    refused("no checkpoint .*ckpt.pt", "empty")
+    refused("ckpt.pt: no such file", "empty")
     whole = (tmp_path / "good.pt").read_bytes()
     broken = {"cut.pt": whole[:len(whole) // 2], "nothing.pt": b"", "text.pt": b"hello\n" * 50,
               "page.pt": b"<!DOCTYPE html><html>"}
@@ -420,16 +420,17 @@ def test_load_backbone_refuses_in_one_sentence(tmp_path):
     refused("lacks student", "half.pt", "student", half)
     few_args = {"arch": "vit_nano", "patch_size": 8}
     refused(r"lacks args\['img_size'\]", "args.pt", content=good | {"args": few_args})
-    for key, value in (("img_size", "32"), ("arch", 3), ("seed", None), ("imbalance", "10")):
+    for key, value in (("img_size", "32"), ("arch", 3), ("seed", None), ("imbalance", "10"),
+                       ("mean", [0.5]), ("std", "half"), ("data_seen", [])):
         args = good["args"] | {key: value}
-        refused(f"type.pt: its args give {key} as {value!r}", "type.pt",
+        refused(re.escape(f"type.pt: its args give {key} as {value!r}"), "type.pt",
                 content=good | {"args": args})
     for arch in ("vit_tiny", "vit_none"):
         args = good["args"] | {"arch": arch}
         refused(f"do not fit.*{arch}", "arch.pt", content=good | {"args": args})
     teacher = {key: w for key, w in good["teacher"].items() if key != "backbone.cls_token"}
     refused("do not fit.*cls_token", "keys.pt", content=good | {"teacher": teacher})
-    refused("which must be teacher or student, got 'ema'", "good.pt", "ema")
+    refused("--which ema is neither teacher nor student", "good.pt", "ema")
 
 
 def test_runs_of_other_scripts_are_read_as_those_of_train(tmp_path):
@@ -509,7 +510,7 @@ def test_a_run_knows_its_images_in_a_moved_folder_and_says_when_they_changed(tmp
     assert "note" not in capsys.readouterr().err
     os.remove(tmp_path / "images/train/class1/0.png")
     _, _, own = evaluation.load_images(images, args)
-    assert own and "the run saw 22 training images of 2 classes" in capsys.readouterr().err
+    assert own and "the run was trained on 22 images of 2 classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -732,12 +733,12 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--device", "meta"], "--device meta"),
     (["--device", "hpu"], "--device hpu"),
     (["--dump", "/dev/null"], "--dump /dev/null must be a file"),
-    (["--head", "5", "--tail", "50"], "--head 5 --tail 50: .* overlap"),
-    (["--tail", "-1"], "--tail -1: .* overlap"),
-    (["--k", "20", "9" * 20], f"--k must be a number of at most 4294967295, got 20 {'9' * 20}"),
-    (["--T", "inf"], "--T must be a number of at most 4294967295, got inf"),
-    (["--T", "nan"], "--T must be a number of at most 4294967295, got nan"),
-    (["--batch-size", "9" * 400], "--batch-size must be a number of at most"),
+    (["--head", "5", "--tail", "50"], "--tail 50 must be at most --head 5 plus 1"),
+    (["--tail", "-1"], "--tail must not be negative, got -1"),
+    (["--k", "20", "9" * 20], f"--k must be a number below 4294967296 in size, got 20 {'9' * 20}"),
+    (["--T", "inf"], "--T must be a number below 4294967296 in size, got inf"),
+    (["--T", "nan"], "--T must be a number below 4294967296 in size, got nan"),
+    (["--batch-size", "9" * 400], "--batch-size must be a number below"),
     (["--patch-size", "0"], "--patch-size must be at least 1, got 0"),
     (["--dump", ""], "--dump must not be empty"),
     (["--results", "{tmp}"], "--results .* must be a file in a folder that exists"),

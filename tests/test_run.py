@@ -253,13 +253,13 @@ def test_resume_refuses_other_images(tmp_path, capsys):
         for word in (f"trained on other images than --data {data} holds now: ", *words):
             assert word in sentence, sentence
     others = make_folder(tmp_path / "others", 40, size=16)
-    says("images 22 -> 36", "content", data=others)
+    says("images 22 -> 36", "other names of files", data=others)
     says("set folder -> shapes", data="shapes")
     os.rename(os.path.join(images, "a", "3.png"), os.path.join(images, "a", "3b.png"))
-    says("content", data=images)  # one file has another name
+    says("other names of files", data=images)  # one file has another name
     os.rename(os.path.join(images, "a", "3b.png"), os.path.join(images, "a", "3.png"))
     os.rename(os.path.join(images, "a"), os.path.join(images, "c"))
-    says("content", data=images)  # one class has another name
+    says("labels or names of classes", data=images)  # one class has another name
     assert (tmp_path / "out/ckpt.pt").read_bytes() == before
 
 
