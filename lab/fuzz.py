@@ -6,10 +6,10 @@
 Start it in the folder of train.py. An even case is a command line, drawn from the tool's own parser
 with good, odd and broken values. An odd case is a usual command on a copy of a small run's folder,
 with one of its files damaged. A case runs in a fork of this process, which has imported torch
-already, in a folder of its own. It fails if it prints a traceback, leaves by another exit code than
-0 or 2 (1: collapse.py --fail-below) or without a sentence, takes too long, or leaves with an error
-and a file that was there is lost or changed. In some cases no file may grow beyond a few bytes, as
-on a full disk, or the terminal knows ASCII alone.
+already, in a folder of its own. It fails if it prints a traceback, if its exit code is not 0 or 2
+(or 1, of collapse.py --fail-below), if it says no sentence beside exit code 2, if it takes too
+long, or if it ends with an error and a file that was there is lost or changed. In some cases no
+file may grow beyond 100 to 100,000 bytes, as on a full disk, or the terminal knows ASCII alone.
 """
 import argparse
 import collections
@@ -50,53 +50,61 @@ TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "4", "--num-prototype
         "--partition-size", "8", "--bottleneck-dim", "8", "--head-hidden", "16",
         "--local-crops", "1", "--eval-bank", "16", "--eval-queries", "8", "--eval-every", "2",
         "--gmm-start", "1"]
-RESUME = ["--out", "run", "--resume", "--device", "cpu"]
 SMALL_BENCH = [word for name in bench.SIZES for word in (f"--{name}", "32")]
 
-# tool: (main, parser, usual command lines). Each is tiny; what it reads is made by make_template
+# tool: (main, parser, its usual command lines by name). Each is tiny; what they read is made by
+# make_template
 TOOLS = {
-    "train.py": (train.main, config.parser, [
-        [*TINY, "--data", "images"], [*TINY, "--data", "images", "--prototypes", "joint"],
-        [*TINY, "--data", "images", "--method", "dino", "--prototypes", "live"],
-        [*TINY, "--data", "images", "--init", "run/ckpt.pt"],
-        RESUME, ["--out", "run", "--export", "exported.pt"]]),
-    "eval_knn.py": (eval_knn.main, eval_knn.parser, [
-        ["run", "--device", "cpu"], ["run", "--leave-one-out", "--dump", "f.pt"],
-        ["backbone.pt", "--arch", "vit_nano", "--data", "images"]]),
-    "eval_linear.py": (eval_linear.main, eval_linear.parser, [
-        ["run"], ["run", "--protocol", "grid", "--steps", "3", "--layers", "2"],
-        ["run", "--protocol", "sgd", "--epochs", "1"]]),
-    "collapse.py": (collapse.main, collapse.parser, [
-        ["run"], ["run", "--data", "images", "--assign", "a.csv", "--montage", "m.png"],
-        ["run", "--plot", "p.png", "--json", "o.json", "--csv", "o.csv"],
-        ["C.npy", "C.npz", "C.safetensors", "C.pt", "--fail-below", "0.5"]]),
-    "lab.ablate": (ablate.main, ablate.parser, [
-        ["A2", "--show", "--results", "."], ["A2", "--dry-run", "--results", "."]]),
-    "lab.bench": (bench.main, bench.parser, [
-        [item, "--reps", "1", *SMALL_BENCH] for item in ("gmm", "loss", "unique", "knn")]),
-    "lab.chaos": (chaos.main, chaos.parser, [
-        ["--kills", "1", "--steps", "2", "--longest", "0.1"]]),
+    "train.py": (train.main, config.parser, {
+        "decoupled": [*TINY, "--data", "images"],
+        "joint": [*TINY, "--data", "images", "--prototypes", "joint"],
+        "live": [*TINY, "--data", "images", "--method", "dino", "--prototypes", "live"],
+        "init": [*TINY, "--data", "images", "--init", "run/ckpt.pt"],
+        "resume": ["--out", "run", "--resume", "--device", "cpu"],
+        "export": ["--out", "run", "--export", "exported.pt"]}),
+    "eval_knn.py": (eval_knn.main, eval_knn.parser, {
+        "run": ["run", "--device", "cpu"],
+        "dump": ["run", "--leave-one-out", "--dump", "f.pt"],
+        "of others": ["backbone.pt", "--arch", "vit_nano", "--data", "images"]}),
+    "eval_linear.py": (eval_linear.main, eval_linear.parser, {
+        "lbfgs": ["run"],
+        "grid": ["run", "--protocol", "grid", "--steps", "3", "--layers", "2"],
+        "sgd": ["run", "--protocol", "sgd", "--epochs", "1"]}),
+    "collapse.py": (collapse.main, collapse.parser, {
+        "run": ["run"],
+        "images": ["run", "--data", "images", "--assign", "a.csv", "--montage", "m.png"],
+        "files": ["run", "--plot", "p.png", "--json", "o.json", "--csv", "o.csv"],
+        "arrays": ["C.npy", "C.npz", "C.safetensors", "C.pt", "--fail-below", "0.5"]}),
+    "lab.ablate": (ablate.main, ablate.parser, {
+        "show": ["A2", "--show", "--results", "."],
+        "dry run": ["A2", "--dry-run", "--results", "."]}),
+    "lab.bench": (bench.main, bench.parser, {
+        item: [item, "--reps", "1", *SMALL_BENCH] for item in ("gmm", "loss", "unique", "knn")}),
+    "lab.chaos": (chaos.main, chaos.parser, {
+        "one kill": ["--kills", "1", "--steps", "2", "--longest", "0.1"]}),
 }
 # (what a value must be, test, flags)
 RANGES = [("not be negative", lambda v: v >= 0, ["seed", "only"]),
           ("be at least 1", lambda v: v >= 1, ["cases"])]
 # a file of the template: tools and their usual commands that read it
 READERS = {
-    "run/ckpt.pt": [("train.py", 3), ("train.py", 4), ("train.py", 5), ("eval_knn.py", 0),
-                    ("eval_linear.py", 0), ("collapse.py", 0), ("collapse.py", 1)],
-    "run/args.json": [("train.py", 4)],
-    "run/log.csv": [("train.py", 4), ("collapse.py", 0), ("collapse.py", 2)],
-    "run/results.csv": [("eval_knn.py", 0), ("eval_linear.py", 0), ("train.py", 4)],
-    "run/lock": [("train.py", 4)],
-    "images/train/a/1.png": [("train.py", 0), ("eval_knn.py", 0), ("eval_linear.py", 2),
-                             ("collapse.py", 1)],
-    "backbone.pt": [("eval_knn.py", 2)],
-    "C.npy": [("collapse.py", 3)], "C.npz": [("collapse.py", 3)],
-    "C.safetensors": [("collapse.py", 3)], "C.pt": [("collapse.py", 3)],
-    "A2.csv": [("lab.ablate", 0), ("lab.ablate", 1)],
+    "run/ckpt.pt": [("train.py", "init"), ("train.py", "resume"), ("train.py", "export"),
+                    ("eval_knn.py", "run"), ("eval_linear.py", "lbfgs"), ("collapse.py", "run"),
+                    ("collapse.py", "images")],
+    "run/args.json": [("train.py", "resume")],
+    "run/log.csv": [("train.py", "resume"), ("collapse.py", "run"), ("collapse.py", "files")],
+    "run/results.csv": [("eval_knn.py", "run"), ("eval_linear.py", "lbfgs"),
+                        ("train.py", "resume")],
+    "run/lock": [("train.py", "resume")],
+    "images/train/a/1.png": [("train.py", "decoupled"), ("eval_knn.py", "run"),
+                             ("eval_linear.py", "sgd"), ("collapse.py", "images")],
+    "backbone.pt": [("eval_knn.py", "of others")],
+    "C.npy": [("collapse.py", "arrays")], "C.npz": [("collapse.py", "arrays")],
+    "C.safetensors": [("collapse.py", "arrays")], "C.pt": [("collapse.py", "arrays")],
+    "A2.csv": [("lab.ablate", "show"), ("lab.ablate", "dry run")],
 }
 
-# values for flags; where a good one costs much, a flag has its own
+# values for flags. GOOD: those of flags whose other good values take long
 NUMBERS = ["nan", "inf", "-inf", "-1", "0", "-0", "1e400", "1e-300", "1e9", "9" * 20, "9" * 400,
            "4294967295", "4294967296", "1_0", "0x10", "\N{SUPERSCRIPT TWO}", "1.5", "", " ", "x"]
 PATHS = ["", " ", ".", "images", "run", "run/ckpt.pt", "C.npy", "C.npy/below", "nowhere",
@@ -119,15 +127,15 @@ class Case:
     number: int
     tool: str
     words: list
-    damage: str = ""  # the file that is damaged before
+    damaged_file: str = ""  # it is damaged before the tool is called
     seed: int = 0  # of the damage
     encoding: str = "utf-8"
     largest_file: int = 0  # bytes; 0: no limit
 
     def __str__(self):
         text = shlex.join([self.tool, *self.words])
-        if self.damage:
-            text += f", {self.damage} being damaged"
+        if self.damaged_file:
+            text += f", {self.damaged_file} being damaged"
         if self.largest_file:
             text += f", no file beyond {self.largest_file} bytes"
         return text + (", on an ASCII terminal" if self.encoding == "ascii" else "")
@@ -138,20 +146,21 @@ def draw_case(seed, number):
     """The case of this number: a random command line if it is even, else a damaged file."""
     rng = random.Random(f"{seed} {number}")
     if number % 2:
-        damage, tool, n = rng.choice([(p, *reader) for p in READERS for reader in READERS[p]])
-        words = TOOLS[tool][2][n]
+        damaged_file, tool, name = rng.choice(
+            [(path, *reader) for path in READERS for reader in READERS[path]])
+        words = TOOLS[tool][2][name]
     else:
-        tool, damage = rng.choice([*TOOLS, "train.py", "train.py", "eval_linear.py"]), ""
+        tool, damaged_file = rng.choice([*TOOLS, "train.py", "train.py", "eval_linear.py"]), ""
         words = draw_words(rng, tool)
     largest_file = rng.choice([0, 100, 3000, 10 ** 5]) if rng.random() < 0.15 else 0
     encoding = "ascii" if rng.random() < 0.2 else "utf-8"
-    return Case(number, tool, words, damage, rng.getrandbits(32), encoding, largest_file)
+    return Case(number, tool, words, damaged_file, rng.getrandbits(32), encoding, largest_file)
 
 
 def draw_words(rng, tool):
     """A usual command line with one to three random flags behind it."""
     _, parser, usual = TOOLS[tool]
-    words = list(rng.choice(usual))
+    words = list(rng.choice(list(usual.values())))
     actions = [a for a in parser()._actions if a.option_strings and a.dest not in COSTLY]
     for action in rng.sample(actions, rng.randint(1, 3)):
         words.append(rng.choice(action.option_strings))
@@ -163,7 +172,8 @@ def draw_words(rng, tool):
                 several = rng.choice([0, 1, 2, 5])
             words += [draw_value(rng, action) for _ in range(several)]
     if tool == "train.py":
-        words += ["--stop-at", "3"] * (rng.random() < 0.9 or "--stop-at" not in words)
+        if rng.random() < 0.9 or "--stop-at" not in words:
+            words += ["--stop-at", "3"]  # no long training, whatever --steps is
     return words
 
 
@@ -184,7 +194,9 @@ def draw_value(rng, action):
     if way == "type":
         values = [value for value in values if has_type(value, action.type)]
     value = rng.choice(values)
-    return "-1" if value == "4294967295" and action.dest in SIZES else value
+    if value == "4294967295" and action.dest in SIZES:
+        return "-1"  # so large a size would only run out of memory
+    return value
 
 
 def has_type(value, kind):
@@ -393,8 +405,8 @@ def run_case(case, template):
     with tempfile.TemporaryDirectory() as base:
         folder = os.path.join(base, "case")
         shutil.copytree(template, folder)
-        if case.damage:
-            run_in_fork(lambda: damage(os.path.join(folder, case.damage), case.seed))
+        if case.damaged_file:
+            run_in_fork(lambda: damage(os.path.join(folder, case.damaged_file), case.seed))
         before = contents(folder)
         code, output = run_in_fork(lambda: call(case, folder), case.encoding)
         return what_is_wrong(case, code, output, before, contents(folder)), output

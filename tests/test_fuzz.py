@@ -61,4 +61,4 @@ def test_a_case_is_a_function_of_seed_and_number():
     assert fuzz.draw_case(1, 7) == fuzz.draw_case(1, 7) != fuzz.draw_case(2, 7)
     cases = [fuzz.draw_case(0, number) for number in range(200)]
     assert {case.tool for case in cases} == set(fuzz.TOOLS)
-    assert [bool(case.damage) for case in cases] == [False, True] * 100
+    assert [bool(case.damaged_file) for case in cases] == [False, True] * 100
