@@ -309,7 +309,8 @@ def check(args):
     except ValueError:
         message = f"--eps {args.eps} is not a list of numbers in [0, 2], as in 0.025,0.5"
         raise ValueError(message) from None
-    check_files(args, "csv", "assign", "montage", "plot", *["json"] * (args.json != "-"))
+    check_files(args, "csv", "assign", "montage", "plot", *["json"] * (args.json != "-"),
+                inputs=args.paths)
     if args.plot or args.montage:
         from support import plots
         plots.check_files(args.plot, args.montage)

@@ -84,11 +84,11 @@ class Files:
     def note_broken(self, damaged):
         """Remembers damaged files, [(path, sentence why)], and says so.
 
-        ValueError once they are more than 1 % of the set.
+        ValueError once they are more than one, and more than 1 % of the set.
         """
         new = {path: why for path, why in damaged if path not in self.broken}
         self.broken += new
-        if len(self.broken) > len(self) / 100:
+        if len(self.broken) > max(1, len(self) / 100):
             why = next(iter(new.values()), self.broken[0])
             raise ValueError(f"{len(self.broken)} of {len(self)} images of {self.name} cannot be "
                              f"read, more than 1 %: {why}")

@@ -25,7 +25,8 @@ LANDMARKS = {"vit": ["pos_embed"], "resnet": ["layer1.0.conv1.weight", "4.0.conv
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # A tensor that our network lacks is refused if the first part of its name has one of these words,
 # because the network of the file then computes something else: register_tokens, norm_pre...
-INSIDE = {"token", "tokens", "embed", "pos", "bias", "rope", "norm", "ln", "pre", "pool"}
+INSIDE = {"token", "tokens", "embed", "embeddings", "pos", "bias", "rope", "norm", "ln", "pre",
+          "pool", "gamma", "adapter", "prompt", "stem"}
 # ... unless it has one of these too, because it then belongs to a head or to training alone:
 # decoder_pos_embed, mask_token
 AFTER = {"head", "decoder", "predictor", "projector", "projection", "classifier", "mask", "masked"}
@@ -78,12 +79,11 @@ def load_backbone(path, which="teacher", arch=None, patch_size=None, img_size=No
     return backbone.eval(), args, description
 
 
-def check_ours(path, ckpt, which):
+def check_ours(path, ckpt, which, advice=""):
     """ValueError unless ckpt is what a script of ours writes: a step, args of the right types, and
-    the weights of `which`."""
+    the weights of `which`. advice: what to try if it is not."""
     if not isinstance(ckpt, dict):
-        raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a checkpoint of a run; for "
-                         "another's backbone say which --arch it has")
+        raise ValueError(f"{path} is not a checkpoint of a run of ours{advice}")
     lacking = [key for key, kind in {"args": dict, "step": int, which: dict}.items()
                if not isinstance(ckpt.get(key), kind)]
     if not lacking:
@@ -91,7 +91,7 @@ def check_ours(path, ckpt, which):
                    if key not in ckpt["args"]]
     if lacking:
         raise ValueError(f"{path} is not a checkpoint of a run of ours: it lacks "
-                         f"{', '.join(lacking)}; for another's backbone say which --arch it has")
+                         f"{', '.join(lacking)}{advice}")
     kinds = {"arch": str, "patch_size": int, "img_size": int, "data": str, "data_root": str,
              "seed": int, "imbalance": (int, float), "imbalance_law": str, "data_seen": dict}
     args = ckpt["args"]
@@ -110,7 +110,7 @@ def is_colour(values):
 def ours(path, which):
     """load_backbone for a checkpoint of train.py, or of a script of zoo/ (args["script"])."""
     ckpt = checkpoints.read(path)
-    check_ours(path, ckpt, which)
+    check_ours(path, ckpt, which, "; for another's backbone say which --arch it has")
     args = ckpt["args"]
     weights = {key.removeprefix("backbone."): tensor for key, tensor in ckpt[which].items()
                if key.startswith("backbone.")}

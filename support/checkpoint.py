@@ -87,9 +87,18 @@ def load(path):
     """A checkpoint of ours as a dict; ValueError if it is damaged, unsafe or something else."""
     from support import checkpoints
     ckpt = checkpoints.read(path, mmap=False)
-    needed = {"version", "step", "args", "student", "optimizer"}
-    if not isinstance(ckpt, dict) or needed - ckpt.keys():
+    needed = {"version": int, "step": int} | dict.fromkeys(
+        ("args", "student", "teacher", "loss", "optimizer", "gmm", "prototypes"), dict)
+    if not isinstance(ckpt, dict):
         raise ValueError(f"{path}: not a checkpoint of ours")
+    wrong = [key for key, kind in needed.items() if not isinstance(ckpt.get(key), kind)]
+    if not wrong:
+        wrong = [f"prototypes.{net}" for net in ("student", "teacher")
+                 if not isinstance(ckpt["prototypes"].get(net), dict)]
+    wrong += ["trail"] * (not isinstance(ckpt.get("trail", {}), dict))  # version 1 has none
+    if wrong:
+        raise ValueError(f"{path}: not a checkpoint of ours, or a damaged one: {wrong[0]} is "
+                         "missing or of another type")
     return ckpt
 
 
@@ -131,9 +140,9 @@ def resume(args, paths, parts, protos_s, protos_t):
         ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages "
                    "steps from it on")
     check_data_version(path, ckpt["args"], args)
-    check_data(path, ckpt["args"].get("data_seen"), args)
     if changed := config.differences(ckpt["args"], vars(args)):
         raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}")
+    check_data(path, ckpt["args"].get("data_seen"), args)
     gmm = read_mixture(ckpt)
     for name, part in parts.items():
         load_part(path, name, part, ckpt.get(name, {}))
@@ -224,10 +233,11 @@ def load_run(path):
     centre=loss.centre_over_tau()) -> (N, K). A script of zoo/ that saves other networks defines a
     function `load_run` of its own. ValueError if it is no checkpoint of a run of ours.
     """
-    from support import checkpoints
+    from support import backbones, checkpoints
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    ckpt = checkpoints.read(path)
+    backbones.check_ours(path, ckpt, "teacher")
     try:
-        ckpt = checkpoints.read(path)
         script = ckpt["args"].get("script", "train.py")
         if re.fullmatch(r"zoo/\w+\.py", script):
             module = importlib.import_module(script[:-3].replace("/", "."))

@@ -254,6 +254,10 @@ def load_prototypes(path, key=None):
     tensors = flatten(stored, path)
     if not tensors:
         raise ValueError(f"{path}: it holds no tensor and no array of numbers")
+    if alone and not any(map(is_matrix, tensors.values())):
+        tensor, = tensors.values()
+        refuse_unusual(path, *tensors, tensor)
+        raise ValueError(f"{path}: it is {tuple(tensor.shape)} {tensor.dtype}, not (K, D) numbers")
     if key is not None:
         sets = {key: matrix_named(path, tensors, key)}
     elif "prototypes.vectors" in tensors:

@@ -70,7 +70,7 @@ def check_common_flags(flags, ranges):
     if flags.tail > flags.head + 1:
         raise ValueError(f"--tail {flags.tail} must be at most --head {flags.head} plus 1, so that "
                          "no class is both head and tail")
-    check_files(flags, "dump", "results")
+    check_files(flags, "dump", "results", inputs=[flags.checkpoint])
     flags.device = backbones.choose_device(flags.device)
 
 

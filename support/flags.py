@@ -1,5 +1,6 @@
 """What the flags of a command may be: its numbers by a table of ranges, and the files it writes."""
 import os
+import re
 
 # The largest number that any flag takes. Products of two such numbers fit into float32 and int64.
 MOST = 2 ** 32 - 1
@@ -36,12 +37,17 @@ def values_of(flags, name):
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def check_files(flags, *names):
-    """ValueError for flags that name no file which could be written: it lies in a folder that
-    exists, and is a file itself if it exists."""
+def check_files(flags, *names, inputs=()):
+    """ValueError for flags that name no file which may be written: it lies in a folder that exists,
+    is a file itself if it exists, and is neither one of the inputs nor what a run of ours keeps."""
+    read = {os.path.realpath(path) for path in inputs}
     for name in names:
         for path in values_of(flags, name):
             folder = os.path.dirname(os.path.abspath(path))
             if not os.path.isdir(folder) or os.path.exists(path) and not os.path.isfile(path):
                 raise ValueError(f"--{name.replace('_', '-')} {path} must be a file in a folder "
                                  "that exists")
+            of_run = re.fullmatch(r"ckpt.*\.pt|args\.json|log\.csv|lock", os.path.basename(path))
+            if os.path.exists(path) and (of_run or os.path.realpath(path) in read):
+                raise ValueError(f"--{name.replace('_', '-')} {path} would overwrite a file that "
+                                 "is read; name another one")

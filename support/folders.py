@@ -5,7 +5,9 @@
 Every folder is read once, however many links lead to it. What is not taken is counted.
 """
 import hashlib
+import itertools
 import os
+import re
 from collections import Counter
 from typing import NamedTuple
 
@@ -22,7 +24,11 @@ TINY_IMAGENET = "val_annotations.txt"  # its test images lie in one folder, and 
 # Formats that Pillow opens without decoding them, or only with a program beside it
 NO_PIXELS = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "WMF"}
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-            if name in Image.OPEN and name not in NO_PIXELS}
+            if name in Image.OPEN and name not in NO_PIXELS} | {".mpo"}  # opened as JPEG
+# Parts of names by which folders are recognised as splits that have yet to be renamed
+LIKE_TRAIN = {"train", "training", "trainset", "trn"}
+LIKE_TEST = {"val", "valid", "validation", "test", "testing", "testset", "tst"}
+RUN_FILES = {"ckpt.pt", "args.json", "lock"}  # a folder with one of these belongs to a run
 
 
 class Found(NamedTuple):
@@ -47,7 +53,10 @@ def find(path):
         if not subfolders(os.path.join(path, train_folder)):
             train_folder = None
     base = os.path.join(path, train_folder or "")
-    train, inner = walk(base, left_out)
+    elsewhere = [path]  # a link in one split that leads to the other is not followed
+    if train_folder and test_folder:
+        elsewhere.append(os.path.join(path, test_folder))
+    train, inner = walk(base, left_out, elsewhere)
     without_class = train.pop("")
     if not any(train.values()) and not without_class:
         raise ValueError(f"--data {path} holds no images; expected {LAYOUTS}{said(left_out)}")
@@ -70,7 +79,8 @@ def find(path):
              + (f" in {train_folder}/" if train_folder else ""))
     test = None
     if train_folder and test_folder:
-        test = test_split(path, test_folder, train, left_out)
+        test = test_split(path, test_folder, train, left_out, [path, base])
+    if test:
         about += f" for training, {sum(map(len, test.values()))} in {test_folder}/ for testing"
     return Found(train, test, about + said(left_out))
 
@@ -110,27 +120,32 @@ def is_hidden(name):
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def walk(path, left_out):
+def walk(path, left_out, elsewhere=()):
     """(images, inner) of a folder. images {class: sorted paths}, with "" for those that lie in
     `path` itself; inner {class: names of the folders in its folder}.
 
     Folders are read before links to folders, and none is read twice, so that a link to a folder
     above it ends there, and images keep the class that they lie in. What is not taken is counted in
-    left_out. OSError for a folder that cannot be read.
+    left_out. elsewhere: folders that are read by themselves or hold this one. OSError for a folder
+    that cannot be read.
     """
-    images, inner = {"": []}, {}
-    folders, links, seen = [path], [], set()
+    images, inner, with_runs = {"": []}, {}, set()
+    folders, links = [path], []
+    seen = {identity(folder) for folder in elsewhere} - {identity(path)}
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
+        if identity(place) in seen:
             left_out["links to folders that are read already"] += 1
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity(place))
         inside = os.path.relpath(place, path)  # "." for the folder itself
         class_name = "" if inside == "." else inside.split(os.sep)[0]
         with os.scandir(place) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
+        if place != path and any(entry.name in RUN_FILES for entry in entries):
+            left_out["folders of runs"] += 1
+            with_runs.add(class_name)
+            continue
         for entry in entries:
             is_link = entry.is_symlink()
             if is_hidden(entry.name):
@@ -147,7 +162,14 @@ def walk(path, left_out):
             else:
                 suffix = os.path.splitext(entry.name)[1].lower()
                 left_out[f"files {suffix}" if suffix else "files without a suffix"] += 1
-    return {c: sorted(images[c]) for c in sorted(images)}, inner
+    classes = [c for c in sorted(images) if images[c] or c not in with_runs]
+    return {c: sorted(images[c]) for c in classes}, inner
+
+
+def identity(folder):
+    """What tells a folder from all others, by whatever path it is reached."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def check_classes(path, train, inner, left_out):
@@ -158,28 +180,49 @@ def check_classes(path, train, inner, left_out):
         raise ValueError(f"--data {path}: class folders without an image that can be read: "
                          f"{', '.join(empty[:5])}{said(left_out)}; remove them, or convert their "
                          "files")
-    class_of = {}  # {names of the folders in a class folder: the class}
-    for c in train:
-        names = tuple(inner.get(c, ()))
-        if len(names) > 1 and names in class_of:
-            raise ValueError(f"--data {path}: {class_of[names]}/ and {c}/ hold folders of the same "
-                             f"names ({', '.join(names[:5])}), as splits do and classes do not; "
-                             "rename them to train/ and val/")
-        class_of[names] = c
     if len(train) < 2:
-        raise ValueError(f"--data {path} has only one class folder, {next(iter(train))!r}; give "
-                         "two or more, or name that folder itself to train without labels")
+        name = next(iter(train))
+        advice = (f"if the classes lie in it, name it: --data {os.path.join(path, name)}"
+                  if inner.get(name) else "name that folder itself to train without labels")
+        raise ValueError(f"--data {path} has only one class folder, {name!r}; give two or more, "
+                         f"or {advice}")
+    for one, other in itertools.combinations(train, 2):
+        if looks_like(one, LIKE_TRAIN) and looks_like(other, LIKE_TEST) or (
+                looks_like(one, LIKE_TEST) and looks_like(other, LIKE_TRAIN)):
+            raise ValueError(f"--data {path}: {one}/ and {other}/ are splits by their names, and "
+                             "not classes; rename them to train/ and val/, with the class folders "
+                             "in them")
+    holder = {}  # {name of a folder inside a class folder: that class}
+    for c in train:
+        shared = [name for name in inner.get(c, ()) if name in holder]
+        other = holder[shared[0]] if shared else None
+        shared = [name for name in shared if holder[name] == other]
+        if len(shared) > 1:
+            raise ValueError(f"--data {path}: {other}/ and {c}/ hold folders of the same names "
+                             f"({', '.join(shared[:5])}). If they are splits, rename them to "
+                             "train/ and val/; if they are classes, move the images of those "
+                             "folders up into them")
+        holder |= dict.fromkeys(inner.get(c, ()), c)
 
 
-def test_split(path, folder, train, left_out):
-    """{class: sorted paths} of the test images; their classes are among those of `train`."""
+def looks_like(name, words):
+    """Whether a part of a folder's name, as train in seg_train or train2017, is one of words."""
+    return not words.isdisjoint(re.split("[^a-z]+", name.lower()))
+
+
+def test_split(path, folder, train, left_out, elsewhere):
+    """{class: sorted paths} of the test images, whose classes are among those of `train`; None if
+    the folder has no class folders, as that of ImageNet's images for testing."""
     base = os.path.join(path, folder)
     annotations = os.path.join(base, TINY_IMAGENET)
     if os.path.isfile(annotations):
         test = annotated(annotations, left_out)
     else:
-        test, _ = walk(base, left_out)
+        test, _ = walk(base, left_out, elsewhere)
         loose = len(test.pop(""))
+        if not any(test.values()):
+            left_out[f"the folder {folder}/, which has no class folders with images"] = 1
+            return None
         if loose:
             left_out[f"images beside the class folders of {folder}/"] = loose
     unknown = sorted(set(test) - set(train))

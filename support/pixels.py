@@ -4,7 +4,9 @@ Pillow reads most files so that 0 is black and 255 is white. Files of one channe
 bits (16-bit PNG, 32-bit or float TIFF) do not say which value is white: a camera of 12 bits leaves
 4,095 in a file that could hold 65,535. `white_of_files` finds it from the values of a set.
 """
+import logging
 import threading
+import warnings
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from PIL import Image, ImageOps
 WHITES = (1, 255, 1023, 4095, 16383, 65535, 2 ** 24 - 1, 2 ** 32 - 1)
 LARGE = 2 ** 26  # pixels; of images with more, one at a time is decoded
 one_large_image = threading.Lock()
+# `read` says itself what is wrong with a file; an image of many pixels is nothing wrong
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read(path, limit=None, white=None):
@@ -40,6 +45,8 @@ def pixels(image, limit, white):
     bands = image.tag_v2.get(277, 1) if image.format == "TIFF" else 1  # TIFF: samples per pixel
     if bands > 4:
         raise ValueError(f"it has {bands} bands, and grey, RGB, RGBA and CMYK are read")
+    # Pillow keeps the upper 8 of the 16 bits of a colour
+    drops_bits = image.mode.startswith("RGB") and any("16" in str(tile[3]) for tile in image.tile)
     if limit:  # a JPEG can be decoded at a half, a fourth or an eighth of its size
         image.draft("RGB", (2 * limit, 2 * limit))
     # differs: torchvision's reader leaves pictures as the camera held them
@@ -49,6 +56,9 @@ def pixels(image, limit, white):
         own_white = white_of(values)  # ValueError for values that are not those of a picture
         values = values / (white or own_white) * 255
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if drops_bits and max(most for _, most in image.getextrema()[:3]) < 16:
+        raise ValueError("its colours use at most 12 of their 16 bits, of which Pillow keeps the "
+                         "upper 8; scale them to 16 bits, or convert the file to 8")
     if image.mode == "P":  # straight to RGB, Pillow would warn if the palette is transparent
         image = image.convert("RGBA")
     shorter = min(image.size)

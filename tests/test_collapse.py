@@ -12,6 +12,7 @@ import json
 import lzma
 import math
 import os
+import re
 import pickle
 import subprocess
 import sys
@@ -433,7 +434,7 @@ def test_files_that_hold_nothing_but_matrices(tmp_path, stored, want):
     {"0.weight": T, "2.weight": S}, {"a": INTEGERS, "b": INTEGERS}, T.to(torch.complex64)])
 def test_other_tensors_are_no_prototypes(tmp_path, stored):
     torch.save(stored, tmp_path / "o.pt")
-    with pytest.raises(ValueError, match="o.pt: no prototypes among its keys .*--key"):
+    with pytest.raises(ValueError, match="o.pt: (no prototypes among its keys .*--key|it is )"):
         collapse.load_prototypes(tmp_path / "o.pt")
 
 
@@ -512,7 +513,7 @@ def test_queues_and_backbones_are_refused(tmp_path):
     torch.save({"teacher": pre("backbone.", BACKBONE),
                 "class_memory_bank": {"queue": torch.zeros(6, 40)}}, tmp_path / "sop.pth")
     for key in None, "class_memory_bank.queue":
-        with pytest.raises(ValueError, match="class_memory_bank.queue .*per COLUMN"):
+        with pytest.raises(ValueError, match="class_memory_bank.queue .*one in each COLUMN"):
             collapse.load_prototypes(tmp_path / "sop.pth", key)
     torch.save({"state_dict": BACKBONE}, tmp_path / "bb.pth")
     with pytest.raises(ValueError, match="state_dict.cls_token.*backbone-only files do not carry"):
@@ -534,6 +535,29 @@ class Hostile:
 
     def __reduce__(self):
         return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("tensor, words", [
+    (torch.zeros(7), r"(7,) torch.float32"), (torch.zeros(2, 3, 4), "(2, 3, 4) torch.float32"),
+    (torch.zeros(2, 3, dtype=torch.bool), "(2, 3) torch.bool"),
+    (torch.zeros(2, 3, dtype=torch.complex64), "(2, 3) torch.complex64"),
+    (torch.zeros(0, 3), "(0, 3) torch.float32")])
+def test_a_lone_tensor_that_is_no_set_says_what_it_is(tmp_path, tensor, words):
+    torch.save(tensor, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=re.escape(f"x.pt: it is {words}, not (K, D) numbers")):
+        collapse.load_prototypes(str(tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize("flag", ["--json", "--csv", "--plot"])
+@pytest.mark.parametrize("name", ["ckpt.pt", "log.csv", "args.json", "C.npy"])
+def test_no_output_overwrites_what_is_read(tmp_path, capsys, flag, name):
+    np.save(tmp_path / "C.npy", np.eye(4, 3))
+    for other in ("ckpt.pt", "log.csv", "args.json"):
+        (tmp_path / other).write_text("of a run")
+    before = (tmp_path / name).read_bytes()
+    error = refusal(capsys, str(tmp_path / "C.npy"), flag, str(tmp_path / name))
+    assert "would overwrite a file that is read" in error or "--plot" in error
+    assert (tmp_path / name).read_bytes() == before
 
 
 def test_a_file_whose_name_is_not_utf8(tmp_path):

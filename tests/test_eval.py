@@ -411,7 +411,7 @@ def test_load_backbone_refuses_in_one_sentence(tmp_path):
     refused("page.pt: this is a web page", "page.pt")
     torch.save({"net": types.SimpleNamespace()}, tmp_path / "pickle.pt")  # unsafe: never run
     refused("pickle.pt: refused, it wants to build types.SimpleNamespace", "pickle.pt")
-    refused("holds a list.*--arch", "list.pt", content=[1, 2])
+    refused("list.pt is not a checkpoint of a run of ours; .*--arch", "list.pt", content=[1, 2])
     refused("lacks args, step, teacher; .* --arch", "foreign.pt", content={"state_dict": {}})
     dino = {"teacher": good["teacher"], "epoch": 3, "args": argparse.Namespace(arch="vit_small")}
     refused("lacks args, step; .* --arch", "dino.pt", content=dino)

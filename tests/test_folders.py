@@ -39,6 +39,21 @@ def test_links_to_a_folder_above_are_not_followed(tmp_path, capsys, links):
     assert f"links to folders that are read already ({len(links)})" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("link, target", [
+    ("train/up", ".."), ("train/a/up", "../.."), ("train/other", "../val"),
+    ("val/a/other", "../../train")])
+def test_no_link_leads_from_one_split_into_the_other(tmp_path, link, target):
+    """Neither directly nor over a folder that holds both."""
+    path = tree(tmp_path, {"train/a": 3, "train/b": 3, "val/a": 1, "val/b": 1})
+    os.symlink(target, os.path.join(path, link))
+    try:
+        train, test = data.load(path)
+    except ValueError as error:  # the link's name is that of a class without images
+        assert "without an image that can be read" in str(error)
+    else:
+        assert (len(train), len(test), train.classes) == (6, 2, ["a", "b"])
+
+
 def test_an_image_keeps_the_class_that_it_lies_in(tmp_path):
     """A link in the first class to the second must not move its images into the first."""
     path = tree(tmp_path / "set", {"a": 4, "b": 4})
@@ -117,10 +132,53 @@ def test_what_is_left_out_is_said_once(tmp_path, capsys):
 
 
 def test_splits_under_other_names_are_no_classes(tmp_path):
-    path = tree(tmp_path, {"trn/cat": 3, "trn/dog": 3, "tst/cat": 1, "tst/dog": 1})
-    assert sentence(path) == (f"--data {path}: trn/ and tst/ hold folders of the same names (cat, "
-                              "dog), as splits do and classes do not; rename them to train/ and "
-                              "val/")
+    path = tree(tmp_path, {"one/cat": 3, "one/dog": 3, "two/cat": 1, "two/cow": 1, "two/dog": 1})
+    assert sentence(path) == (f"--data {path}: one/ and two/ hold folders of the same names (cat, "
+                              "dog). If they are splits, rename them to train/ and val/; if they "
+                              "are classes, move the images of those folders up into them")
+
+
+@pytest.mark.parametrize("folders", [
+    ["seg_train/seg_train/a", "seg_train/seg_train/b", "seg_test/seg_test/a"],
+    ["train_set/a", "train_set/b", "train_set/c", "test_set/a", "test_set/b"],
+    ["train2017", "val2017"], ["train", "test1"], ["trainset", "testset"], ["my-train", "my-val"]])
+def test_folders_that_are_splits_by_their_names_are_no_classes(tmp_path, folders):
+    words = sentence(tree(tmp_path, dict.fromkeys(folders, 2)))
+    assert "are splits by their names, and not classes; rename them to train/ and val/" in words
+
+
+def test_names_of_classes_that_only_sound_like_splits(tmp_path):
+    path = tree(tmp_path / "a", {"trains": 2, "testaments": 2, "valley": 2})
+    assert data.load(path)[0].classes == ["testaments", "trains", "valley"]
+    path = tree(tmp_path / "b", {"left/one": 2, "left/two": 2, "right/one": 2, "right/three": 2})
+    assert data.load(path)[0].classes == ["left", "right"]  # one name in common is no sign
+
+
+def test_a_test_folder_without_classes_is_left_out(tmp_path, capsys):
+    """ImageNet's own images for testing lie flat, and have no labels."""
+    path = tree(tmp_path, {"train/a": 20, "train/b": 20, "test": 5})
+    train, test = data.load(path)
+    assert (len(train), len(test)) == (36, 4)  # a tenth of each class is set aside
+    assert "the folder test/, which has no class folders with images" in capsys.readouterr().err
+
+
+def test_classes_one_folder_further_down(tmp_path):
+    path = tree(tmp_path, {"train/train/a": 2, "train/train/b": 2})
+    assert sentence(path).endswith(
+        f"if the classes lie in it, name it: --data {path}/train")
+
+
+def test_a_run_in_the_folder_of_its_images_is_no_class(tmp_path, capsys):
+    """runs/NAME is where a run lies by default, also if it starts in the folder of its images."""
+    path = tree(tmp_path, {"a": 3, "b": 3, "runs/mine": 0, "runs/drawn": 0})
+    (tmp_path / "runs/mine/lock").write_text("{}")
+    (tmp_path / "runs/drawn/ckpt.pt").write_text("")
+    Image.new("RGB", (9, 9)).save(tmp_path / "runs/drawn/picture.png")
+    assert data.load(path)[0].classes == ["a", "b"]
+    assert "folders of runs (2)" in capsys.readouterr().err
+    path = tree(tmp_path / "flat", {".": 3, "runs/mine": 0})
+    (tmp_path / "flat/runs/mine/lock").write_text("{}")
+    assert data.load(path)[0].y is None
 
 
 def test_two_folders_that_differ_in_case_are_refused(tmp_path):

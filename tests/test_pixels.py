@@ -2,6 +2,7 @@
 import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -187,6 +188,28 @@ def test_bands_are_not_lost(tmp_path):
     tiff(tmp_path / "five.tif", 5)
     with pytest.raises(ValueError, match=r"five.tif cannot be read \(it has 5 bands"):
         pixels.read(tmp_path / "five.tif")
+
+
+def deep_png(path, values):
+    """Write (h, w, 3) uint16 as a PNG with 16 bits for each colour, which Pillow cannot."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    h, w, _ = values.shape
+    with open(path, "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0)),
+                           (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            check = zlib.crc32(kind + body)
+            file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check))
+
+
+def test_colours_of_16_bits(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (8, 8, 3)).astype(np.uint16)
+    deep_png(tmp_path / "full.png", values * 16)
+    x = pixels.read(tmp_path / "full.png")
+    assert torch.equal(x, torch.from_numpy((values // 16).astype(np.uint8)).permute(2, 0, 1))
+    deep_png(tmp_path / "twelve.png", values)  # of which Pillow would keep 16 levels
+    with pytest.raises(ValueError, match="twelve.png cannot be read .its colours use at most 12"):
+        pixels.read(tmp_path / "twelve.png")
 
 
 # ---- very large images ---------------------------------------------------------------------------

@@ -277,6 +277,22 @@ def test_resume_refuses_when_passes_would_be_longer(tmp_path, capsys):
     assert "images 22 -> 40" in (said := capsys.readouterr().err) and "steps 6 -> 15" in said
 
 
+@pytest.mark.parametrize("key, value", [
+    ("gmm", None), ("prototypes", None), ("prototypes", {"teacher": {}}), ("args", ["x"]),
+    ("step", "3"), ("step", float("nan")), ("teacher", []), ("trail", "x"), ("optimizer", None)])
+def test_a_checkpoint_with_parts_of_other_types_is_one_sentence(tmp_path, capsys, key, value):
+    train_tiny(tmp_path, "--stop-at", "2", "--data", "shapes")
+    torch.save(read_checkpoint(tmp_path) | {key: value}, tmp_path / "ckpt.pt")
+    sentence = sentence_of_refusal(capsys, tmp_path, "--resume")
+    assert f"ckpt.pt: not a checkpoint of ours, or a damaged one: {key}" in sentence
+
+
+def test_resume_names_the_flag_that_changes_the_number_of_steps(tmp_path, capsys):
+    stopped_run(tmp_path)
+    sentence = sentence_of_refusal(capsys, tmp_path / "out", "--resume", "--steps", "9")
+    assert sentence.endswith("was made with other flags: --steps 6 -> 9")
+
+
 def test_a_checkpoint_from_before_the_images_were_remembered(tmp_path, capsys):
     stopped_run(tmp_path)
     old = read_checkpoint(tmp_path / "out")
