@@ -221,7 +221,6 @@ def test_folder_errors_are_one_sentence(tmp_path):
     says(tmp_path / "empty", "no images", "train/<class>/*", "val/<class>/*")
     says(tree(tmp_path / "one", {"cat": 3}), "only one class", "'cat'")
     says(tree(tmp_path / "alien", {"train/a": 1, "train/b": 1, "val/c": 1}), "val/", "got c")
-    says(tree(tmp_path / "flatval", {"train/a": 1, "train/b": 1, "val": 1}), "val/", "none")
     says("shapes", "--imbalance 0.5", imbalance=0.5)
     says("shapes", "--imbalance nan", imbalance=math.nan)
     says("shapes", "--imbalance-law linear", "exp, power", imbalance=10, imbalance_law="linear")
