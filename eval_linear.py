@@ -250,9 +250,8 @@ def evaluate(flags):
     backbone.to(flags.device)
 
     def features_of(images):
-        x = evaluation.features_of(images, backbone, flags, args, flags.layers, flags.pool,
-                                   crop=flags.protocol != "transfer")
-        return probes.finite(x)
+        return evaluation.features_of(images, backbone, flags, args, flags.layers, flags.pool,
+                                      crop=flags.protocol != "transfer")
 
     known_y = train.y if val is None else torch.cat([train.y, val.y])  # of all but the test images
     metric = "top1"

@@ -169,11 +169,15 @@ def run_folder(checkpoint):
 def features_of(images, backbone, flags, args, layers=1, pool="cls", crop=True):
     """Features (N, D) float32 on the CPU of plain images, from features/ next to the checkpoint
     where they are there, unless --no-cache. args: of open_backbone; layers, pool, crop: see
-    features.features."""
+    features.features. ValueError if they are not finite."""
     folder = None if flags.no_cache else run_folder(flags.checkpoint) / "features"
-    return backbones.cached(backbone, images, args["img_size"], folder, layers=layers, pool=pool,
-                            crop=crop, mean=args["mean"], std=args["std"], device=flags.device,
-                            batch_size=flags.batch_size, progress=True)
+    x = backbones.cached(backbone, images, args["img_size"], folder, layers=layers, pool=pool,
+                         crop=crop, mean=args["mean"], std=args["std"], device=flags.device,
+                         batch_size=flags.batch_size, progress=True)  # (N, D)
+    if not x.isfinite().all():
+        raise ValueError(f"{flags.checkpoint}: its network gives features that are not finite (nan "
+                         "or inf)")
+    return x
 
 
 # ---- what comes out ------------------------------------------------------------------------------

@@ -29,13 +29,6 @@ STRENGTHS = 1 / np.logspace(-6, 5, 45)  # scikit-learn's C; Ericsson et al.: 1e6
 CHUNK = 1024  # rows of a product
 
 
-def finite(x):
-    """x itself. ValueError where a feature is nan or infinite."""
-    if not x.sum().isfinite():
-        raise ValueError("the features hold numbers that are not finite (nan or inf)")
-    return x
-
-
 def standardise(x, *others):
     """[x and others], the mean of x's columns subtracted and their deviation divided out. A column
     that is constant in x becomes 0."""

@@ -793,6 +793,18 @@ def test_a_link_that_leads_nowhere_is_left_out_and_counted(tmp_path, capsys, mon
     assert out["train"] == 8 and "links that lead nowhere (1)" in capsys.readouterr().err
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path, capsys):
+    write_images(tmp_path / "images", "train", (4, 4))
+    write_images(tmp_path / "images", "val", (2, 2), seed=1)
+    ckpt = checkpoint(tmp_path / "ckpt.pt", data=str(tmp_path / "images"))
+    ckpt["teacher"]["backbone.norm.weight"][3] = math.nan
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    with pytest.raises(SystemExit) as stop:
+        command(tmp_path)
+    assert stop.value.code == 2
+    assert f"{tmp_path}: its network gives features that are not finite" in capsys.readouterr().err
+
+
 def test_what_a_training_run_imports_of_this_file_is_little():
     """train.py imports eval_knn.py for knn_accuracy: what only the command needs stays out."""
     root = Path(eval_knn.__file__).parent

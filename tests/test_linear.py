@@ -123,12 +123,6 @@ def test_standardise_uses_the_training_set_alone_and_survives_a_constant_column(
     assert a.tolist() == [[-1, 0, 0], [1, 0, 0]] and b.tolist() == [[3, 0, 0]]
 
 
-def test_features_that_are_not_finite_are_refused():
-    for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="not finite"):
-            probes.finite(torch.tensor([[1., bad]]))
-
-
 # ---- the grid ------------------------------------------------------------------------------------
 
 def test_the_grid_is_capis():
