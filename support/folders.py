@@ -28,7 +28,8 @@ SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
 # Parts of names by which folders are recognised as splits that have yet to be renamed
 LIKE_TRAIN = {"train", "training", "trainset", "trn"}
 LIKE_TEST = {"val", "valid", "validation", "test", "testing", "testset", "tst"}
-RUN_FILES = {"ckpt.pt", "args.json", "lock"}  # a folder with one of these belongs to a run
+# A folder with one of these and no image belongs to a run, and so does any folder with a ckpt.pt
+RUN_FILES = {"args.json", "lock"}
 
 
 class Found(NamedTuple):
@@ -142,7 +143,9 @@ def walk(path, left_out, elsewhere=()):
         class_name = "" if inside == "." else inside.split(os.sep)[0]
         with os.scandir(place) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
-        if place != path and any(entry.name in RUN_FILES for entry in entries):
+        names = [entry.name for entry in entries]
+        of_run = not RUN_FILES.isdisjoint(names) and not any(map(is_image, names))
+        if place != path and (of_run or "ckpt.pt" in names):
             left_out["folders of runs"] += 1
             with_runs.add(class_name)
             continue

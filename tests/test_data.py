@@ -352,6 +352,19 @@ def test_truncated_images(tmp_path, monkeypatch, in_memory):
         read_all()
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_one_damaged_image_ends_no_small_set_and_two_do(tmp_path, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(data, "IN_MEMORY", 0)
+    path = tree(tmp_path, {".": 30})
+    damage(f"{path}/000.png")  # the first one, by which the size of all is known
+    train, _ = data.load(path)
+    assert len(list(views.eval_batches(train, 8))) == 1 and train.broken == [f"{path}/000.png"]
+    damage(f"{path}/020.png")
+    with pytest.raises(ValueError, match="2 of 30 images of .* more than 1 %"):
+        list(views.eval_batches(data.load(path)[0], 8))
+
+
 def test_truncated_image_in_a_worker_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "IN_MEMORY", 0)
     path = tree(tmp_path, {".": 120})

@@ -176,6 +176,8 @@ def test_a_run_in_the_folder_of_its_images_is_no_class(tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(tmp_path / "runs/drawn/picture.png")
     assert data.load(path)[0].classes == ["a", "b"]
     assert "folders of runs (2)" in capsys.readouterr().err
+    (tmp_path / "a/lock").write_text("no run")  # beside images it is a file like others
+    assert data.load(path)[0].classes == ["a", "b"]
     path = tree(tmp_path / "flat", {".": 3, "runs/mine": 0})
     (tmp_path / "flat/runs/mine/lock").write_text("{}")
     assert data.load(path)[0].y is None
