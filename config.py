@@ -170,16 +170,23 @@ def parser():
     flag("--head-bn", action=on_off, default=True,
          help="batch norm in the head (in the papers: ResNets yes, ViTs no)")
     flag("--head-norm", action=on_off,
-         help="h of length one; None: yes for dino, no for carp and carl, as published")
+         help="h of length one; None: no for carp, carl and supervised, yes for the others, as "
+         "published")
 
     flag = p.add_argument_group("method and prototypes (results)").add_argument
     flag("--method", default="carp", choices=list(losses.LOSSES),
-         help="the loss; carl is carp with one block of K prototypes; supervised uses the labels "
-         "and shows what the network can reach (zoo/supervised.py)")
+         help="the loss; carl is carp with one block of K prototypes; deepcluster: labels from "
+         "--prototypes kmeans; sop: for --prototypes bank; supervised uses the labels and shows "
+         "what the network can reach (zoo/)")
     flag("--prototypes", default="decoupled", choices=list(heads.PROTOTYPES),
          help="joint: trained by the loss; kp: the same with KoLeo; vmf: the same with trained "
          "lengths (von Mises-Fisher), for --method dino; frozen: random, never moved; decoupled: "
-         "means of the paper's online mixture; live: of a mixture of ours (zoo/live.py)")
+         "means of the paper's online mixture; live: of a mixture of ours (zoo/live.py); kmeans: "
+         "clustered once per pass (zoo/kmeans.py); clustered: trained by a loss of their own "
+         "(zoo/clustered.py); bank: drawn from a memory, for --method sop (zoo/bank.py)")
+    flag("--student-prototypes", default="same", choices=["same", "joint"],
+         help="joint: the student has a set of its own that the loss trains, beside a set of the "
+         "teacher that it does not (partial decoupling, Sec. 3 of the paper)")
     flag("--kp-weight", type=float,
          help="weight of KoLeo, which pushes trained prototypes apart; None: 0.1 (B.1) with kp, "
          "else 0")
@@ -199,9 +206,9 @@ def parser():
 
     flag = p.add_argument_group("temperatures and targets of --method dino (results)").add_argument
     flag("--student-temp", type=float, default=0.1, help="temperature of the student's softmax")
-    flag("--teacher-temp", type=float, nargs=2, default=[0.04, 0.04], metavar=("START", "END"),
+    flag("--teacher-temp", type=float, nargs=2, metavar=("START", "END"),
          help="of the teacher's softmax or Sinkhorn-Knopp (Table C.3: 0.04 0.07; decoupled: 0.05 "
-         "0.025)")
+         "0.025); None: 0.04 0.04, with swav 0.05 0.05")
     flag("--teacher-temp-epochs", type=int, default=0,
          help="passes over which it goes from START to END")
     flag("--targets", choices=["center", "prob", "sinkhorn"],
@@ -238,6 +245,16 @@ def parser():
     flag("--live-apart", type=float, default=0.026,
          help="L.4, cosine distance below which two means are twins; 0: they stay")
 
+    flag = p.add_argument_group("memories of --method swav and --prototypes bank "
+                                "(results)").add_argument
+    flag("--queue", type=int, metavar="Q",
+         help="vectors of each global view that join the batch in SwAV's Sinkhorn-Knopp; None: of "
+         "the last 15 batches if K is above the batch, else 0")
+    flag("--memory", type=int, metavar="M",
+         help="vectors in the memory of bank; None: of the last 64 batches")
+    flag("--neighbours", type=int, default=8,
+         help="of an anchor of bank, which with it make one self-organising prototype")
+
     flag = p.add_argument_group("optimiser and schedules (results)").add_argument
     flag("--epochs", type=float, default=6.0, help="length of the run in passes over the images")
     flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
@@ -255,8 +272,11 @@ def parser():
          help="start of its cosine; biases and norms have none")
     flag("--weight-decay-end", type=float, default=0.04,
          help="end of its cosine (0.4 in the papers)")
-    flag("--momentum", type=float, default=0.99,
-         help="share of itself that the teacher keeps in a step; rises to 1 along a cosine")
+    flag("--momentum", type=float,
+         help="share of itself that the teacher keeps in a step; None: 0.99, and 0 with swav and "
+         "deepcluster, whose teacher is the student itself")
+    flag("--momentum-end", type=float,
+         help="what it rises to along a cosine; None: 1, and 0 with swav and deepcluster")
     flag("--clip-grad", type=float, default=3.0,
          help="largest gradient norm of one parameter tensor; 0: no clipping")
 
@@ -369,8 +389,8 @@ def could_be(value, action):
     """Whether a value from a file has the form that a flag, an argparse action, has."""
     if value is None:
         return action.default is None
-    if isinstance(action.default, list):
-        return (isinstance(value, list) and len(value) == len(action.default)
+    if isinstance(action.nargs, int) and action.nargs:
+        return (isinstance(value, list) and len(value) == action.nargs
                 and all(isinstance(v, (int, float)) for v in value))  # all such flags are floats
     kinds = {int: int, float: (int, float), None: str}
     is_switch = isinstance(action.default, bool) or action.nargs == 0
@@ -385,7 +405,11 @@ def complete(args):
     def default(name, value):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    default("head_norm", args.method == "dino")
+    loss = losses.loss_class(args.method)
+    default("head_norm", loss.unit_h)
+    default("momentum", loss.momentum[0])
+    default("momentum_end", loss.momentum[1])
+    default("teacher_temp", list(loss.teacher_temp))
     if args.prototypes == "live":
         default("gmm_start", 0.5)
     default("gmm_start", 0.75 if args.gmm_init == "features" else 0.0)
@@ -398,17 +422,17 @@ RANGES = [
     ("be at least 1", lambda v: v >= 1,
      ["num_prototypes", "partition_size", "batch_size", "bottleneck_dim", "head_hidden",
       "patch_size", "img_size", "local_size", "accum", "log_every", "eval_every", "eval_bank",
-      "eval_queries", "steps", "stop_at", "save_every", "keep_every"]),
+      "eval_queries", "steps", "stop_at", "save_every", "keep_every", "memory", "neighbours"]),
     ("be positive", lambda v: v > 0,
      ["epochs", "lr", "logit_scale", "var_floor", "student_temp", "teacher_temp", "live_patience",
       "std"]),
     ("not be negative", lambda v: v >= 0,
      ["seed", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad",
       "gmm_start", "eta_a", "kp_weight", "freeze_prototypes", "teacher_temp_epochs", "live_apart",
-      "jitter"]),
+      "jitter", "queue"]),
     ("lie in [0, 1000]", lambda v: 0 <= v <= 1000, ["local_crops", "workers"]),
     ("lie in [0, 1]", lambda v: 0 <= v <= 1,
-     ["jitter_p", "gray", "momentum", "blur", "solarize", "beta", "mean"]),
+     ["jitter_p", "gray", "momentum", "momentum_end", "blur", "solarize", "beta", "mean"]),
     ("lie in [0, 1)", lambda v: 0 <= v < 1, ["resurrect", "drop_path"]),
     ("lie in (0, 1)", lambda v: 0 < v < 1, ["live_eta"]),
     ("lie in (0, 0.99), the range in which A.7 rises to 0.99", lambda v: 0 < v < 0.99, ["eta_c"]),
@@ -430,6 +454,17 @@ def check(args, error):
         error(f"--prototypes vmf needs --bottleneck-dim 3 or more, got {args.bottleneck_dim}")
     if args.prototypes == "live" and K < 2:
         error(f"--prototypes live needs --num-prototypes 2 or more, got {K}")
+    loss, teachers = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
+    if loss.only_with and not issubclass(teachers, heads.prototype_class(loss.only_with)):
+        error(f"--method {args.method} takes its targets from --prototypes {loss.only_with}; got "
+              f"--prototypes {args.prototypes}")
+    if teachers.only_with and not issubclass(loss, losses.loss_class(teachers.only_with)):
+        error(f"--prototypes {args.prototypes} belongs to --method {teachers.only_with}; got "
+              f"--method {args.method}")
+    if args.student_prototypes == "joint" and (issubclass(teachers, heads.Joint)
+                                               or not teachers.countable):
+        error("--student-prototypes joint stands beside prototypes that the loss does not train, "
+              f"and that stay for longer than a step; got --prototypes {args.prototypes}")
     for name in ("global_scale", "local_scale"):
         lo, hi = getattr(args, name)
         if not 0 < lo <= hi <= 1:
@@ -464,11 +499,11 @@ def device(args, error):
 
     MPS has no float64, which mixtures need.
     """
-    name, has_mixture = args.device, args.prototypes in ("decoupled", "live")
+    name, float64 = args.device, heads.prototype_class(args.prototypes).needs_float64
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
     if name == "auto":
-        return next(d for d in available if available[d] and not (d == "mps" and has_mixture))
+        return next(d for d in available if available[d] and not (d == "mps" and float64))
     kind = name.split(":")[0]
     if kind not in available:
         error(f"--device must be auto, cpu, cuda or mps, got {name}")

@@ -71,6 +71,9 @@ class Frozen(nn.Module):
     """
 
     origin = 0.0
+    countable = True  # False: the vectors are a memory, so a count of unique ones says nothing
+    needs_float64 = False  # which some devices do not have
+    only_with = None  # the name of the only method it works with
 
     def __init__(self, K, D, scale=1.0, seed=0):
         super().__init__()
@@ -208,6 +211,8 @@ class Decoupled(Frozen):
     a, c    of the forgetting factor (A.7), counted from `begin`
     """
 
+    needs_float64 = True
+
     def __init__(self, K, D, scale=1.0, seed=0, *, gmm=None, init="features", begin=0, unit=True,
                  a=0.001, c=0.89):
         super().__init__(K, D, scale, seed)
@@ -298,13 +303,31 @@ PROTOTYPES = {
     "frozen": Frozen,
     "decoupled": Decoupled,
     "live": "zoo.live.Live",
+    "kmeans": "zoo.kmeans.KMeans",
+    "clustered": "zoo.clustered.Clustered",
+    "bank": "zoo.bank.Bank",
 }
+
+
+def prototype_class(name):
+    """The class that the table has under a name."""
+    entry = PROTOTYPES[name]
+    if isinstance(entry, str):
+        module, cls = entry.rsplit(".", 1)
+        entry = getattr(importlib.import_module(module), cls)
+    return entry
 
 
 def prototypes(args, begin=0):
     """The prototype set that --prototypes names; begin: the step at which a mixture starts."""
-    entry = PROTOTYPES[args.prototypes]
-    if isinstance(entry, str):
-        module, name = entry.rsplit(".", 1)
-        entry = getattr(importlib.import_module(module), name)
-    return entry.from_args(args, begin)
+    return prototype_class(args.prototypes).from_args(args, begin)
+
+
+def student_and_teacher(args, begin=0):
+    """(the student's set, the teacher's set) as --prototypes and --student-prototypes say."""
+    protos = prototypes(args, begin)
+    if args.student_prototypes == "same":
+        return protos, protos.twin()
+    # Sec. 3, partial decoupling: the loss trains a set of the student's own, which has to agree
+    # with assignments to a set that the loss does not touch
+    return Joint.from_args(args), protos

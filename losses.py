@@ -121,10 +121,19 @@ class Loss(nn.Module):
     uniform   value of its first term while the student's output is uniform: the log then shows how
               far below that the term is
     tau       temperature of the student's softmax
+    only_with the name of the only prototypes it works with
+    and what a flag is where nobody types it:
+    unit_h          --head-norm: h of length one
+    momentum        --momentum and --momentum-end
+    teacher_temp    --teacher-temp
     """
 
     uniform = None
     tau = 1.0
+    only_with = None
+    unit_h = False
+    momentum = (0.99, 1.0)
+    teacher_temp = (0.04, 0.04)
 
     @classmethod
     def from_args(cls, args, steps_per_epoch):
@@ -185,6 +194,8 @@ class DINOLoss(Loss):
     "sinkhorn"  Sinkhorn-Knopp over both views of all images (DINOv2; Table C.3 when decoupled)
     """
 
+    unit_h = True
+
     def __init__(self, K, steps_per_epoch, targets="center", temps=(0.04, 0.04), temp_epochs=0,
                  tau=0.1, momentum=0.9):
         super().__init__()
@@ -240,14 +251,22 @@ LOSSES = {
     "carp": CARPLoss,
     "carl": CARPLoss,  # one block of K prototypes
     "dino": DINOLoss,
+    "swav": "zoo.swav.SwAV",
+    "deepcluster": "zoo.kmeans.DeepCluster",
+    "sop": "zoo.bank.SOP",
     "supervised": "zoo.supervised.Supervised",
 }
 
 
+def loss_class(name):
+    """The class that the table has under a name."""
+    entry = LOSSES[name]
+    if isinstance(entry, str):
+        module, cls = entry.rsplit(".", 1)
+        entry = getattr(importlib.import_module(module), cls)
+    return entry
+
+
 def loss(args, steps_per_epoch=1):
     """The loss that --method names; steps_per_epoch: steps of one pass over the images."""
-    entry = LOSSES[args.method]
-    if isinstance(entry, str):
-        module, name = entry.rsplit(".", 1)
-        entry = getattr(importlib.import_module(module), name)
-    return entry.from_args(args, steps_per_epoch)
+    return loss_class(args.method).from_args(args, steps_per_epoch)

@@ -97,7 +97,7 @@ def train(args, device, stop_request):
         else:
             lr = cosine(lr_peak, args.min_lr, (step - warmup) / (total - warmup))
         weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
-        m = cosine(args.momentum, 1.0, step / total)
+        m = cosine(args.momentum, args.momentum_end, step / total)
         beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
 
         # ---- 1. teacher: h_t = f_phi(two global views), no gradient                     Sec. 2.1
@@ -147,6 +147,8 @@ def train(args, device, stop_request):
                                             amp(args, device))
                 if ddp.RANK == 0:
                     metrics = measures.prototype_measures(protos_t, loss_fn, h, beta, args.seed)
+                    if args.student_prototypes != "same":
+                        metrics |= measures.student_measures(protos_s, loss_fn, h, beta, args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
                     row |= metrics
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
@@ -180,8 +182,8 @@ def networks(args, device, gmm_start):
     if args.compile:  # in place, so that the parameters keep their names
         student.backbone.compile()
         teacher.backbone.compile()
-    protos_s = heads.prototypes(args, gmm_start).to(device)
-    return student, teacher, protos_s, protos_s.twin()
+    protos_s, protos_t = (set_.to(device) for set_ in heads.student_and_teacher(args, gmm_start))
+    return student, teacher, protos_s, protos_t
 
 
 def cosine(start, end, share):

@@ -6,7 +6,9 @@
 A checkpoint holds tensors and plain values alone: torch.load(weights_only=True) reads it anywhere.
 
     student, teacher   state dicts: backbone.*, head.*
-    prototypes         vectors (K, D) as counted, start (K, D), states of both networks' sets
+    prototypes         vectors (K, D) as counted, start (K, D), states of both networks' sets;
+                       student_vectors (K, D) where the student's set is another than the
+                       teacher's; memory (M, D) instead of vectors where nothing is to be counted
     gmm                the mixture, or {}
     loss, optimizer    state dicts
     step, rng, args, version
@@ -51,9 +53,12 @@ def save(args, step, record, parts, protos_s, protos_t):
             "rng": {"seed": args.seed, "step": step}, "trail": record.state(),
             **{name: part.state_dict() for name, part in parts.items()},
             "gmm": mixture_state(protos_t),
-            "prototypes": {"vectors": protos_t.vectors(), "start": protos_t.start,
+            "prototypes": {"vectors" if protos_t.countable else "memory": protos_t.vectors(),
+                           "start": protos_t.start,
                            "student": state_without_mixture(protos_s),
                            "teacher": state_without_mixture(protos_t)}}
+        if args.student_prototypes != "same":
+            state["prototypes"]["student_vectors"] = protos_s.vectors()
         path = os.path.join(args.out, "ckpt.pt")
         previous = os.path.join(args.out, "ckpt.prev.pt")
         write(path, lambda f: torch.save(state, f), old_name=previous)
@@ -147,7 +152,8 @@ def resume(args, paths, parts, protos_s, protos_t):
     for name, part in parts.items():
         load_part(path, name, part, ckpt.get(name, {}))
     for name, protos in (("student", protos_s), ("teacher", protos_t)):
-        load_part(path, f"prototypes.{name}", protos, ckpt["prototypes"][name] | gmm)
+        mixture = gmm if mixture_state(protos) else {}
+        load_part(path, f"prototypes.{name}", protos, ckpt["prototypes"][name] | mixture)
     ddp.barrier()
     newest = os.path.join(args.out, "ckpt.pt")
     if ddp.RANK == 0 and path != newest and os.path.exists(newest):

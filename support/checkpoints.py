@@ -262,6 +262,11 @@ def load_prototypes(path, key=None):
         sets = {key: matrix_named(path, tensors, key)}
     elif "prototypes.vectors" in tensors:
         sets = {"prototypes": tensors["prototypes.vectors"]}  # ours: already what is counted
+        if "prototypes.student_vectors" in tensors:
+            sets["student_prototypes"] = tensors["prototypes.student_vectors"]
+    elif "prototypes.memory" in tensors:
+        raise ValueError(f"{path}: prototypes.memory holds the last vectors of the teacher, and no "
+                         "prototypes; how many of them are unique says how alike the images are")
     elif alone or isinstance(stored, dict) and all(isinstance(a, np.ndarray)
                                                    for a in stored.values()):
         sets = matrices(tensors)  # one tensor or array, or .npz: any may be a set

@@ -11,11 +11,13 @@ import shlex
 import statistics
 
 import config
+import losses
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # Flags that frozen prototypes do not read, beside those of the mixtures (--gmm-..., --live-...)
 OF_OTHER_SETS = {"kp_weight", "norm_last_layer", "freeze_prototypes", "proto_norm", "beta", "eta_a",
-                 "eta_c", "forgetting", "resurrect", "rescale", "var_floor"}
+                 "eta_c", "forgetting", "resurrect", "rescale", "var_floor", "memory",
+                 "neighbours"}
 
 
 def matters(flag):
@@ -100,6 +102,10 @@ def sentence(args, folder=os.path.join(ROOT, "results")):
     """What frozen prototypes reached with the same flags, or the command that finds it out."""
     if args.prototypes == "frozen":
         return "This run is the control of runs with the same flags and other prototypes."
+    only_with = losses.loss_class(args.method).only_with
+    if only_with:
+        return (f"It has no control with frozen prototypes, as --method {args.method} takes its "
+                f"targets from --prototypes {only_with}.")
     found = rows(args, folder)
     if not found:
         return ("Its control, the same run with random prototypes, is not in results/:\n"

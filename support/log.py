@@ -102,11 +102,16 @@ def printed(step, total, row, first_term):
     text += f"  {row['images_per_s']:.0f} images/s"
     if "used" in row:
         knn = "" if row["knn"] is None else f"k-NN {row['knn']:.1f}  "
-        text += (f"\n     {knn}unique(.025) {row['unique_0.025']:.3f}  "
-                 f"unique(.5) {row['unique_0.5']:.3f} (ceiling {row['ceiling_0.5']:.3f})  "
+        text += (f"\n     {knn}unique(.025) {share(row['unique_0.025'])}  "
+                 f"unique(.5) {share(row['unique_0.5'])} (ceiling {row['ceiling_0.5']:.3f})  "
                  f"used {row['used']:.3f}  perplexity {row['perplexity']:.3f}  "
                  f"drift {row['drift']:.3f}  |h| {row['h_norm']:.2f}")
     return text
+
+
+def share(unique):
+    """A share of unique prototypes as text; None: of a memory, in which there is none to count."""
+    return "memory" if unique is None else f"{unique:.3f}"
 
 
 class Record:

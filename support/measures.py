@@ -9,6 +9,7 @@ import eval_knn
 import views
 from support import control, ddp
 from support.features import features
+from support.log import share
 
 EPS = (0.025, 0.5)  # Def. 2.1: the threshold of the literature, and the strict one
 
@@ -32,11 +33,12 @@ def coming_vectors(teacher, images, recipe, step, args, device, autocast):
     return h
 
 
+@torch.no_grad()
 def prototype_measures(protos, loss, h, beta, seed):
     """Unique shares of a prototype set, and the measures that belong beside them.
 
     h (N, D): teacher vectors, for used, perplexity and the ceiling. ValueError if they are not
-    finite.
+    finite. A set that is a memory of vectors has None in the place of unique shares.
     """
     if not h.isfinite().all():
         raise ValueError("the teacher's vectors are not finite: lower --lr or --weight-decay. The "
@@ -46,10 +48,18 @@ def prototype_measures(protos, loss, h, beta, seed):
     used, perplexity = collapse.usage(assigned)
     measures = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
                 "h_norm": float(h.norm(dim=1).median())}
-    for eps, count in collapse.unique_counts(C, EPS).items():
-        measures[f"unique_{eps}"] = count / len(C)
+    counts = collapse.unique_counts(C, EPS) if protos.countable else {}
+    for eps in EPS:
+        measures[f"unique_{eps}"] = counts[eps] / len(C) if counts else None
         measures[f"ceiling_{eps}"] = collapse.ceiling(h - protos.origin, len(C), eps, seed)
     return measures
+
+
+def student_measures(protos, loss, h, beta, seed):
+    """prototype_measures of a set that the student alone has, {student_NAME: value}."""
+    measures = prototype_measures(protos, loss, h, beta, seed)
+    own = ("unique_0.025", "unique_0.5", "used", "perplexity", "drift")
+    return {f"student_{name}": measures[name] for name in own}
 
 
 def knn(bank, queries, args, of_images):
@@ -94,12 +104,19 @@ def summary(args, log, metrics, bank, queries, step):
     print(f"prototypes ({args.prototypes}, K {args.num_prototypes}, D {args.bottleneck_dim}), "
           "shares of K")
     for eps, name in ((0.025, "unique(.025)"), (0.5, "unique(.5)  ")):
-        print(f"  {name} {metrics[f'unique_{eps}']:.3f}   "
+        print(f"  {name} {share(metrics[f'unique_{eps}'])}   "
               f"ceiling {metrics[f'ceiling_{eps}']:.3f} (as many random vectors h)")
     heaviest = metrics.get("pi_max")
     print(f"  used {metrics['used']:.3f}   perplexity {metrics['perplexity']:.3f}   "
           f"drift {metrics['drift']:.3f}   |h| {metrics['h_norm']:.2f}"
           + ("" if heaviest is None else f"   heaviest component {float(heaviest):.3f}"))
+    if args.student_prototypes != "same":
+        print(f"the student's own prototypes ({args.student_prototypes})\n"
+              f"  unique(.025) {metrics['student_unique_0.025']:.3f}   "
+              f"unique(.5) {metrics['student_unique_0.5']:.3f}\n"
+              f"  used {metrics['student_used']:.3f}   "
+              f"perplexity {metrics['student_perplexity']:.3f}   "
+              f"drift {metrics['student_drift']:.3f}")
     print(control.sentence(args))
     for name in ("unique", "ceiling"):
         metrics[name] = {eps: metrics.pop(f"{name}_{eps}") for eps in EPS}

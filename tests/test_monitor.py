@@ -49,7 +49,7 @@ def test_a_mixture_of_few_components_is_remarked_on_once_and_no_warning():
     ({"perplexity": 1.5 / 1024}, "the perplexity is 1.5 of 1024"),
     ({"unique_0.025": 0.3}, "30 % of the prototypes are unique at eps 0.025"),
     ({"unique_0.5": 0.14}, "only 14 % are unique at eps 0.5"),
-    ({"used": 0.02, "mixture_used": 9}, "most of the mixture is unused: only 2.0 %"),
+    ({"used": 0.02, "mixture_used": 9}, "most prototypes are unused: only 2.0 %"),
     ({"h_norm": 1e-4}, "shrink to nothing"),
     ({"h_norm": 1e5}, "grow without limit")])
 def test_every_warning_is_given_once_and_names_flags(change, words):

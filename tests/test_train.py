@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 THREE_STEPS = ["--steps", "3", "--log-every", "1", "--eval-every", "3"]
 METHODS_AND_PROTOTYPES = [(method, prototypes) for method in ("carp", "carl", "dino")
                           for prototypes in ("joint", "kp", "frozen", "decoupled", "live")]
-METHODS_AND_PROTOTYPES += [("dino", "vmf")]
+METHODS_AND_PROTOTYPES += [("dino", "vmf"), ("dino", "clustered")]
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -192,7 +192,11 @@ def test_a_compiler_that_fails_is_named(tmp_path, capsys, monkeypatch):
 CASES = [("--prototypes decoupled", 1e-4),
          ("--prototypes joint", 1e-4),
          ("--prototypes live --method dino --targets sinkhorn", 1e-4),
-         ("--prototypes decoupled --no-head-bn --gmm-start 0.5 --lr 1e-5", 1e-6)]
+         ("--prototypes decoupled --no-head-bn --gmm-start 0.5 --lr 1e-5", 1e-6),
+         ("--prototypes kmeans --method deepcluster --steps 6", 1e-4),
+         ("--prototypes clustered --student-prototypes joint", 1e-4),
+         ("--prototypes bank --method sop --memory 30", 1e-4),
+         ("--prototypes joint --method swav --queue 12 --optimizer sgd", 1e-4)]
 ALL_ON_TWO = """
 import sys
 sys.path.insert(0, {root!r})
@@ -252,9 +256,10 @@ def test_two_processes_equal_one(one_and_two, case):
                 expected = pytest.approx(float(row_1[term]), rel=max(within, 1e-5), abs=1e-6)
                 assert float(row_2[term]) == expected, term
     a, b = read_checkpoint(one), read_checkpoint(two)
-    C = a["prototypes"]["vectors"]
+    name = "memory" if "bank" in CASES[case][0] else "vectors"
+    C = a["prototypes"][name]
     longest = min(1.0, float(C.abs().max()))
-    assert torch.allclose(C, b["prototypes"]["vectors"], rtol=0, atol=within * longest)
+    assert torch.allclose(C, b["prototypes"][name], rtol=0, atol=within * longest)
     for name, value in a["teacher"].items():
         assert torch.allclose(value.float(), b["teacher"][name].float(), atol=2e-3), name
 
