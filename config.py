@@ -208,7 +208,7 @@ def parser():
     flag("--student-temp", type=float, default=0.1, help="temperature of the student's softmax")
     flag("--teacher-temp", type=float, nargs=2, metavar=("START", "END"),
          help="of the teacher's softmax or Sinkhorn-Knopp (Table C.3: 0.04 0.07; decoupled: 0.05 "
-         "0.025); None: 0.04 0.04, with swav 0.05 0.05")
+         "0.025); None: 0.025 0.025, with swav 0.05 0.05, with sop 0.04 0.04")
     flag("--teacher-temp-epochs", type=int, default=0,
          help="passes over which it goes from START to END")
     flag("--targets", choices=["center", "prob", "sinkhorn"],
@@ -256,7 +256,7 @@ def parser():
          help="of an anchor of bank, which with it make one self-organising prototype")
 
     flag = p.add_argument_group("optimiser and schedules (results)").add_argument
-    flag("--epochs", type=float, default=6.0, help="length of the run in passes over the images")
+    flag("--epochs", type=float, default=5.0, help="length of the run in passes over the images")
     flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
     flag("--batch-size", type=int, default=64, help="images per step over all processes")
     flag("--accum", type=int, default=1,
@@ -295,12 +295,15 @@ def parser():
     return p
 
 
-def parse(argv=None, script="train.py"):
+def parse(argv=None, script="train.py", add_flags=None):
     """argv -> checked Namespace. Flags that cannot run get one sentence and exit code 2.
 
     script: the script that runs, as args.json will name it: train.py or zoo/NAME.py.
+    add_flags(parser): adds the flags that this script has on top, or changes defaults.
     """
     p = parser()
+    if add_flags:
+        add_flags(p)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="tiny")
     early.add_argument("--out")
@@ -309,7 +312,7 @@ def parse(argv=None, script="train.py"):
     p.set_defaults(**PRESETS.get(typed.preset, {}))
     if typed.resume and typed.out:
         try:
-            p.set_defaults(**flags_of_run(typed.out))
+            p.set_defaults(**flags_of_run(typed.out, p))
         except ValueError as error:
             p.error(error)
     args = p.parse_args(argv)
@@ -349,9 +352,10 @@ def lengths(args, n):
 
 def describe(args, images, student, total, lr_peak, device):
     """What is about to run, in a few lines."""
+    method = args.method if args.script == "train.py" else f"{args.script} ({args.method})"
     classes = "" if images.y is None else f" of {len(images.classes)} classes"
     parameters = sum(p.numel() for p in student.parameters()) / 1e6
-    text = (f"{args.method} with {args.prototypes} prototypes on {args.data}: {len(images)} images"
+    text = (f"{method} with {args.prototypes} prototypes on {args.data}: {len(images)} images"
             f"{classes}, {total} steps of {args.batch_size}, {ddp.WORLD} process(es) on {device}\n"
             f"{args.arch}, {parameters:.2f} M parameters, K {args.num_prototypes} x "
             f"D {args.bottleneck_dim}, peak lr {lr_peak:.2g}, out {args.out}")
@@ -360,7 +364,7 @@ def describe(args, images, student, total, lr_peak, device):
     return text
 
 
-def flags_of_run(out):
+def flags_of_run(out, parser):
     """The flags of the run in folder `out`, so that --resume does not need them typed again.
 
     {} if there are none to be read: the checkpoint has them too, and support/checkpoint.py
@@ -376,7 +380,7 @@ def flags_of_run(out):
         raise ValueError(f"--resume: {path} does not hold the flags of a run; remove it, and type "
                          "them again")
     here = ("help", "out", "device", "resume", "stop_at", "export")
-    actions = [a for a in parser()._actions if a.dest not in here and a.dest in old]
+    actions = [a for a in parser._actions if a.dest not in here and a.dest in old]
     for action in actions:
         value = old[action.dest]
         if not could_be(value, action):
@@ -535,6 +539,8 @@ def differences(old, new):
     flags = {action.dest: action for action in parser()._actions}
 
     def same(k):
-        return (k not in flags or could_be(old.get(k), flags[k])) and old.get(k) == new[k]
+        same_type = type(old.get(k)) is type(new[k])
+        can_be = k not in flags or same_type or could_be(old.get(k), flags[k])
+        return can_be and old.get(k) == new[k]
     changed = [k for k in new if k not in FREE and not same(k)]
     return [f"--{k.replace('_', '-')} {old.get(k)} -> {new[k]}" for k in changed]

@@ -133,7 +133,7 @@ class Loss(nn.Module):
     only_with = None
     unit_h = False
     momentum = (0.99, 1.0)
-    teacher_temp = (0.04, 0.04)
+    teacher_temp = (0.025, 0.025)
 
     @classmethod
     def from_args(cls, args, steps_per_epoch):
@@ -259,8 +259,8 @@ LOSSES = {
 
 
 def loss_class(name):
-    """The class that the table has under a name."""
-    entry = LOSSES[name]
+    """The class that the table has under a name; Loss for a loss of a script's own."""
+    entry = LOSSES.get(name, Loss)
     if isinstance(entry, str):
         module, cls = entry.rsplit(".", 1)
         entry = getattr(importlib.import_module(module), cls)

@@ -194,10 +194,11 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def intermediate(self, x, n):
+    def intermediate(self, x, n, keep=None):
         """[(cls (N, dim), patches (N, h*w, dim))] of the last n blocks, after the final norm each.
 
-        The earliest block comes first; an image has h x w patches. Raises ValueError: n not in
+        The earliest block comes first; an image has h x w patches. keep (m,): indices of the
+        patches that enter the blocks, with their positions; None: all. Raises ValueError: n not in
         1..depth, image height or width not divisible by the patch.
         """
         depth = len(self.blocks)
@@ -210,6 +211,8 @@ class ViT(nn.Module):
         x = self.patch_embed(x)  # (N, h*w, dim)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (N, T, dim)
         x = x + resize_positions(self.pos_embed, H // p, W // p)
+        if keep is not None:
+            x = torch.cat([x[:, :1], x[:, 1 + keep]], dim=1)  # (N, 1 + m, dim)
         outputs = []
         for i, block in enumerate(self.blocks):
             x = block(x)
@@ -218,8 +221,8 @@ class ViT(nn.Module):
                 outputs.append((normed[:, 0], normed[:, 1:]))
         return outputs
 
-    def forward(self, x):
-        return self.intermediate(x, 1)[0]
+    def forward(self, x, keep=None):
+        return self.intermediate(x, 1, keep)[0]
 
 
 # ---- ResNet --------------------------------------------------------------------------------------

@@ -231,6 +231,15 @@ def network(args, drop_path=0.0):
     return models.MultiCrop(backbone, head)
 
 
+def networks_of(ckpt):
+    """(teacher, its prototypes, args as a Namespace) of a checkpoint that has been read."""
+    args = config.completed(ckpt["args"])
+    net, protos = network(args), heads.prototypes(args)
+    net.load_state_dict(ckpt["teacher"])
+    protos.load_state_dict(ckpt["prototypes"]["teacher"] | read_mixture(ckpt))
+    return net, protos, args
+
+
 def load_run(path):
     """(net, prototypes, loss, args dict) of the teacher in a run folder or its ckpt.pt.
 
@@ -249,10 +258,8 @@ def load_run(path):
             module = importlib.import_module(script[:-3].replace("/", "."))
             if hasattr(module, "load_run"):
                 return module.load_run(path)
-        args = config.completed(ckpt["args"])
-        net, protos, loss = network(args), heads.prototypes(args), losses.loss(args)
-        net.load_state_dict(ckpt["teacher"])
-        protos.load_state_dict(ckpt["prototypes"]["teacher"] | read_mixture(ckpt))
+        net, protos, args = networks_of(ckpt)
+        loss = losses.loss(args)
         loss.load_state_dict(ckpt["loss"])
     except Exception as error:  # whatever a damaged or foreign file can raise
         if isinstance(error, ValueError):

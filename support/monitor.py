@@ -90,8 +90,8 @@ def troubles(row, K):
             "eps 0.5 (60 degrees). Try --prototypes kp, live or frozen")
     if used < 0.05 and mixture_runs and not follows_appendix_a(row):
         sentences["unused"] = (
-            f"most prototypes are unused: only {100 * used:.1f} % are the most probable one for any "
-            "image. Try --head-norm, or a later --gmm-start for a mixture")
+            f"most prototypes are unused: only {100 * used:.1f} % are the most probable one for "
+            "any image. Try --head-norm, or a later --gmm-start for a mixture")
     if h_norm < 1e-2:
         sentences["vanishing"] = (
             f"the head's outputs h shrink to nothing: their median length is {h_norm:.1e}. Try a "

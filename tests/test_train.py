@@ -193,7 +193,7 @@ CASES = [("--prototypes decoupled", 1e-4),
          ("--prototypes joint", 1e-4),
          ("--prototypes live --method dino --targets sinkhorn", 1e-4),
          ("--prototypes decoupled --no-head-bn --gmm-start 0.5 --lr 1e-5", 1e-6),
-         ("--prototypes kmeans --method deepcluster --steps 6", 1e-4),
+         ("--prototypes kmeans --method deepcluster --steps 6 --optimizer sgd", 1e-4),
          ("--prototypes clustered --student-prototypes joint", 1e-4),
          ("--prototypes bank --method sop --memory 30", 1e-4),
          ("--prototypes joint --method swav --queue 12 --optimizer sgd", 1e-4)]

@@ -1,4 +1,6 @@
-"""--prototypes bank with --method sop: self-organising prototypes (Silva et al. 2025), class stream.
+"""--prototypes bank with --method sop: the class stream of SOP (Silva et al. 2025).
+
+SOP stands for self-organising prototypes.
 
 There is nothing to collapse here, as nothing is a prototype for longer than a step. A memory holds
 the last teacher vectors. Each step draws K of them as anchors, and an anchor with the k vectors
@@ -104,6 +106,7 @@ class SOP(Loss):
 
     only_with = "bank"
     unit_h = True
+    teacher_temp = (0.04, 0.04)
 
     def __init__(self, K, tau, tau_t):
         super().__init__()

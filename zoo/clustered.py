@@ -64,7 +64,7 @@ class Clustered(Frozen):
     @torch.no_grad()
     def step(self, h, step, beta=0.5):
         # Eq. 3; every process has all vectors, and gets the same W and b
-        h = h[torch.isfinite(h).all(1)].float()  # (N, D), as the run skips steps that are not finite
+        h = h[torch.isfinite(h).all(1)].float()  # (N, D), as the run skips what is not finite
         if len(h) == 0:
             return {}
         # C.1 and C.2

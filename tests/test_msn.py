@@ -1,0 +1,156 @@
+"""zoo/msn.py: MSN and PMSN beside hand-worked cases, and as a run."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import heads
+import models
+from conftest import TINY, differences, read_checkpoint, read_log
+from zoo import msn
+
+pytestmark = pytest.mark.usefixtures("small_shapes")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(out, *flags):
+    return msn.main([*TINY, "--out", str(out), *map(str, flags)])
+
+
+def unit(*shape, seed=0):
+    return F.normalize(randn(*shape, seed=seed), dim=-1)
+
+
+def test_sharpened_targets_are_a_softmax_at_the_product_of_both_temperatures():
+    protos, h = heads.Frozen(5, 3), unit(1, 7, 3).double()
+    z = h[0] @ protos.start.double().T
+    sharp = (z / 0.1).softmax(1) ** (1 / 0.25)
+    sharp = sharp / sharp.sum(1, keepdim=True)
+    assert torch.allclose((z / 0.025).softmax(1), sharp, atol=1e-12)
+    q = msn.MSNLoss(5, balance=False).targets(h, protos)
+    assert torch.allclose(q.double(), sharp, atol=1e-5)
+
+
+def test_balanced_targets_are_three_rounds_on_the_probabilities():
+    protos, h = heads.Frozen(5, 3), unit(1, 7, 3)
+    q = msn.MSNLoss(5, balance=False).targets(h, protos).double()
+    for _ in range(3):
+        q = q / q.sum(0)
+        q = q / q.sum(1, keepdim=True)
+    assert torch.allclose(msn.MSNLoss(5).targets(h, protos).double(), q, atol=1e-6)
+
+
+@pytest.mark.parametrize("prior", [0, 0.25])
+def test_the_loss_beside_a_loop_in_float64(prior):
+    V, B, K, D = 4, 3, 6, 5
+    protos, h_s = heads.Frozen(K, D), unit(V - 1, B, D, seed=1)
+    q = randn(B, K, seed=2).softmax(1)
+    terms = msn.MSNLoss(K, prior_weight=2.0, prior=prior)(h_s, q, protos)
+    z = (h_s.double() @ protos.start.double().T).numpy() / 0.1
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    match = np.mean([-(q[b].numpy() * np.log(p[i, b])).sum()
+                     for i in range(V - 1) for b in range(B)])
+    p_bar = p.mean((0, 1))
+    if prior:
+        pi = np.arange(1, K + 1) ** -prior
+        pi = pi / pi.sum()
+        divergence = (pi * np.log(pi / p_bar)).sum()
+    else:
+        divergence = (p_bar * np.log(p_bar * K)).sum()
+    assert float(terms["match"]) == pytest.approx(match, rel=1e-5)
+    assert float(terms["prior"]) == pytest.approx(2 * divergence, rel=1e-4)
+
+
+def test_the_prior_term_is_nothing_at_equal_shares_and_ln_k_on_one_prototype():
+    protos = heads.Frozen(4, 4)
+    protos.start.copy_(torch.eye(4))
+    q = torch.full((4, 4), 0.25)
+    loss = msn.MSNLoss(4, tau=0.01)
+    equal = loss(torch.eye(4).expand(2, 4, 4), q, protos)["prior"]
+    assert float(equal) == pytest.approx(0, abs=1e-6)
+    on_one = loss(torch.eye(4)[:1].expand(2, 4, 4), q, protos)["prior"]
+    assert float(on_one) == pytest.approx(math.log(4), rel=1e-5)
+
+
+def test_the_power_law_of_pmsn():
+    pi = msn.MSNLoss(1024, prior=0.25).pi.double()
+    assert float(pi[0] / pi[-1]) == pytest.approx(5.6569, abs=1e-4)
+    assert float((pi * (pi * 1024).log()).sum()) == pytest.approx(0.0420, abs=1e-4)
+
+
+@pytest.mark.parametrize("n, kept", [(196, 166), (64, 54), (16, 13)])
+def test_how_many_patches_stay(n, kept):
+    keep = msn.kept_patches(n, 0.15, 0, 7)
+    assert len(keep) == len(keep.unique()) == kept
+    assert 0 <= keep.min() and keep.max() < n
+    assert torch.equal(keep, msn.kept_patches(n, 0.15, 0, 7))
+    assert not torch.equal(keep, msn.kept_patches(n, 0.15, 0, 8))
+
+
+def test_a_dropped_patch_is_as_if_it_were_not_there_and_the_class_token_stays():
+    net = models.build("vit_tiny", patch_size=8, img_size=32).eval()
+    x = randn(2, 3, 32, 32)
+    keep = torch.tensor([0, 3, 7, 15])
+    cls, patches = net(x, keep)
+    assert patches.shape == (2, 4, net.dim)
+    other = x.clone()
+    other[..., :8, 8:16] = 0  # patch 1
+    assert torch.equal(net(other, keep)[0], cls)
+    assert not torch.allclose(net(other)[0], net(x)[0])
+    everything = net(x, torch.arange(16))
+    for a, b in zip(everything, net(x)):
+        assert torch.equal(a, b)
+
+
+def test_the_students_vectors_are_those_of_each_view_alone():
+    net = models.MultiCrop(models.build("vit_nano", patch_size=8, img_size=32),
+                           heads.Head(96, 16, 8, bn=True, norm=True)).eval()
+    crops = [randn(2, 3, 32, 32, seed=1), randn(2, 3, 16, 16, seed=2), randn(2, 3, 16, 16, seed=3)]
+    h = msn.student_vectors(net, crops, torch.arange(16))
+    assert h.shape == (3, 2, 8)
+    for i, crop in enumerate(crops):
+        assert torch.allclose(h[i], net([crop]), atol=1e-5)
+
+
+@pytest.mark.parametrize("flags", [["--prototypes", "joint"], ["--prior", "0.25", "--no-balance"],
+                                   ["--prototypes", "decoupled", "--gmm-start", "0"]])
+def test_a_run_resumes_to_the_bit_and_is_evaluated(tmp_path, flags):
+    from support import checkpoint
+    metrics = run(tmp_path / "whole", *flags)
+    run(tmp_path / "parts", *flags, "--stop-at", "3")
+    run(tmp_path / "parts", *flags, "--resume")
+    assert not differences(*(read_checkpoint(tmp_path / name) for name in ("whole", "parts")))
+    assert 0 <= metrics["knn"] <= 100
+    assert {"match", "prior"} < read_log(tmp_path / "whole")[0].keys()
+    ckpt = read_checkpoint(tmp_path / "whole")
+    assert ckpt["args"]["script"] == "zoo/msn.py"
+    _, protos, loss, _ = checkpoint.load_run(str(tmp_path / "whole"))
+    assert isinstance(loss, msn.MSNLoss)
+    assert protos.assign(unit(3, 8), tau=loss.tau).shape == (3, 16)
+
+
+def test_prototypes_are_one_set_and_the_teacher_follows_along_a_line(tmp_path):
+    run(tmp_path, "--stop-at", "1", "--warmup-epochs", "0", "--momentum", "0.9")
+    ckpt = read_checkpoint(tmp_path)
+    states = ckpt["prototypes"]
+    assert torch.equal(states["student"]["weight"], states["teacher"]["weight"])
+    assert not torch.equal(states["vectors"], states["start"])
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--patch-drop", "1"], "--patch-drop must lie in [0, 1), got 1.0"),
+    (["--sharpen", "0"], "--sharpen must be positive, got 0.0"),
+    (["--prior", "-1"], "--prior must not be negative, got -1.0"),
+    (["--arch", "resnet18"], "--patch-drop needs a ViT"),
+    (["--method", "dino"], "--method")])
+def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as refusal:
+        run(tmp_path / "run", *flags)
+    assert refusal.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run" / "ckpt.pt").exists()

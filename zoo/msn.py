@@ -1,0 +1,294 @@
+"""MSN and PMSN (Assran et al. 2022, 2023): train.py with a hidden view and dropped patches.
+
+    python -m zoo.msn --prototypes joint                      MSN
+    python -m zoo.msn --prototypes joint --prior 0.25         PMSN: clusters of unequal size
+
+One view is for the teacher alone. The student sees the others, the first of them without a share of
+its patches. Prototypes are trained by the loss, and the teacher uses the student's own.
+
+    M.1  p_i = softmax(z_i / 0.1) of student view i; q = softmax(z / 0.025) of the teacher's view,
+         which is softmax(z / 0.1) sharpened: to the power 1 / 0.25, and normalised
+    M.2  q <- three rounds of Sinkhorn-Knopp on the probabilities q        (--no-balance: without)
+    M.3  match    mean over student views i and images of -sum_k q_k log p_ik
+    M.4  prior    ln K - H(p_bar), with p_bar the mean of p over views, images and processes: the KL
+                  divergence of p_bar from equal shares.
+                  PMSN: KL(pi || p_bar) with pi_k ~ k^-prior, the shares of a long tail
+
+The loop is that of train.py; what differs from it is marked.
+
+    V views of B images on this process, the first the teacher's; D dimensions of h; K prototypes
+"""
+import argparse
+import math
+import os
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import config
+import data
+import heads
+import models
+import views
+from losses import sinkhorn
+from support import checkpoint, checkpoints, ddp, measures, optim
+from support.errors import one_sentence
+from support.files import locked
+from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
+from support.monitor import Monitor
+from support.signals import stop_requests
+from train import amp, cosine
+
+ROOT = os.path.dirname(os.path.abspath(config.__file__))
+SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
+EPS = torch.finfo(torch.float32).tiny
+
+
+# ---- what MSN adds to the command line ---------------------------------------------------------
+def flags(parser):
+    flag = parser.add_argument_group("MSN (results)").add_argument
+    flag("--patch-drop", type=float, default=0.15,
+         help="share of the patches that the student's global view goes without")
+    flag("--sharpen", type=float, default=0.25, help="M.1: temperature of the sharpening")
+    flag("--balance", action=argparse.BooleanOptionalAction, default=True,
+         help="M.2: Sinkhorn-Knopp on the targets")
+    flag("--prior-weight", type=float, default=1.0,
+         help="weight of M.4 (1 in MSN, 5 in PMSN's runs on iNaturalist)")
+    flag("--prior", type=float, default=0.0, help="M.4: exponent of the shares; 0: equal ones, MSN")
+    method, = (action for action in parser._actions if action.dest == "method")
+    method.choices = ["msn"]  # no other is read
+    parser.set_defaults(method="msn", prototypes="joint", head_norm=True)
+
+
+def check(args):
+    """ValueError for values that cannot run."""
+    if not 0 <= args.patch_drop < 1:
+        raise ValueError(f"--patch-drop must lie in [0, 1), got {args.patch_drop}")
+    if not args.sharpen > 0:
+        raise ValueError(f"--sharpen must be positive, got {args.sharpen}")
+    for name in ("prior_weight", "prior"):
+        if not getattr(args, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got "
+                             f"{getattr(args, name)}")
+    if args.patch_drop and args.arch not in models.VITS:
+        raise ValueError(f"--patch-drop needs a ViT, whose patches can be left out, got --arch "
+                         f"{args.arch}")
+
+
+# ---- the loss ----------------------------------------------------------------------------------
+class MSNLoss(nn.Module):
+    """M.1 to M.4. K: prototypes."""
+
+    def __init__(self, K, tau=0.1, sharpen=0.25, balance=True, prior_weight=1.0, prior=0.0):
+        super().__init__()
+        self.tau, self.sharpen, self.balance, self.weight = tau, sharpen, balance, prior_weight
+        pi = torch.arange(1, K + 1, dtype=torch.float32) ** -prior  # (K,)
+        self.register_buffer("pi", pi / pi.sum())
+        self.equal_shares = prior == 0
+        self.uniform = math.log(K)
+
+    def centre_over_tau(self):
+        return 0.0
+
+    @torch.no_grad()
+    def targets(self, h_t, protos):
+        """h_t (1, B, D) -> q (B, K)."""
+        # M.1  (exp(z / tau) / sum)^(1 / T), normalised, is the softmax of z / (tau T)
+        q = (protos.logits(h_t[0]) / (self.tau * self.sharpen)).softmax(-1)  # (B, K)
+        # M.2  Sinkhorn-Knopp of log q at temperature 1 works on q itself
+        if self.balance:
+            q = sinkhorn(q.clamp_min(EPS).log(), 1.0, all_reduce=ddp.all_reduce)
+        return q
+
+    def forward(self, h_s, q, protos):
+        """h_s (V - 1, B, D), q (B, K) -> {"match", "prior"}."""
+        log_p = (protos.logits(h_s) / self.tau).log_softmax(-1)  # (V-1, B, K)
+        # M.3
+        match = -(q * log_p).sum(-1).mean()
+        # M.4
+        p_bar = ddp.mean_over_ranks(log_p.exp().mean((0, 1))).clamp_min(EPS)  # (K,)
+        if self.equal_shares:
+            prior = math.log(len(p_bar)) + (p_bar * p_bar.log()).sum()
+        else:
+            prior = (self.pi * (self.pi.log() - p_bar.log())).sum()
+        return {"match": match, "prior": self.weight * prior}
+
+
+def kept_patches(n, drop, seed, step):
+    """Indices of the patches that stay, of n: the same for the whole batch (the official code)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randperm(n, generator=generator)[:math.floor((1 - drop) * n)].sort().values
+
+
+def student_vectors(student, crops, keep):
+    """h (V - 1, B, D) of the crops the student sees: a global one without patches, and local ones.
+
+    The head is called once for each size, so that batch norm treats the sizes apart.
+    """
+    globals_, *locals_ = crops
+    h = [student.head(student.backbone(globals_, keep)[0])]  # (B, D)
+    if locals_:
+        h += student([*locals_]).chunk(len(locals_))
+    return torch.stack(h)
+
+
+def main(argv=None):
+    """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
+    args = config.parse(argv, SCRIPT, flags)
+    keep_freed_memory()
+    with one_sentence(SCRIPT, args.out):
+        check(args)  # differs from train.py
+        device = ddp.setup(args.device)
+        if args.export:
+            from support.export import export
+            return export(args.out, args.export)
+        with locked(args.out), stop_requests() as stop_request:
+            return train(args, device, stop_request)
+
+
+def train(args, device, stop_request):
+    # ---- images, networks, prototypes ----------------------------------------------------------
+    images, test = ddp.first_process_first(lambda: data.load(
+        args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
+        imbalance=args.imbalance, imbalance_law=args.imbalance_law))
+    bank = data.subset(images, args.eval_bank)
+    queries = test and data.subset(test, args.eval_queries)
+    recipe = config.recipe(args)
+    steps_per_epoch, total, stop = config.lengths(args, len(images))
+    args.data_seen = data.identity(images, args.data) | {"steps": total}  # compared by --resume
+    gmm_start = args.gmm_start * total if args.gmm_start < 1 else args.gmm_start
+
+    student = ddp.sync_batchnorm(checkpoint.network(args, args.drop_path)).to(device)
+    teacher = ddp.sync_batchnorm(checkpoint.network(args)).to(device).requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
+    # differs from train.py: one prototype set for both, which nothing averages
+    protos = heads.prototypes(args, int(gmm_start)).to(device)
+    loss_fn = make_loss(args).to(device)
+    trained = [*student.parameters(), *protos.parameters()]  # theta
+    averaged = list(teacher.parameters())  # phi
+    optimizer = optim.make(args, trained, device)
+    n_patches = (args.img_size // args.patch_size) ** 2
+
+    # ---- start or go on ------------------------------------------------------------------------
+    parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}
+    start, record = checkpoint.start_or_resume(args, parts, protos, protos)
+    if start >= stop:
+        ddp.print0(f"nothing left to do: step {stop} of {total} is done")
+        return {}
+    if args.init and start == 0:
+        from support.export import init
+        init(args.init, [student.backbone, teacher.backbone])
+    take_step = optim.CheckedStep(optimizer, [student, teacher, loss_fn], args.clip_grad,
+                                  protos.parameters(), args.freeze_prototypes * steps_per_epoch)
+    lr_peak = args.lr * args.batch_size / 256
+    warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
+
+    log, monitor, metrics = Log(args, start, bool(record.rows)), Monitor(args.num_prototypes), {}
+    ddp.print0(config.describe(args, images, student, total, lr_peak, device))
+    if start == 0 and ddp.RANK == 0:
+        log.row(0, measures.controls(bank, queries, args, teacher, device))
+    batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start,
+                            stop=stop, rank=ddp.RANK, world=ddp.WORLD, device=device,
+                            workers=args.workers)
+    bar = tqdm(total=total, initial=start, disable=None if ddp.RANK == 0 else True, unit="step",
+               dynamic_ncols=True)
+    clock = Clock()
+
+    # ==== training ==============================================================================
+    for step in range(start, stop):
+        crops = clock.next(batches)  # V tensors (B, 3, s, s): 2 global crops, then the local ones
+        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))
+        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))  # of drop path
+        if step < warmup:
+            lr = lr_peak * step / warmup
+        else:
+            lr = cosine(lr_peak, args.min_lr, (step - warmup) / (total - warmup))
+        weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
+        # differs from train.py: along a line, as in the official code
+        m = args.momentum + (args.momentum_end - args.momentum) * step / total
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
+        keep = kept_patches(n_patches, args.patch_drop, args.seed, step)  # (patches that stay,)
+
+        # ---- 1. teacher: differs from train.py: it sees one view alone
+        with torch.no_grad(), amp(args, device):
+            h_t = [teacher(part[:1]).view(1, -1, args.bottleneck_dim) for part in micro_batches]
+            h_t = torch.cat(h_t, dim=1)  # (1, B, D)
+
+        # ---- 2. prototypes: those that follow the teacher
+        report = protos.step(ddp.gather_views(h_t), step, beta)
+
+        # ---- 3. encoder: differs from train.py: it never sees the teacher's view
+        targets = loss_fn.targets(h_t, protos).chunk(args.accum)
+        for part, q in zip(micro_batches, targets):
+            with amp(args, device):
+                h_s = student_vectors(student, part[1:], keep)  # (V-1, B/accum, D)
+            terms = loss_fn(h_s, q, protos)
+            terms["penalty"] = protos.penalty()
+            terms["loss"] = sum(terms.values())
+            (terms["loss"] / args.accum).backward()
+            record.add(terms, 1 / args.accum)
+        # if a value is not finite, all processes skip this step; only the mixture has moved
+        values, taken = take_step(record.take(), step, lr, weight_decay)
+
+        # ---- 4. teacher: phi = m phi + (1 - m) theta
+        with torch.no_grad():
+            for phi, theta in zip(averaged, trained):
+                phi.lerp_(theta, taken * (1 - m))
+
+        # ---- 5. everything below is logging, evaluation, saving ---------------------------------
+        done = step + 1
+        bar.update()
+        record.append(done, lr, values)
+        leaving = ddp.largest(stop_request.number)  # a signal that any process received, or 0
+        now = due(args, done, stop, total, leaving)
+        if device.type == "cpu" or now.row or now.checkpoint:
+            record.read()
+        if now.row:
+            row = record.means() | report | clock.speed(args.batch_size)
+            row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
+                    "memory_mb": peak_memory(device)}
+            row["loss_over_ln_k"] = row["match"] / loss_fn.uniform
+            if now.evaluation:
+                h = measures.coming_vectors(teacher, images, recipe, done, args, device,
+                                            amp(args, device))
+                if ddp.RANK == 0:
+                    metrics = measures.prototype_measures(protos, loss_fn, h, beta, args.seed)
+                    metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
+                    row |= metrics
+                    metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
+            if ddp.RANK == 0:
+                log.row(done, row, terms)
+                tqdm.write(printed(done, total, row, "match"))
+                for sentence in monitor.warnings(row | {"progress": done / total}):
+                    tqdm.write(f"warning, step {done}: {sentence}")
+                for sentence in monitor.remarks(row):
+                    tqdm.write(f"remark, step {done}: {sentence}")
+        if now.regular:
+            record.clear()
+            clock.restart()
+        if now.checkpoint:
+            checkpoint.save(args, done, record, parts, protos, protos)
+        if leaving:
+            ddp.print0(f"step {done} is saved in {args.out}; go on with --resume")
+            raise SystemExit(128 + leaving)  # 130 and 143, as a shell reports these signals
+    bar.close()
+    return measures.summary(args, log, metrics, bank, queries, stop) if ddp.RANK == 0 else {}
+
+
+def make_loss(args):
+    return MSNLoss(args.num_prototypes, args.student_temp, args.sharpen, args.balance,
+                   args.prior_weight, args.prior)
+
+
+def load_run(path):
+    """As checkpoint.load_run, with the loss of this script."""
+    ckpt = checkpoints.read(path)
+    net, protos, args = checkpoint.networks_of(ckpt)
+    loss = make_loss(args)
+    loss.load_state_dict(ckpt["loss"])
+    return net.eval(), protos, loss, vars(args)
+
+
+if __name__ == "__main__":
+    main()
