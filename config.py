@@ -517,7 +517,7 @@ def device(args, error):
         torch.empty(0, device=name)  # it may have a number, as in cuda:1
     except (RuntimeError, AssertionError):
         error(f"--device {name} does not work here")
-    if kind == "mps" and has_mixture:
+    if kind == "mps" and float64:
         error(f"--device mps has no float64, which --prototypes {args.prototypes} needs; use "
               "--device cpu")
     return name

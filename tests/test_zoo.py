@@ -10,9 +10,7 @@ from torch.nn import functional as F
 import config
 import heads
 import losses
-import train
 from conftest import TINY, differences, read_checkpoint, read_log, sentence_of_refusal, train_tiny
-from support import ddp
 from views import indices
 from zoo.bank import SOP, Bank
 from zoo.clustered import Clustered
