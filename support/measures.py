@@ -38,7 +38,10 @@ def prototype_measures(protos, loss, h, beta, seed):
     """Unique shares of a prototype set, and the measures that belong beside them.
 
     h (N, D): teacher vectors, for used, perplexity and the ceiling. ValueError if they are not
-    finite. A set that is a memory of vectors has None in the place of unique shares.
+    finite. A set that is a memory of vectors has None in the place of unique shares. Of the
+    vectors: h_norm, median length; h_cosine, mean cosine of two; h_rank, effective rank. z_sd:
+    standard deviation of a vector's logits over the prototypes, which says how peaked their softmax
+    is.
     """
     if not h.isfinite().all():
         raise ValueError("the teacher's vectors are not finite: lower --lr or --weight-decay. The "
@@ -47,12 +50,21 @@ def prototype_measures(protos, loss, h, beta, seed):
     assigned = (protos.assign(part, beta, loss.tau, centre) for part in h.split(128))
     used, perplexity = collapse.usage(assigned)
     measures = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
-                "h_norm": float(h.norm(dim=1).median())}
+                "h_norm": float(h.norm(dim=1).median()), "h_cosine": mean_cosine(h),
+                "h_rank": collapse.effective_rank(h),
+                "z_sd": float(torch.stack([protos.logits(part).std(1).mean()
+                                           for part in h.split(128)]).mean())}
     counts = collapse.unique_counts(C, EPS) if protos.countable else {}
     for eps in EPS:
         measures[f"unique_{eps}"] = counts[eps] / len(C) if counts else None
         measures[f"ceiling_{eps}"] = collapse.ceiling(h - protos.origin, len(C), eps, seed)
     return measures
+
+
+def mean_cosine(h):
+    """Mean cosine of two different vectors of h (N, D): 1 if all lie in one direction."""
+    u, N = F.normalize(h.double(), dim=1), len(h)
+    return float((u.sum(0).square().sum() - N) / (N * (N - 1)))
 
 
 def student_measures(protos, loss, h, beta, seed):
