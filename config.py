@@ -187,6 +187,8 @@ def parser():
     flag("--student-prototypes", default="same", choices=["same", "joint"],
          help="joint: the student has a set of its own that the loss trains, beside a set of the "
          "teacher that it does not (partial decoupling, Sec. 3 of the paper)")
+    flag("--uniformity", type=float, default=0.5,
+         help="weight of the term that --method carp-uniform adds (zoo/uniformity.py)")
     flag("--kp-weight", type=float,
          help="weight of KoLeo, which pushes trained prototypes apart; None: 0.1 (B.1) with kp, "
          "else 0")
@@ -273,7 +275,7 @@ def parser():
     flag("--weight-decay-end", type=float, default=0.04,
          help="end of its cosine (0.4 in the papers)")
     flag("--momentum", type=float,
-         help="share of itself that the teacher keeps in a step; None: 0.99, and 0 with swav and "
+         help="share of itself that the teacher keeps in a step; None: 0.98, and 0 with swav and "
          "deepcluster, whose teacher is the student itself")
     flag("--momentum-end", type=float,
          help="what it rises to along a cosine; None: 1, and 0 with swav and deepcluster")
@@ -433,7 +435,7 @@ RANGES = [
     ("not be negative", lambda v: v >= 0,
      ["seed", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad",
       "gmm_start", "eta_a", "kp_weight", "freeze_prototypes", "teacher_temp_epochs", "live_apart",
-      "jitter", "queue"]),
+      "jitter", "queue", "uniformity"]),
     ("lie in [0, 1000]", lambda v: 0 <= v <= 1000, ["local_crops", "workers"]),
     ("lie in [0, 1]", lambda v: 0 <= v <= 1,
      ["jitter_p", "gray", "momentum", "momentum_end", "blur", "solarize", "beta", "mean"]),
@@ -476,9 +478,10 @@ def check(args, error):
     b, c, s, h = args.jitter
     if h > 0.5:
         error(f"--jitter needs a hue of at most 0.5, got {b} {c} {s} {h}")
-    if args.method == "carp" and K % args.partition_size:
+    has_partitions = issubclass(loss, losses.CARPLoss) and args.method != "carl"
+    if has_partitions and K % args.partition_size:
         error(f"--num-prototypes {K} must be a multiple of --partition-size {args.partition_size}")
-    if args.method == "carp" and args.partition_size == 1:
+    if has_partitions and args.partition_size == 1:
         error("--partition-size 1 leaves a softmax over one prototype, which learns nothing; use 2 "
               "or more")
     if args.arch in models.VITS:

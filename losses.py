@@ -132,7 +132,7 @@ class Loss(nn.Module):
     tau = 1.0
     only_with = None
     unit_h = False
-    momentum = (0.99, 1.0)
+    momentum = (0.98, 1.0)
     teacher_temp = (0.025, 0.025)
 
     @classmethod
@@ -254,6 +254,7 @@ LOSSES = {
     "swav": "zoo.swav.SwAV",
     "deepcluster": "zoo.kmeans.DeepCluster",
     "sop": "zoo.bank.SOP",
+    "carp-uniform": "zoo.uniformity.UniformCARP",
     "supervised": "zoo.supervised.Supervised",
 }
 

@@ -46,6 +46,15 @@ SINKHORN = DINO + "decoupled --targets sinkhorn"
 RISING = " --teacher-temp 0.04 0.07 --teacher-temp-epochs 2"
 FALLING = " --teacher-temp 0.05 0.025 --teacher-temp-epochs 3"
 CONTROL = ("frozen random (control)", "--prototypes frozen")
+# The design space of Eq. 3: who moves the prototypes, under two losses that keep them in use in
+# two ways, and under CARP with a term that spreads the vectors. Sinkhorn-Knopp flattens targets
+# with K above the rows of a step, so K is the batch there
+MOVED_BY = {"joint": "joint", "kp": "kp", "frozen": "frozen", "kmeans": "kmeans",
+            "clustered": "clustered", "clustered, joint student":
+            "clustered --student-prototypes joint", "decoupled": "decoupled",
+            "decoupled per sample": "decoupled --forgetting sample", "live": "live"}
+BALANCED = "--method dino --targets sinkhorn --num-prototypes 64 --prototypes "
+SPREAD = "--method carp-uniform --prototypes "
 
 # The instrument: what its k-NN does if a run is shorter or longer, and with other seeds
 EPOCHS = config.parser().get_default("epochs")
@@ -114,6 +123,12 @@ TABLES = {
                      ("CARP, frozen", CARP + "frozen --imbalance 100"),
                      ("CARP, decoupled", CARP + "decoupled --imbalance 100"),
                      ("CARP, live", CARP + "live --imbalance 100")]),
+    "space": ("who moves the prototypes", [
+        *[(f"CARP, {name}", CARP + flags) for name, flags in MOVED_BY.items()],
+        *[(f"CARP + uniformity, {name}", SPREAD + MOVED_BY[name])
+          for name in ("frozen", "kmeans", "clustered", "live")],
+        *[(f"DINO + Sinkhorn, {name}", BALANCED + flags) for name, flags in MOVED_BY.items()],
+        ("SOP, bank", "--method sop --prototypes bank --num-prototypes 128")]),
     "instrument": ("what the default run can tell: length, seeds, room above",
                    [*INSTRUMENT, (LABELS, "--method supervised --prototypes joint")]),
 }
@@ -127,15 +142,20 @@ GROUP_LIMITS = ["--head", "1000", "--tail", "200"]
 MEASURES = [("knn", "k-NN", 1), ("unique_0.025", "unique(.025)", 3),
             ("unique_0.5", "unique(.5)", 3), ("ceiling_0.5", "ceiling(.5)", 3), ("used", "used", 3),
             ("perplexity", "perplexity", 3), ("drift", "drift", 3)]
+# of the vectors and of their logits, beside the prototypes
+VECTORS = [("h_rank", "rank h", 1), ("h_cosine", "cos h", 2), ("z_sd", "sd z", 2),
+           ("ms_per_step", "ms/step", 0)]
 GROUPS = [("knn_head", "head", 1), ("knn_medium", "medium", 1), ("knn_tail", "tail", 1)]
 # block: the flags after --; command: the script of the run and its flags
-FIELDS = ["row", "seed", "block", *[column for column, _, _ in MEASURES + GROUPS], "ceiling_0.025",
-          "h_norm", "raw_knn", "untrained_knn", "steps", "command", "hardware", "torch", "date",
-          "data_version"]
+FIELDS = ["row", "seed", "block", *[column for column, _, _ in MEASURES + VECTORS + GROUPS],
+          "ceiling_0.025", "h_norm", "raw_knn", "untrained_knn", "steps", "command", "hardware",
+          "torch", "date", "data_version"]
 
 
 def measures(name):
     """What a table shows, as in MEASURES. Beside groups of classes the ceiling has no room."""
+    if name == "space":
+        return [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS
     if name != "longtail":
         return MEASURES
     return MEASURES[:1] + GROUPS + [m for m in MEASURES[1:] if m[0] != "ceiling_0.5"]
@@ -233,12 +253,15 @@ def read_args(out):
 def last_evaluation(out):
     """The last evaluation in the log of a finished run, and the controls in its row of step 0."""
     columns = [column for column, _, _ in MEASURES] + ["ceiling_0.025", "h_norm"]
-    log = read(os.path.join(out, "log.csv"), ["step", *columns])
+    log = read(os.path.join(out, "log.csv"), ["step", "images_per_s", *columns])
     evaluated = [row for row in log if row["used"]]
     if not evaluated:
         raise ValueError(f"{out}/log.csv has no row of an evaluation")
     last, args = evaluated[-1], read_args(out)
-    return {column: last[column] for column in columns} | {
+    speeds = [float(row["images_per_s"]) for row in log if row["images_per_s"]]
+    of_vectors = {column: last.get(column, "") for column, _, _ in VECTORS}  # newer than some runs
+    return of_vectors | {column: last[column] for column in columns} | {
+        "ms_per_step": f"{1000 * args['batch_size'] / statistics.median(speeds):.4g}",
         "raw_knn": log[0].get("raw_knn", ""), "untrained_knn": log[0]["knn"], "steps": last["step"],
         "torch": args.get("torch", ""), "data_version": args.get("data_version") or ""}
 

@@ -1,10 +1,10 @@
 """
 shapes: a built-in set of 32x32 images that self-supervision can learn in minutes on a CPU.
 
-An image shows five objects of one class on a grey background. A class is a texture and a shape. Six
-of the eight textures belong to one class alone. Stripes and bands belong to two each, which only the
-shape tells apart: with labels a network sees it, and without them it does so in part. Every shape
-belongs to two classes.
+An image shows five objects of one class on a grey background. A class is a texture and a shape.
+Six of the eight textures belong to one class alone. Stripes and bands belong to two each, which
+only the shape tells apart: with labels a network sees it, and without them it does so in part.
+Every shape belongs to two classes.
 
 A method learns what the crops of an image share, whether or not it is the class. So all that does
 not belong to the class is drawn anew for each object: place, size, rotation, colours, and where its
@@ -63,7 +63,7 @@ def draw(c, n, generator):
         # place, rotation and size; u, v are coordinates in which the radius is about 1
         dx = X - rand(-.8, .8)
         dy = Y - rand(-.8, .8)
-        angle = rand(-.2, .2)
+        angle = rand(-.25, .25)
         size = rand(.3, .5)
         U = dx * angle.cos() + dy * angle.sin()  # (n, 1024)
         V = dy * angle.cos() - dx * angle.sin()  # (n, 1024)

@@ -94,9 +94,9 @@ def luma(x):
 
 
 def test_the_names_of_shapes_say_what_is_drawn():
-    """Stripes vary from left to right, bands from top to bottom, diagonals across. A wave is 6 pixels
-    long, which is 5.3 in an image, or 2.8 where it is fine, 11.4: so is the power spectrum. What is
-    plain varies least."""
+    """Stripes vary from left to right, bands from top to bottom, diagonals across. A wave is 6
+    pixels long, which is 5.3 in an image, or 2.8 where it is fine, 11.4: so is the power spectrum.
+    What is plain varies least."""
     x, y, names, label_map = shapes.make(2000, 3)
     f = torch.fft.fftfreq(32) * 32  # waves in 32 pixels
     fy, fx = f[:, None].expand(32, 32), f[None].expand(32, 32)

@@ -16,6 +16,7 @@ from zoo.bank import SOP, Bank
 from zoo.clustered import Clustered
 from zoo.kmeans import DeepCluster, KMeans, spherical_kmeans
 from zoo.swav import SwAV
+from zoo.uniformity import UniformCARP, uniformity
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 CPU = torch.device("cpu")
@@ -444,8 +445,34 @@ def test_what_a_method_is_published_with_is_the_default_of_its_flags():
     assert (args.momentum, args.momentum_end, args.teacher_temp) == (0.5, 1, [0.1, 0.1])
     assert not args.head_norm
     args = config.parse(TINY)
-    assert (args.momentum, args.momentum_end) == (0.99, 1)
+    assert (args.momentum, args.momentum_end) == (0.98, 1)
     assert not args.head_norm
+
+
+# ---- uniformity --------------------------------------------------------------------------------
+def test_uniformity_by_hand():
+    h = 3 * at_angles(0, 60, 180)
+    squared = [1, 1, 3, 3, 4, 4]  # of both orders of a pair
+    expected = math.log(sum(math.exp(-2 * d) for d in squared) / 6)
+    assert float(uniformity(h)) == pytest.approx(expected, abs=1e-6)
+    assert float(uniformity(h[:1])) == 0
+    assert float(uniformity(h[:1].expand(4, 2))) == pytest.approx(0, abs=1e-6)
+
+
+def test_uniform_carp_is_carp_and_one_more_term_that_spreads_the_vectors():
+    protos, h_t = heads.Frozen(8, 3), randn(2, 5, 3, seed=1)
+    h_s = (randn(3, 5, 3, seed=2) + 4).requires_grad_()
+    loss = UniformCARP(8, 4, weight=2.0)
+    terms = loss(h_s, h_t, protos, protos, 7)
+    carp = losses.CARPLoss(8, 4)(h_s, h_t, protos, protos, 7)
+    for name in ("consistency", "entropy"):
+        assert torch.equal(terms[name], carp[name])
+    expected = float(uniformity(h_s[0])) + float(uniformity(h_s[1]))
+    assert float(terms["uniformity"]) == pytest.approx(expected, rel=1e-5)
+    terms["uniformity"].backward()
+    before = float(uniformity(h_s[0].detach()))
+    assert float(uniformity(h_s[0].detach() - 0.5 * h_s.grad[0])) < before
+    assert h_s.grad[2].abs().max() == 0
 
 
 # ---- whole runs --------------------------------------------------------------------------------
@@ -454,7 +481,8 @@ KINDS = [["--prototypes", "kmeans"], ["--prototypes", "kmeans", "--method", "dee
          ["--prototypes", "clustered", "--student-prototypes", "joint", "--method", "dino",
           "--targets", "sinkhorn"],
          ["--prototypes", "bank", "--method", "sop", "--memory", "37"],
-         ["--prototypes", "joint", "--method", "swav", "--queue", "12"]]
+         ["--prototypes", "joint", "--method", "swav", "--queue", "12"],
+         ["--prototypes", "live", "--method", "carp-uniform", "--gmm-start", "2"]]
 NAMES = [" ".join(flag for flag in kind if not flag.startswith("--")) for kind in KINDS]
 
 

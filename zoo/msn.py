@@ -61,6 +61,14 @@ def flags(parser):
     parser.set_defaults(method="msn", prototypes="joint", head_norm=True)
 
 
+def parse(argv=None):
+    """argv -> checked Namespace; bad input is one sentence and exit code 2."""
+    args = config.parse(argv, SCRIPT, flags)
+    with one_sentence(SCRIPT, args.out):
+        check(args)
+    return args
+
+
 def check(args):
     """ValueError for values that cannot run."""
     if not 0 <= args.patch_drop < 1:
@@ -135,10 +143,9 @@ def student_vectors(student, crops, keep):
 
 def main(argv=None):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
-    args = config.parse(argv, SCRIPT, flags)
+    args = parse(argv)
     keep_freed_memory()
     with one_sentence(SCRIPT, args.out):
-        check(args)  # differs from train.py
         device = ddp.setup(args.device)
         if args.export:
             from support.export import export
