@@ -84,6 +84,19 @@ PRESETS["paper-dino-rn50"] = dict(
     weight_decay=1e-4, weight_decay_end=1e-4, local_crops=8, global_scale=[0.14, 1.0],
     local_scale=[0.05, 0.14], teacher_temp=[0.04, 0.04], teacher_temp_epochs=0)
 
+# Rows of Tables 3 and C.1: SwAV's official recipe; DeepCluster-v2 shares it, and trains longer
+PRESETS["paper-swav"] = dict(
+    data="imagenet", method="swav", prototypes="joint", arch="resnet50", patch_size=16,
+    img_size=224, local_size=96, local_crops=6, global_scale=[0.14, 1.0], local_scale=[0.05, 0.14],
+    jitter=[0.8, 0.8, 0.8, 0.2], gray=0.2, blur=[0.5, 0.5, 0.5],
+    head_hidden=2048, bottleneck_dim=128, head_bn=True, num_prototypes=3000, freeze_prototypes=1,
+    optimizer="lars", lr=0.3, min_lr=0.0048, warmup_epochs=10, epochs=400, batch_size=4096,
+    weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0, queue=0,
+    momentum=0.0, momentum_end=0.0,
+    workers=10, log_every=100, eval_every=3120, eval_bank=50000, eval_queries=10000)
+PRESETS["paper-deepcluster"] = dict(
+    PRESETS["paper-swav"], method="deepcluster", prototypes="kmeans", epochs=800)
+
 # Flags that may differ between a run and its continuation: they say where it runs and what is
 # printed, and not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank",
@@ -98,9 +111,10 @@ def parser():
         description="Self-supervised learning with prototypes: "
                     f"{', '.join(losses.LOSSES)} x {', '.join(heads.PROTOTYPES)}.")
     on_off = argparse.BooleanOptionalAction
+    p.presets = dict(PRESETS)  # to which a script may add its own
 
     flag = p.add_argument_group("run").add_argument
-    flag("--preset", default="tiny", choices=PRESETS,
+    flag("--preset", default="tiny", choices=p.presets,
          help="values for many flags at once; a flag that you type wins over it")
     flag("--out", help="folder for ckpt.pt, log.csv and args.json; "
          "None: runs/PRESET-METHOD-PROTOTYPES-sSEED")
@@ -311,7 +325,7 @@ def parse(argv=None, script="train.py", add_flags=None):
     early.add_argument("--out")
     early.add_argument("--resume", action="store_true")
     typed = early.parse_known_args(argv)[0]
-    p.set_defaults(**PRESETS.get(typed.preset, {}))
+    p.set_defaults(**p.presets.get(typed.preset, {}))
     if typed.resume and typed.out:
         try:
             p.set_defaults(**flags_of_run(typed.out, p))

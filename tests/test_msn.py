@@ -154,3 +154,12 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
     assert refusal.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run" / "ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("preset, prior, weight", [("paper-msn", 0, 1), ("paper-pmsn", 0.25, 5)])
+def test_presets_hold_the_numbers_of_the_official_code(preset, prior, weight):
+    args = msn.parse(["--preset", preset, "--device", "cpu", "--data", "shapes"])
+    assert args.lr * args.batch_size / 256 == pytest.approx(1e-3)
+    assert (args.patch_drop, args.sharpen, args.student_temp) == (0.15, 0.25, 0.1)
+    assert (args.prior, args.prior_weight, args.num_prototypes) == (prior, weight, 8142)
+    assert args.head_norm and args.prototypes == "joint"

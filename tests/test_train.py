@@ -413,6 +413,13 @@ PAPERS = {
     "paper-dino-rn50": dict(arch="resnet50", optimizer="sgd", lr=0.03, weight_decay=1e-4,
                             weight_decay_end=1e-4, global_scale=[0.14, 1.0],
                             local_scale=[0.05, 0.14], method="dino", epochs=100),
+    "paper-swav": dict(arch="resnet50", optimizer="lars", lr=4.8 * 256 / 4096, min_lr=0.0048,
+                       weight_decay=1e-6, warmup_epochs=10, epochs=400, batch_size=4096,
+                       num_prototypes=3000, bottleneck_dim=128, head_norm=True, student_temp=0.1,
+                       teacher_temp=[0.05, 0.05], momentum=0, momentum_end=0, queue=0,
+                       jitter=[0.8, 0.8, 0.8, 0.2], global_scale=[0.14, 1.0]),
+    "paper-deepcluster": dict(method="deepcluster", prototypes="kmeans", epochs=800,
+                              num_prototypes=3000, momentum=0),
     # CARP's official ResNet-50; CARL is the same with one block of all prototypes
     "paper-rn50": dict(RN50, method="carp", partition_size=512, epochs=400),
     "paper-carl": dict(RN50, method="carl", partition_size=65536, epochs=100,
