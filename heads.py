@@ -13,7 +13,8 @@ else:
     twin()                the teacher's set: the same object, or a copy of a set with gradients
 
 Frozen has all of them. A new set overrides what differs, mostly `vectors` and `step`; one that is
-trained overrides `directions` too, the rows of C that h is multiplied with.
+trained overrides `directions` too, the rows of C that h is multiplied with. At the top of Frozen
+stands what a set may say about itself beside them.
 """
 import copy
 import importlib
