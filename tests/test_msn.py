@@ -56,12 +56,8 @@ def test_the_loss_beside_a_loop_in_float64(prior):
     match = np.mean([-(q[b].numpy() * np.log(p[i, b])).sum()
                      for i in range(V - 1) for b in range(B)])
     p_bar = p.mean((0, 1))
-    if prior:
-        pi = np.arange(1, K + 1) ** -prior
-        pi = pi / pi.sum()
-        divergence = (pi * np.log(pi / p_bar)).sum()
-    else:
-        divergence = (p_bar * np.log(p_bar * K)).sum()
+    pi = np.arange(1, K + 1) ** -float(prior)
+    divergence = (p_bar * np.log(p_bar / (pi / pi.sum()))).sum()
     assert float(terms["match"]) == pytest.approx(match, rel=1e-5)
     assert float(terms["prior"]) == pytest.approx(2 * divergence, rel=1e-4)
 
@@ -81,6 +77,7 @@ def test_the_power_law_of_pmsn():
     pi = msn.MSNLoss(1024, prior=0.25).pi.double()
     assert float(pi[0] / pi[-1]) == pytest.approx(5.6569, abs=1e-4)
     assert float((pi * (pi * 1024).log()).sum()) == pytest.approx(0.0420, abs=1e-4)
+    assert torch.equal(msn.MSNLoss(4).pi, torch.full((4,), 0.25))
 
 
 @pytest.mark.parametrize("n, kept", [(196, 166), (64, 54), (16, 13)])

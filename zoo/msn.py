@@ -10,9 +10,10 @@ its patches. Prototypes are trained by the loss, and the teacher uses the studen
          which is softmax(z / 0.1) sharpened: to the power 1 / 0.25, and normalised
     M.2  q <- three rounds of Sinkhorn-Knopp on the probabilities q        (--no-balance: without)
     M.3  match    mean over student views i and images of -sum_k q_k log p_ik
-    M.4  prior    ln K - H(p_bar), with p_bar the mean of p over views, images and processes: the KL
-                  divergence of p_bar from equal shares.
-                  PMSN: KL(pi || p_bar) with pi_k ~ k^-prior, the shares of a long tail
+    M.4  prior    KL(p_bar || pi) = sum_k p_bar_k log(p_bar_k / pi_k), with p_bar the mean of p over
+                  views, images and processes. MSN: pi_k = 1 / K, so the term is ln K - H(p_bar).
+                  PMSN: pi_k ~ k^-prior, the shares of a long tail
+                  differs: lightly's PMSN, the only code of it, has KL(pi || p_bar)
 
 The loop is that of train.py; what differs from it is marked.
 
@@ -107,7 +108,6 @@ class MSNLoss(nn.Module):
         self.tau, self.sharpen, self.balance, self.weight = tau, sharpen, balance, prior_weight
         pi = torch.arange(1, K + 1, dtype=torch.float32) ** -prior  # (K,)
         self.register_buffer("pi", pi / pi.sum())
-        self.equal_shares = prior == 0
         self.uniform = math.log(K)
 
     def centre_over_tau(self):
@@ -130,10 +130,7 @@ class MSNLoss(nn.Module):
         match = -(q * log_p).sum(-1).mean()
         # M.4
         p_bar = ddp.mean_over_ranks(log_p.exp().mean((0, 1))).clamp_min(EPS)  # (K,)
-        if self.equal_shares:
-            prior = math.log(len(p_bar)) + (p_bar * p_bar.log()).sum()
-        else:
-            prior = (self.pi * (self.pi.log() - p_bar.log())).sum()
+        prior = (p_bar * (p_bar / self.pi).log()).sum()
         return {"match": match, "prior": self.weight * prior}
 
 
