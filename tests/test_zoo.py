@@ -162,6 +162,9 @@ def test_a_step_of_clustered_is_adamw_on_the_loss_of_c3():
         optimizer.step()
         report = protos.step(h, step)
         assert float(report["clustering_loss"]) == pytest.approx(loss.item(), rel=1e-5)
+        # AdamW hides a factor of the gradient
+        assert torch.allclose(protos.W.grad, W.grad, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(protos.b.grad, b.grad, rtol=1e-3, atol=1e-5)
         assert torch.allclose(protos.W, W, atol=1e-5)
         assert torch.allclose(protos.b, b, atol=1e-5)
     h = randn(7, D)

@@ -100,7 +100,6 @@ class KMeans(Frozen):
         # KM.2 to KM.4
         C, labels = spherical_kmeans(u, C)
         self.C.copy_(C)
-        self.labels.fill_(-1)
         self.labels[written] = labels
         self.used.fill_(len(labels.unique()))
 
