@@ -289,8 +289,8 @@ def parser():
     flag("--weight-decay-end", type=float, default=0.04,
          help="end of its cosine (0.4 in the papers)")
     flag("--momentum", type=float,
-         help="share of itself that the teacher keeps in a step; None: 0.98, and 0 with swav and "
-         "deepcluster, whose teacher is the student itself")
+         help="share of itself that the teacher keeps in a step; None: 0.98, with dino 0.99, and 0 "
+         "with swav and deepcluster, whose teacher is the student itself")
     flag("--momentum-end", type=float,
          help="what it rises to along a cosine; None: 1, and 0 with swav and deepcluster")
     flag("--clip-grad", type=float, default=3.0,
