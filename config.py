@@ -467,14 +467,15 @@ def check(args, error):
     except ValueError as sentence:
         error(sentence)
     K, batch = args.num_prototypes, args.batch_size
-    if args.prototypes == "vmf" and args.method != "dino":
+    loss, teachers = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
+    has_temperatures = issubclass(loss, losses.DINOLoss) or args.method not in losses.LOSSES
+    if args.prototypes == "vmf" and not has_temperatures:
         error("--prototypes vmf has concentrations in units of DINO's temperatures; "
               f"got --method {args.method}")
     if args.prototypes == "vmf" and args.bottleneck_dim < 3:
         error(f"--prototypes vmf needs --bottleneck-dim 3 or more, got {args.bottleneck_dim}")
     if args.prototypes == "live" and K < 2:
         error(f"--prototypes live needs --num-prototypes 2 or more, got {K}")
-    loss, teachers = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
     if loss.only_with and not issubclass(teachers, heads.prototype_class(loss.only_with)):
         error(f"--method {args.method} takes its targets from --prototypes {loss.only_with}; got "
               f"--prototypes {args.prototypes}")

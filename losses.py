@@ -78,7 +78,8 @@ def sinkhorn(z, tau, iters=3, all_reduce=None):
     reduce = all_reduce or (lambda x, op="sum": x)
     tiny = torch.finfo(torch.float32).tiny
     z = z.float() / tau
-    q = (z - reduce(z.max(), "max")).exp()  # (N, K); the shift cancels, and nothing overflows
+    largest = z.max() if len(z) else z.new_tensor(-torch.inf)  # a process may have no vector
+    q = (z - reduce(largest, "max")).exp()  # (N, K); the shift cancels, and nothing overflows
     for _ in range(iters):
         q = q / reduce(q.sum(0)).clamp_min(tiny)  # prototypes: equal mass
         q = q / q.sum(1, keepdim=True).clamp_min(tiny)  # vectors: one each

@@ -3,6 +3,7 @@ Backbones f: images (N, 3, H, W) -> (cls (N, dim), patches (N, n, dim)). The mul
 
     arch       dim    depth  heads   parameters
     vit_nano    96      3      3     0.36 M      conv stem, patches of 8 pixels; the default run's
+    vit_micro   96      3      3     0.34 M      patches of any size, for masked ones
     vit_tiny   192     12      3      5.5 M
     vit_small  384     12      6     21.7 M      the ViT-S of DINO, CARP and the paper
     vit_base   768     12     12     85.8 M
@@ -26,7 +27,8 @@ import torch.nn.functional as F
 from torchvision.models import resnet
 
 VITS = {  # arch: (dim, depth, heads)
-    "vit_nano": (96, 3, 3),
+    "vit_nano": (96, 3, 3),  # behind a convolutional stem
+    "vit_micro": (96, 3, 3),  # the same behind a plain projection, for masked patches
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12),
@@ -194,12 +196,13 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def intermediate(self, x, n, keep=None):
+    def intermediate(self, x, n, keep=None, mask=None, mask_token=None):
         """[(cls (N, dim), patches (N, h*w, dim))] of the last n blocks, after the final norm each.
 
         The earliest block comes first; an image has h x w patches. keep (m,): indices of the
-        patches that enter the blocks, with their positions; None: all. Raises ValueError: n not in
-        1..depth, image height or width not divisible by the patch.
+        patches that enter the blocks, with their positions; None: all. mask (N, h*w): where it is
+        True, mask_token (dim,) stands in the place of the patch, before its position is added.
+        Raises ValueError: n not in 1..depth, image height or width not divisible by the patch.
         """
         depth = len(self.blocks)
         if not 1 <= n <= depth:
@@ -209,6 +212,8 @@ class ViT(nn.Module):
         if H % p or W % p:
             raise ValueError(f"an image of {H} x {W} pixels is not divisible by patch_size {p}")
         x = self.patch_embed(x)  # (N, h*w, dim)
+        if mask is not None:
+            x = torch.where(mask[..., None], mask_token, x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (N, T, dim)
         x = x + resize_positions(self.pos_embed, H // p, W // p)
         if keep is not None:
@@ -221,8 +226,8 @@ class ViT(nn.Module):
                 outputs.append((normed[:, 0], normed[:, 1:]))
         return outputs
 
-    def forward(self, x, keep=None):
-        return self.intermediate(x, 1, keep)[0]
+    def forward(self, x, keep=None, mask=None, mask_token=None):
+        return self.intermediate(x, 1, keep, mask, mask_token)[0]
 
 
 # ---- ResNet --------------------------------------------------------------------------------------

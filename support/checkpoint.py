@@ -8,7 +8,7 @@ A checkpoint holds tensors and plain values alone: torch.load(weights_only=True)
     student, teacher   state dicts: backbone.*, head.*
     prototypes         vectors (K, D) as counted, start (K, D), states of both networks' sets;
                        student_vectors (K, D) where the student's set is another than the
-                       teacher's; memory (M, D) instead of vectors where nothing is to be counted
+                       teacher's; NAME_vectors of further sets; memory (M, D) instead of vectors where nothing is to be counted
     gmm                the mixture, or {}
     loss, optimizer    state dicts
     step, rng, args, version
@@ -36,9 +36,10 @@ VERSION = 3  # 1: without trail; 2: a mixture without its floor
 
 
 # ---- writing -----------------------------------------------------------------------------------
-def save(args, step, record, parts, protos_s, protos_t):
+def save(args, step, record, parts, protos_s, protos_t, others=None):
     """Write OUT/ckpt.pt, on the first process. parts: {"student": module, ...}.
 
+    others: {name: prototype set} of further sets, whose vectors are to be counted too.
     OSError: no space; ValueError: weights that are not finite. The old checkpoint is then
     untouched.
     """
@@ -58,7 +59,9 @@ def save(args, step, record, parts, protos_s, protos_t):
                            "student": state_without_mixture(protos_s),
                            "teacher": state_without_mixture(protos_t)}}
         if args.student_prototypes != "same":
-            state["prototypes"]["student_vectors"] = protos_s.vectors()
+            others = {"student": protos_s}
+        for name, protos in (others or {}).items():
+            state["prototypes"][f"{name}_vectors"] = protos.vectors()
         path = os.path.join(args.out, "ckpt.pt")
         previous = os.path.join(args.out, "ckpt.prev.pt")
         write(path, lambda f: torch.save(state, f), old_name=previous)
@@ -236,8 +239,13 @@ def networks_of(ckpt):
     args = config.completed(ckpt["args"])
     net, protos = network(args), heads.prototypes(args)
     net.load_state_dict(ckpt["teacher"])
-    protos.load_state_dict(ckpt["prototypes"]["teacher"] | read_mixture(ckpt))
+    restore(protos, ckpt)
     return net, protos, args
+
+
+def restore(protos, ckpt):
+    """Load the teacher's prototypes from a checkpoint that has been read."""
+    protos.load_state_dict(ckpt["prototypes"]["teacher"] | read_mixture(ckpt))
 
 
 def load_run(path):

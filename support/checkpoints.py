@@ -262,8 +262,9 @@ def load_prototypes(path, key=None):
         sets = {key: matrix_named(path, tensors, key)}
     elif "prototypes.vectors" in tensors:
         sets = {"prototypes": tensors["prototypes.vectors"]}  # ours: already what is counted
-        if "prototypes.student_vectors" in tensors:
-            sets["student_prototypes"] = tensors["prototypes.student_vectors"]
+        for name, tensor in tensors.items():  # of the student, of patches
+            if match := re.fullmatch(r"prototypes\.(\w+)_vectors", name):
+                sets[f"{match[1]}_prototypes"] = tensor
     elif "prototypes.memory" in tensors:
         raise ValueError(f"{path}: prototypes.memory holds the last vectors of the teacher, and no "
                          "prototypes; how many of them are unique says how alike the images are")

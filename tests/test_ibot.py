@@ -1,0 +1,373 @@
+"""zoo/ibot.py: the patch stream beside hand-worked cases, and as a run."""
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import collapse
+import heads
+import models
+from conftest import ROOT, TINY, differences, make_folder, read_checkpoint, read_log
+from zoo import ibot
+
+pytestmark = pytest.mark.usefixtures("small_shapes")
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def run(out, *flags):
+    return ibot.main([*TINY, "--out", str(out), *map(str, flags)])
+
+
+def identity_prototypes(K):
+    protos = heads.Frozen(K, K)
+    protos.start.copy_(torch.eye(K))
+    return protos
+
+
+def weights_of(hidden):
+    """(rows (m, 2), weights (m,)) of masks hidden (crops, n), as in the loop."""
+    rows = hidden.nonzero()
+    return rows, 1 / (hidden.sum(1)[rows[:, 0]] * len(hidden)).float()
+
+
+# ---- the loss ----------------------------------------------------------------------------------
+def test_three_rows_by_hand_and_the_centre_after_them():
+    """Three crops of 2 x 2 patches, of which 2, 1 and 0 are hidden; DINOv2's code gives .4057."""
+    hidden = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    _, weights = weights_of(hidden)
+    assert weights.tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 3])
+    protos = identity_prototypes(2)
+    loss = ibot.PatchLoss(2, 1, temps=(0.1, 0.1), tau=0.2)
+    p_t = loss.targets(torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]), protos, 0)
+    h_s = torch.tensor([[0.7, 0.8], [0.9, 1.0], [1.1, 1.2]])
+    assert float(loss(h_s, p_t, weights, protos)) == pytest.approx(0.405698, abs=1e-6)
+    assert loss.centre.tolist() == pytest.approx([0.03, 0.04])
+
+
+def test_a_uniform_student_pays_ln_k_for_each_masked_crop():
+    hidden = torch.zeros(4, 16, dtype=torch.bool)
+    hidden[1, :3] = hidden[3, 5:6] = True
+    rows, weights = weights_of(hidden)
+    p_t = randn(len(rows), 8).softmax(1)
+    value = ibot.PatchLoss(8, 1)(torch.zeros(len(rows), 8), p_t, weights, identity_prototypes(8))
+    assert float(value) == pytest.approx(0.5 * math.log(8)) == pytest.approx(1.039721, abs=1e-6)
+
+
+@pytest.mark.parametrize("crops, n, K", [(2, 5, 3), (4, 4, 7), (6, 9, 5)])
+@pytest.mark.parametrize("kind", ["joint", "vmf"])
+def test_the_patch_loss_beside_a_loop_in_float64(crops, n, K, kind):
+    """Value and gradients of vectors and prototypes; the first crop has nothing hidden."""
+    D, tau, tau_t = 64, 0.1, 0.05
+    hidden = torch.rand(crops, n, generator=torch.Generator().manual_seed(3)) < 0.5
+    hidden[0] = False
+    rows, weights = weights_of(hidden)
+    make = heads.Joint if kind == "joint" else heads.VMF
+    protos_s, protos_t = make(K, D, seed=1), make(K, D, seed=2)
+    h_t = F.normalize(randn(len(rows), D, seed=4), dim=1)
+    h_s = F.normalize(randn(len(rows), D, seed=5), dim=1).requires_grad_()
+    loss = ibot.PatchLoss(K, 1, "prob" if kind == "vmf" else "center", (tau_t, tau_t), tau=tau)
+    loss.centre += torch.linspace(-0.1, 0.1, K)
+    centre = loss.centre.double().clone()
+    p_t = loss.targets(h_t, protos_t, 0)
+    value = loss(h_s, p_t, weights, protos_s)
+    value.backward()
+
+    bias_t = protos_t.bias(tau_t).double() if kind == "vmf" else 0
+    h = h_s.detach().double().requires_grad_()
+    weight = protos_s.weight.detach().double().requires_grad_()
+    bias = protos_s.bias(tau).detach() if kind == "vmf" else 0
+    total = 0
+    for crop in range(crops):
+        n_hidden = int(hidden[crop].sum())
+        for r in [r for r in range(len(rows)) if rows[r, 0] == crop]:
+            z_t = h_t[r].double() @ protos_t.directions().double().T / tau_t + bias_t
+            q = (z_t - (centre if kind == "vmf" else centre / tau_t)).softmax(0)
+            z_s = h[r] @ F.normalize(weight, dim=1).T / tau + bias
+            log_p = z_s - z_s.logsumexp(0)
+            for k in range(K):
+                total = total - q[k].detach() * log_p[k] / max(n_hidden, 1) / crops
+    total.backward()
+    assert float(value) == pytest.approx(float(total), rel=1e-4)
+    assert torch.allclose(h_s.grad.double(), h.grad, atol=1e-4)
+    assert torch.allclose(protos_s.weight.grad.double(), weight.grad, atol=1e-3)
+
+
+def test_sinkhorn_of_the_patches_is_one_matrix_of_all_rows():
+    protos = identity_prototypes(3)
+    h = randn(7, 3)
+    q = ibot.PatchLoss(3, 1, "sinkhorn", (0.5, 0.5)).targets(h, protos, 0)
+    p = (h.double() / 0.5).exp()
+    for _ in range(3):
+        p = p / p.sum(0)
+        p = p / p.sum(1, keepdim=True)
+    assert torch.allclose(q.double(), p, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["center", "prob", "sinkhorn"])
+def test_a_step_without_hidden_patches_costs_nothing_and_moves_no_centre(how):
+    protos, loss = heads.Joint(4, 3), ibot.PatchLoss(4, 1, how)
+    p_t = loss.targets(torch.zeros(0, 3), protos, 0)
+    assert p_t.shape == (0, 4)
+    value = loss(torch.zeros(0, 3), p_t, torch.zeros(0), protos)
+    assert float(value) == 0
+    value.backward()
+    assert protos.weight.grad.abs().max() == 0
+    assert loss.centre.abs().max() == 0 and loss.centre.isfinite().all()
+
+
+# ---- the network -------------------------------------------------------------------------------
+def student(arch="vit_micro", patch=8, shared=True):
+    args = ibot.parse([*TINY, "--patch-size", str(patch), *([] if shared else ["--no-shared-head"])])
+    args.arch = arch
+    net = ibot.network(args, student=True)
+    torch.nn.init.normal_(net.mask_token)
+    return net.eval()
+
+
+@pytest.mark.parametrize("arch, leaks", [("vit_micro", False), ("vit_nano", True)])
+def test_what_lies_under_a_mask_does_not_reach_the_student(arch, leaks):
+    """Unless the stem is convolutional: its neighbours see the edge of a hidden patch."""
+    net, x = student(arch), [randn(1, 3, 32, 32, seed=1), randn(1, 3, 32, 32, seed=2)]
+    hidden = torch.zeros(2, 16, dtype=torch.bool)
+    hidden[0, 5] = True  # row 1, column 1
+    rows = torch.tensor([[0, 5], [0, 6], [1, 5]])
+    other = [x[0].clone(), x[1]]
+    other[0][..., 8:16, 8:16] += 1
+    with torch.no_grad():
+        before, after = net(x, hidden, rows), net(other, hidden, rows)
+        assert (not torch.equal(before[0], after[0])) == leaks
+        assert (not torch.equal(before[1], after[1])) == leaks
+        assert not torch.equal(net(x, None, rows)[0], net(other, None, rows)[0])
+
+
+def test_without_masks_the_student_is_a_plain_multi_crop_to_the_bit():
+    net = student()
+    x = [randn(2, 3, 32, 32, seed=s) for s in (1, 2)] + [randn(2, 3, 16, 16, seed=3)]
+    nothing = torch.zeros(4, 16, dtype=torch.bool)
+    h, patches = net(x, nothing, nothing.nonzero())
+    assert torch.equal(h, models.MultiCrop(net.backbone, net.head)(x))
+    assert patches.shape == (0, 8)
+    (h.sum() + patches.sum()).backward()
+    assert net.mask_token.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_are_the_head_of_the_patches_that_they_name(shared):
+    net = student(shared=shared)
+    x = [randn(2, 3, 32, 32, seed=s) for s in (1, 2)]
+    rows = torch.tensor([[0, 3], [3, 0], [2, 15]])
+    h, patches = net(x, None, rows)
+    head = net.head if shared else net.patch_head
+    features = net.backbone(torch.cat(x))[1]
+    expected = head(torch.stack([features[crop, place] for crop, place in rows]))
+    assert torch.allclose(patches, expected, atol=1e-6)
+    assert h.shape == (4, 8)
+    assert (net.patch_head is None) == shared
+
+
+def test_the_mask_token_stands_outside_the_backbone_and_the_teacher_has_none(tmp_path):
+    run(tmp_path)
+    ckpt = read_checkpoint(tmp_path)
+    plain = models.build("vit_micro", patch_size=4, img_size=32).state_dict().keys()
+    for net in ("student", "teacher"):
+        keys = {k.removeprefix("backbone.") for k in ckpt[net] if k.startswith("backbone.")}
+        assert keys == plain
+    assert ckpt["student"]["mask_token"].abs().max() > 0
+    assert "mask_token" not in ckpt["teacher"]
+
+
+# ---- places ------------------------------------------------------------------------------------
+def test_sampled_places_depend_on_seed_and_step_and_name_their_crops():
+    args = ibot.parse([*TINY, "--patch-rows", "3"])
+    places = ibot.sampled_places(args, 5, 16)
+    assert places.shape == (2, 8, 3)
+    assert torch.equal(places, ibot.sampled_places(args, 5, 16))
+    assert not torch.equal(places, ibot.sampled_places(args, 6, 16))
+    rows = ibot.rows_at(places)
+    assert rows[:, 0].tolist() == [c for c in range(16) for _ in range(3)]
+    assert torch.equal(rows[:, 1], places.flatten())
+    many = torch.cat([ibot.sampled_places(args, step, 16).flatten() for step in range(100)])
+    assert many.bincount().min() > 0.8 * len(many) / 16  # evenly over the grid
+
+
+def test_mutual_information_by_hand():
+    a = torch.tensor([0, 0, 1, 1])
+    assert ibot.mutual_information(a, a) == pytest.approx(math.log(2))
+    assert ibot.mutual_information(a, torch.tensor([0, 1, 0, 1])) == pytest.approx(0)
+    b = torch.tensor([0, 0, 0, 1])  # joint 1/2, 1/4, 1/4; margins 1/2 and 3/4
+    expected = 0.5 * math.log(0.5 / 0.375) + 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(2)
+    assert ibot.mutual_information(a, b) == pytest.approx(expected)
+
+
+def test_the_mean_of_each_place_follows_its_vectors_and_is_taken_off():
+    mean = ibot.PlaceMean(3, 2)
+    h = torch.tensor([[1., 0.], [3., 0.], [0., 2.], [math.nan, 0.]])
+    mean.update(h, torch.tensor([0, 0, 2, 1]))
+    assert torch.allclose(mean.mean, torch.tensor([[0.2, 0.], [0., 0.], [0., 0.2]]))
+    out = mean(torch.tensor([[1.2, 0.], [0., 1.]]), torch.tensor([0, 1]))
+    assert torch.allclose(out, torch.tensor([[1., 0.], [0., 1.]]))
+
+
+# ---- whole runs --------------------------------------------------------------------------------
+KINDS = [[], ["--prototypes", "vmf", "--shared-prototypes"],
+         ["--prototypes", "frozen", "--patch-prototypes", "decoupled", "--patch-targets",
+          "sinkhorn", "--gmm-start", "0", "--place-mean"],
+         ["--targets", "sinkhorn", "--prototypes", "live", "--gmm-start", "1",
+          "--no-shared-head", "--num-patch-prototypes", "24"]]
+NAMES = ["joint", "vmf shared", "dense decoupled", "live"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_a_run_that_was_stopped_ends_at_the_bits_of_one_that_was_not(tmp_path, kind):
+    metrics = run(tmp_path / "whole", *kind)
+    run(tmp_path / "parts", *kind, "--stop-at", "3")
+    run(tmp_path / "parts", *kind, "--resume")
+    assert not differences(*(read_checkpoint(tmp_path / name) for name in ("whole", "parts")))
+    log = read_log(tmp_path / "whole")
+    assert {"cross_entropy", "patch", "patch_over_ln_k"} < log[0].keys()
+    for name in ("patch_unique_0.5", "patch_used", "patch_place_nats"):
+        assert float(log[-1][name]) == pytest.approx(metrics[name], rel=1e-4)
+    sets = collapse.load_prototypes(str(tmp_path / "whole"))
+    assert set(sets) == ({"prototypes"} if "--shared-prototypes" in kind
+                         else {"prototypes", "patch_prototypes"})
+    from support import checkpoint
+    _, protos, loss, _ = checkpoint.load_run(str(tmp_path / "whole"))
+    assert torch.equal(protos.vectors(), sets["prototypes"])
+
+
+@pytest.mark.parametrize("kind", KINDS[::2], ids=NAMES[::2])
+def test_four_micro_batches_are_one_batch(tmp_path, kind):
+    for accum in ("1", "4"):
+        run(tmp_path / accum, *kind, "--accum", accum, "--log-every", "1", "--lr", "1e-4")
+    for row_1, row_4 in zip(*(read_log(tmp_path / accum)[1:] for accum in "14")):
+        for term in ("cross_entropy", "patch"):
+            assert float(row_1[term]) == pytest.approx(float(row_4[term]), rel=1e-4, abs=1e-6)
+    one, four = (read_checkpoint(tmp_path / accum)["prototypes"]["patch_vectors"] for accum in "14")
+    assert torch.allclose(one, four, atol=1e-4)
+
+
+TWO = """
+import sys
+sys.path.insert(0, {root!r})
+from support import ddp
+from zoo import ibot
+leave_group = ddp.cleanup
+ddp.cleanup = lambda: None
+runs = {runs!r}
+for flags in runs[:-1]:
+    ibot.main(flags)
+ddp.cleanup = leave_group
+ibot.main(runs[-1])
+"""
+
+
+def test_two_processes_equal_one_though_their_hidden_patches_differ_in_number(tmp_path):
+    images = make_folder(tmp_path / "set", 32)
+
+    def flags(processes):
+        return [[*TINY, "--log-every", "1", "--lr", "1e-3", "--data", images,
+                 "--out", str(tmp_path / f"{i}-{processes}"), *kind]
+                for i, kind in enumerate(KINDS)]
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(root=ROOT, runs=flags(2)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+              "--master_port", str(29_800 + os.getpid() % 90), str(script)]
+    done = subprocess.run(launch, text=True, timeout=240, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for one in flags(1):
+            ibot.main(one)
+    finally:
+        torch.set_num_threads(threads)
+    for i in range(len(KINDS)):
+        one, two = (read_log(tmp_path / f"{i}-{n}")[1:] for n in (1, 2))
+        for row_1, row_2 in zip(one, two, strict=True):
+            for term in ("cross_entropy", "patch", "penalty"):
+                assert float(row_2[term]) == pytest.approx(float(row_1[term]), rel=1e-3, abs=1e-5)
+        a, b = (read_checkpoint(tmp_path / f"{i}-{n}")["prototypes"] for n in (1, 2))
+        for name in [n for n in a if n.endswith("vectors")]:
+            assert torch.allclose(a[name], b[name], atol=1e-3), name
+
+
+def test_masks_change_no_crop(tmp_path, monkeypatch):
+    seen = []
+    original = ibot.Clock.next
+
+    def remember(clock, batches):
+        crops = original(clock, batches)
+        seen.append([float(crop.sum()) for crop in crops])
+        return crops
+    monkeypatch.setattr(ibot.Clock, "next", remember)
+    run(tmp_path / "masks", "--stop-at", "2")
+    run(tmp_path / "none", "--stop-at", "2", "--mask-share", "0")
+    assert seen[:2] == seen[2:]
+
+
+def test_shared_prototypes_get_both_gradients_and_one_penalty(tmp_path, monkeypatch):
+    penalties = []
+    original = heads.Joint.penalty
+
+    def counted(protos):
+        penalties.append(protos)
+        return original(protos)
+    monkeypatch.setattr(heads.Joint, "penalty", counted)
+    run(tmp_path / "shared", "--prototypes", "kp", "--shared-prototypes", "--stop-at", "1")
+    assert len(penalties) == 1
+    run(tmp_path / "two", "--prototypes", "kp", "--stop-at", "1")
+    assert len(penalties) == 3
+    optimizer = read_checkpoint(tmp_path / "shared")["optimizer"]
+    other = read_checkpoint(tmp_path / "two")["optimizer"]
+    assert len(other["state"]) == len(optimizer["state"]) + 1
+
+
+def test_without_the_patch_stream_the_class_stream_is_that_of_dino(tmp_path):
+    """On the same network train.py prints the same losses."""
+    import train
+    same = ["--arch", "vit_micro", "--patch-size", "4", "--no-head-bn", "--prototypes", "joint",
+            "--momentum", "0.99", "--teacher-temp", "0.04", "0.04", "--log-every", "1"]
+    train.main([*TINY, "--out", str(tmp_path / "dino"), "--method", "dino", *same])
+    run(tmp_path / "ibot", *same, "--mask-share", "0", "--patch-weight", "0")
+    for dino, patches in zip(read_log(tmp_path / "dino")[1:], read_log(tmp_path / "ibot")[1:]):
+        assert float(dino["loss"]) == pytest.approx(float(patches["loss"]), rel=1e-5)
+        assert float(patches["patch"]) == 0
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--arch", "vit_nano", "--patch-size", "8"], "see 39 of the 64 pixels of a hidden patch"),
+    (["--arch", "resnet18"], "a hidden patch needs a ViT, got --arch resnet18"),
+    (["--patch-size", "16"], "a grid of fewer than 4 x 4"),
+    (["--prototypes", "decoupled"], "--prototypes decoupled under a centre: in Table C.3"),
+    (["--patch-prototypes", "live"], "--patch-targets sinkhorn"),
+    (["--patch-prototypes", "kmeans"], "--patch-prototypes kmeans holds vectors of images"),
+    (["--targets", "sinkhorn", "--num-prototypes", "32"], "shares 16 class tokens among"),
+    (["--shared-prototypes", "--num-patch-prototypes", "9"], "--shared-prototypes is one set"),
+    (["--mask-ratio", "0.5", "0.1"], "--mask-ratio needs 0 <= LO <= HI <= 1, got 0.5 0.1"),
+    (["--patch-rows", "0"], "--patch-rows must be at least 1, got 0"),
+    (["--method", "dino"], "--method")])
+def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as refusal:
+        run(tmp_path / "run", *flags)
+    assert refusal.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset, arch", [("paper-ibot-vits", "vit_small"),
+                                          ("paper-ibot-vitb", "vit_base")])
+def test_presets_hold_the_numbers_of_the_official_recipes(preset, arch):
+    args = ibot.parse(["--preset", preset, "--device", "cpu", "--data", "shapes"])
+    assert (args.arch, args.num_prototypes, args.num_patch_prototypes) == (arch, 8192, 8192)
+    assert args.shared_prototypes and args.shared_head and not args.head_bn
+    assert args.teacher_temp == args.patch_temp == [0.04, 0.07]
+    assert args.mask_ratio == [0.1, 0.5] and args.mask_share == 0.5 and args.student_temp == 0.1
+    assert np.isclose(args.momentum, 0.996)

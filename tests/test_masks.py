@@ -1,0 +1,79 @@
+"""zoo/masks.py: statistics of the masks beside those of the official code, and what fixes a mask."""
+import random
+
+import pytest
+import torch
+
+from zoo.masks import block_mask, ibot_masks, inverse_block_mask
+
+
+@pytest.mark.parametrize("side, mean, corner, centre, count", [
+    (14, 0.295, 0.033, 0.54, 3000), (8, 0.290, 0.090, 0.49, 3000), (4, 0.266, 0.181, 0.36, 3000)])
+def test_blocks_cover_what_ibots_official_code_covers(side, mean, corner, centre, count):
+    rng = random.Random(0)
+    masks = []
+    for _ in range(count):
+        most = rng.uniform(0.1, 0.5) * side ** 2
+        mask = block_mask(side, side, most, rng)
+        assert mask.sum() <= most
+        masks.append(mask)
+    hidden = torch.stack(masks).float().mean(0)  # (side, side)
+    assert float(hidden.mean()) == pytest.approx(mean, abs=0.006)
+    corners = hidden[[0, 0, -1, -1], [0, -1, 0, -1]].mean()
+    assert float(corners) == pytest.approx(corner, abs=0.012)
+    middle = hidden[side // 2 - 1:side // 2 + 1, side // 2 - 1:side // 2 + 1].mean()
+    assert float(middle) == pytest.approx(centre, abs=0.025)
+
+
+def test_at_14_patches_a_share_is_nearly_reached():
+    rng = random.Random(1)
+    for share, low, high, mean in ((0.1, 12, 19, 17.6), (0.3, 50, 58, 57.3), (0.5, 89, 98, 97.5)):
+        counts = [int(block_mask(14, 14, share * 196, rng).sum()) for _ in range(300)]
+        assert min(counts) >= low - 4 and max(counts) <= high
+        assert sum(counts) / 300 == pytest.approx(mean, abs=0.6)
+
+
+def test_a_share_of_nothing_hides_nothing_and_no_rectangle_spans_a_side():
+    assert not block_mask(8, 8, 0, random.Random(0)).any()
+    rng = random.Random(2)
+    for _ in range(200):  # a single rectangle: what fits is used up by the first one
+        mask = block_mask(6, 6, 4.0, rng)
+        assert mask.any(0).sum() < 6 and mask.any(1).sum() < 6
+
+
+def test_half_of_the_crops_are_masked_each_by_a_coin_of_its_own():
+    masks = ibot_masks(range(2000), 4, 4, seed=0, step=0, view=0)
+    assert float(masks.any(1).float().mean()) == pytest.approx(0.5, abs=0.04)
+    assert not ibot_masks(range(50), 4, 4, 0, 0, 0, share=0).any()
+    assert ibot_masks(range(50), 8, 8, 0, 0, 0, share=1).any(1).all()
+
+
+def test_a_mask_depends_on_seed_step_view_and_position_alone():
+    whole = ibot_masks(range(8), 8, 8, seed=3, step=5, view=1)
+    parts = [ibot_masks(range(4 * rank, 4 * rank + 4), 8, 8, 3, 5, 1) for rank in range(2)]
+    assert torch.equal(whole, torch.cat(parts))
+    for other in (dict(seed=4, step=5, view=1), dict(seed=3, step=6, view=1),
+                  dict(seed=3, step=5, view=0)):
+        assert not torch.equal(whole, ibot_masks(range(8), 8, 8, **other))
+
+
+@pytest.mark.parametrize("side, hidden, share", [(16, 166, 0.65), (14, 127, 0.65), (8, 41, 0.64),
+                                                 (6, 23, 0.64)])
+def test_inverse_blocks_hide_the_same_number_everywhere_equally_often(side, hidden, share):
+    rng = random.Random(0)
+    assert hidden == int(0.65 * side ** 2)
+    masks = torch.stack([inverse_block_mask(side, side, side ** 2 - hidden, rng)
+                         for _ in range(1500)])
+    assert (masks.flatten(1).sum(1) == hidden).all()
+    often = masks.float().mean(0)
+    assert often.min() > share - 0.06 and often.max() < share + 0.06
+
+
+def test_an_inverse_block_shows_one_rectangle_around_the_edges():
+    """Rolled back, what is shown fills whole rows of a rectangle but the last."""
+    rng = random.Random(5)
+    for _ in range(50):
+        shown = ~inverse_block_mask(8, 8, 23, rng)
+        rows = [[r for r in range(8) if shown[r, c]] for c in range(8)]
+        assert sum(map(len, rows)) == 23
+        assert len({len(r) for r in rows if r}) <= 2  # full columns, and shorter ones at its end

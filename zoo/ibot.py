@@ -1,0 +1,616 @@
+"""iBOT (Zhou et al. 2022): train.py with a second stream, in which hidden patches are guessed.
+
+    python -m zoo.ibot                                             iBOT
+    python -m zoo.ibot --prototypes vmf                            iBOT-vMF; kp: with KoLeo
+    python -m zoo.ibot --targets sinkhorn --patch-prototypes decoupled --num-prototypes 64
+    python -m zoo.ibot --patch-weight 0 --mask-share 0             DINO on the same network
+
+The student sees its two global crops with some patches replaced by a mask token. Its class tokens
+have to agree with the teacher's, as in DINO. Its hidden patches have to agree with what the teacher
+says of the same places of the clean crop:
+
+    I.1  L_class = mean over pairs of crops i != j and images of -sum_k p_t,jk log p_s,ik
+    I.2  L_patch = 1/2 sum over the two global crops of the mean over images of
+                   1/max(n, 1) sum over its n hidden patches of -sum_k p_t,k log p_s,k
+    I.3  L = L_class + patch-weight L_patch
+
+Patches have prototypes and targets of their own, of any kind that class tokens can have; with
+--shared-prototypes both streams have one set. A set that follows the teacher (decoupled, live,
+clustered) meets the patch vectors of --patch-rows places of each clean crop, drawn evenly over the
+grid: the hidden places lie mostly in the middle, and patches of one image tell little more than one
+of them does.
+
+differs: iBOT's official code puts all patches through the head and drops those that are not hidden.
+Here they are left out before the head, as in DINOv2, so the centre of the patch stream is a mean
+over hidden patches alone.
+
+The loop is that of train.py; what differs from it is marked.
+
+    V views of B images on this process, 2 of them global; n patches of a global crop; m hidden
+    patches of a step; R patch rows of a step; D dimensions of h; K prototypes
+"""
+import argparse
+import copy
+import math
+import os
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import config
+import data
+import heads
+import models
+import views
+from losses import DINOLoss, sinkhorn
+from support import checkpoint, checkpoints, ddp, measures, optim
+from support.errors import one_sentence
+from support.files import locked
+from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
+from support.monitor import Monitor
+from support.signals import stop_requests
+from train import amp, cosine
+from zoo.kmeans import KMeans
+from zoo.masks import ibot_masks
+
+ROOT = os.path.dirname(os.path.abspath(config.__file__))
+SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
+PLACES = 5  # first number of a seed, beside those of views.py and masks.py
+
+# Official recipes, for 16 and more GPUs; none of them was run
+PRESETS = {}
+PRESETS["paper-ibot-vits"] = dict(
+    data="imagenet", arch="vit_small", patch_size=16, img_size=224, drop_path=0.1,
+    local_size=96, local_crops=10, global_scale=[0.25, 1.0], local_scale=[0.05, 0.25],
+    jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0],
+    head_hidden=2048, bottleneck_dim=256, num_prototypes=8192, shared_prototypes=True,
+    norm_last_layer=False, batch_size=1024, epochs=800, warmup_epochs=10, lr=5e-4, min_lr=1e-6,
+    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0, freeze_prototypes=1,
+    teacher_temp=[0.04, 0.07], teacher_temp_epochs=30, patch_temp=[0.04, 0.07],
+    workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
+PRESETS["paper-ibot-vitb"] = dict(
+    PRESETS["paper-ibot-vits"], arch="vit_base", epochs=400, lr=7.5e-4, min_lr=2e-6, clip_grad=0.3,
+    freeze_prototypes=3, global_scale=[0.32, 1.0], local_scale=[0.05, 0.32])
+
+
+# ---- what iBOT adds to the command line --------------------------------------------------------
+def flags(parser):
+    on_off = argparse.BooleanOptionalAction
+    flag = parser.add_argument_group("patches (results)").add_argument
+    flag("--mask-ratio", type=float, nargs=2, default=[0.1, 0.5], metavar=("LO", "HI"),
+         help="largest share of its patches that a masked crop hides, drawn from this range")
+    flag("--mask-share", type=float, default=0.5, help="share of the global crops that are masked")
+    flag("--patch-weight", type=float, default=1.0, help="weight of I.2 in I.3; 0: DINO")
+    flag("--patch-prototypes", choices=list(heads.PROTOTYPES),
+         help="kind of the patches' prototypes; None: that of --prototypes")
+    flag("--num-patch-prototypes", type=int, metavar="K",
+         help="how many; None: --num-prototypes")
+    flag("--shared-prototypes", action=on_off, default=False,
+         help="one set of prototypes for class tokens and patches, as in iBOT's recipes")
+    flag("--shared-head", action=on_off, default=True,
+         help="one projection head for class tokens and patches")
+    flag("--patch-targets", choices=["center", "prob", "sinkhorn"],
+         help="--targets of the patches; None: that of --targets")
+    flag("--patch-temp", type=float, nargs=2, metavar=("START", "END"),
+         help="--teacher-temp of the patches; None: that of --teacher-temp")
+    flag("--patch-rows", type=int, default=4, metavar="S",
+         help="places of each clean crop whose vectors move prototypes that follow the teacher")
+    flag("--place-mean", action=on_off, default=False,
+         help="take off the running mean of each place from patch vectors, so that prototypes do "
+         "not become places")
+    method, = (action for action in parser._actions if action.dest == "method")
+    method.choices = ["ibot"]  # no other is read
+    parser.set_defaults(method="ibot", prototypes="joint", arch="vit_micro", patch_size=4,
+                        head_bn=False, head_norm=True, batch_size=32, momentum=0.99)
+    parser.presets.update(PRESETS)
+
+
+def parse(argv=None):
+    """argv -> checked Namespace; bad input is one sentence and exit code 2."""
+    args = config.parse(argv, SCRIPT, flags)
+    if args.patch_prototypes is None:
+        args.patch_prototypes = args.prototypes
+    if args.num_patch_prototypes is None:
+        args.num_patch_prototypes = args.num_prototypes
+    if args.patch_targets is None:
+        own_kind = args.patch_prototypes != args.prototypes
+        args.patch_targets = ("prob" if args.patch_prototypes == "vmf" else "center"
+                              ) if own_kind and args.targets == "prob" else args.targets
+    if args.patch_temp is None:
+        args.patch_temp = args.teacher_temp
+    with one_sentence(SCRIPT, args.out):
+        check(args)
+    return args
+
+
+def check(args):
+    """ValueError for values that cannot run."""
+    lo, hi = args.mask_ratio
+    if not 0 <= lo <= hi <= 1:
+        raise ValueError(f"--mask-ratio needs 0 <= LO <= HI <= 1, got {lo} {hi}")
+    if not 0 <= args.mask_share <= 1:
+        raise ValueError(f"--mask-share must lie in [0, 1], got {args.mask_share}")
+    if not args.patch_weight >= 0:
+        raise ValueError(f"--patch-weight must not be negative, got {args.patch_weight}")
+    for name in ("patch_rows", "num_patch_prototypes"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got "
+                             f"{getattr(args, name)}")
+    if not min(args.patch_temp) > 0:
+        raise ValueError(f"--patch-temp must be positive, got {args.patch_temp[0]} "
+                         f"{args.patch_temp[1]}")
+    if args.arch == "vit_nano":
+        raise ValueError("--arch vit_nano has a convolutional stem, through which its neighbours "
+                         "see 39 of the 64 pixels of a hidden patch; use vit_micro, whose patches "
+                         "do not overlap")
+    if args.arch not in models.VITS:
+        raise ValueError(f"a hidden patch needs a ViT, got --arch {args.arch}")
+    if args.img_size // args.patch_size < 4:
+        raise ValueError(f"--img-size {args.img_size} in patches of {args.patch_size} is a grid of "
+                         "fewer than 4 x 4, too coarse to hide blocks of it")
+    if args.student_prototypes != "same":
+        raise ValueError("--student-prototypes is for train.py; both streams have one kind here")
+    same = (args.patch_prototypes, args.num_patch_prototypes) == (args.prototypes,
+                                                                  args.num_prototypes)
+    if args.shared_prototypes and not same:
+        raise ValueError("--shared-prototypes is one set: --patch-prototypes and "
+                         "--num-patch-prototypes cannot differ from it")
+    for stream, kind, targets in (("", args.prototypes, args.targets),
+                                  ("patch-", args.patch_prototypes, args.patch_targets)):
+        cls = heads.prototype_class(kind)
+        if not cls.countable or issubclass(cls, KMeans) and (stream or args.shared_prototypes):
+            raise ValueError(f"--{stream}prototypes {kind} holds vectors of images, and patches "
+                             "are none")
+        if issubclass(cls, heads.Decoupled) and targets != "sinkhorn":
+            raise ValueError(f"--{stream}prototypes {kind} under a centre: in Table C.3 of the "
+                             "paper this costs DINO 41 points of k-NN; use "
+                             f"--{stream}targets sinkhorn")
+    if args.targets == "sinkhorn" and args.num_prototypes > 2 * args.batch_size:
+        raise ValueError(f"--targets sinkhorn shares {2 * args.batch_size} class tokens among "
+                         f"--num-prototypes {args.num_prototypes}: no prototype gets a whole one; "
+                         "use at most twice --batch-size, and --num-patch-prototypes for patches")
+
+
+# ---- network -----------------------------------------------------------------------------------
+class Network(models.MultiCrop):
+    """Backbone and head; the student's has a mask token beside the backbone, which stays timm's.
+
+    patch_head: the head of patches; None: that of class tokens.
+    """
+
+    def __init__(self, backbone, head, patch_head=None, student=False):
+        super().__init__(backbone, head)
+        self.patch_head = patch_head
+        self.mask_token = nn.Parameter(torch.zeros(1, backbone.dim)) if student else None
+
+    def forward(self, crops, hidden=None, rows=None):
+        """V crops (B, 3, s, s) -> h of class tokens (V*B, D); with rows, of patches (m, D) too.
+
+        hidden (2B, n): patches of the two global crops that the mask token replaces; None: none.
+        rows (m, 2): which patches are wanted, as (crop of the 2B, place). Raises ValueError without
+        crops.
+        """
+        if rows is None:
+            return super().forward(crops)
+        token = None if hidden is None else self.mask_token
+        cls, patches = self.backbone(torch.cat(crops[:2]), mask=hidden, mask_token=token)
+        cls = [cls]  # (2B, dim)
+        if len(crops) > 2:
+            cls.append(self.backbone(torch.cat(crops[2:]))[0])  # ((V-2)*B, dim)
+        cls, patches = torch.cat(cls), patches[rows[:, 0], rows[:, 1]]  # (V*B, dim) (m, dim)
+        if self.patch_head is not None:
+            return self.head(cls), self.patch_head(patches)
+        h = self.head(torch.cat([cls, patches]))  # (V*B + m, D)
+        return h[:len(cls)], h[len(cls):]
+
+
+def network(args, drop_path=0.0, student=False):
+    """Backbone and heads as the flags say, a function of the seed."""
+    net = checkpoint.network(args, drop_path)
+    head = None if args.shared_head else heads.Head(
+        net.backbone.dim, args.head_hidden, args.bottleneck_dim, args.head_bn, args.head_norm)
+    return Network(net.backbone, net.head, head, student)
+
+
+# ---- the patch stream --------------------------------------------------------------------------
+class PatchLoss(DINOLoss):
+    """I.2 for rows of patches; their number may differ between processes, and be zero."""
+
+    @torch.no_grad()
+    def targets(self, h_t, protos_t, step):
+        """Teacher vectors (m, D) -> p_t (m, K)."""
+        tau = self.temperature(step)
+        z = protos_t.logits(h_t)  # (m, K)
+        z_tau = z / tau + protos_t.bias(tau)  # (m, K)
+        if self.how == "sinkhorn":
+            return sinkhorn(z_tau, 1.0, all_reduce=ddp.all_reduce)
+        p_t = (z_tau - self.centre_over_tau(tau)).softmax(-1)  # (m, K)
+        # a mean over the rows of all processes, which may have different numbers of them
+        seen = z_tau.softmax(-1) if self.how == "prob" else z  # (m, K)
+        total = ddp.all_reduce(torch.cat([seen.sum(0), seen.new_tensor([len(seen)])]))  # (K + 1,)
+        if total[-1] > 0:
+            now = total[:-1] / total[-1]  # (K,)
+            now = now.clamp_min(torch.finfo(z.dtype).tiny).log() if self.how == "prob" else now
+            self.centre.lerp_(now, 1 - self.momentum)
+        return p_t
+
+    def forward(self, h_s, p_t, weights, protos_s):
+        """h_s (m, D), p_t (m, K), weights (m,): how much each row counts -> a scalar."""
+        z = protos_s.logits(h_s) / self.tau + protos_s.bias(self.tau)  # (m, K)
+        return -(weights * (p_t * z.log_softmax(-1)).sum(-1)).sum()
+
+
+class PlaceMean(nn.Module):
+    """The running mean of teacher vectors at each of the n places, taken off patch vectors.
+
+    Without it, prototypes that follow the patches may become places: the mutual information of
+    component and place in the log says whether they did.
+    """
+
+    def __init__(self, n, D, momentum=0.9):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(n, D))
+
+    def forward(self, h, places):
+        """h (m, D) at places (m,) -> unit vectors (m, D)."""
+        return F.normalize(h - self.mean[places], dim=1)
+
+    @torch.no_grad()
+    def update(self, h, places):
+        """Take in the teacher vectors h (R, D) of all processes, at places (R,)."""
+        finite = torch.isfinite(h).all(1)  # (R,), as the run skips steps that are not finite
+        h, places = h[finite], places[finite]
+        count = torch.bincount(places, minlength=len(self.mean))  # (n,)
+        total = torch.zeros_like(self.mean).index_add_(0, places, h.float())  # (n, D)
+        now = total / count.clamp_min(1)[:, None]
+        self.mean.copy_(torch.where(count[:, None] > 0, self.mean.lerp(now, 1 - self.momentum),
+                                    self.mean))
+
+
+def hidden_patches(args, B, step, grid):
+    """(2, B, n) bool: the masks of this process's B images in both global crops."""
+    positions = range(ddp.RANK * B, (ddp.RANK + 1) * B)
+    return torch.stack([ibot_masks(positions, grid, grid, args.seed, step, view,
+                                   tuple(args.mask_ratio), args.mask_share) for view in range(2)])
+
+
+def sampled_places(args, step, n):
+    """(2, batch_size, S): the places whose vectors move prototypes, for all processes."""
+    return torch.stack([
+        torch.randint(n, (args.batch_size, args.patch_rows),
+                      generator=views.generator(PLACES, args.seed, step, view))
+        for view in range(2)])
+
+
+def rows_at(places):
+    """places (2, b, S) -> (2bS, 2): rows of `Network.forward`."""
+    crop = torch.arange(places.shape[0] * places.shape[1], device=places.device)
+    return torch.stack([crop.repeat_interleave(places.shape[2]), places.flatten()], 1)
+
+
+class Stream:
+    """Prototypes and loss of one stream. teacher is student where no gradient reaches them."""
+
+    def __init__(self, student, loss):
+        self.student, self.teacher, self.loss = student, student.twin(), loss
+
+
+def streams(args, steps_per_epoch, gmm_start, device):
+    """(class stream, patch stream); with --shared-prototypes they hold the same sets."""
+    cls = Stream(heads.prototypes(args, gmm_start).to(device),
+                 class_loss(args, steps_per_epoch).to(device))
+    patch = copy.copy(cls)
+    if not args.shared_prototypes:
+        protos = heads.prototypes(args_of_patches(args), gmm_start)
+        patch = Stream(protos.to(device), None)
+    temps, K = args.patch_temp, args.num_patch_prototypes
+    patch.loss = PatchLoss(K, steps_per_epoch, args.patch_targets, temps,
+                           args.teacher_temp_epochs, args.student_temp).to(device)
+    return cls, patch
+
+
+def class_loss(args, steps_per_epoch=1):
+    return DINOLoss.from_args(args, steps_per_epoch)
+
+
+def args_of_patches(args):
+    """The flags of the patches' prototypes. They start at other random directions."""
+    of_patches = copy.copy(args)
+    of_patches.prototypes = args.patch_prototypes
+    of_patches.num_prototypes = args.num_patch_prototypes
+    of_patches.seed = args.seed + 1_000_003
+    of_patches.kp_weight = 0.1 if args.patch_prototypes == "kp" and not args.kp_weight else (
+        args.kp_weight if args.patch_prototypes == args.prototypes else 0.0)
+    # a set chooses by the rows of a step, 2 x batch_size; `clustered` scales its rate with it
+    of_patches.batch_size = args.batch_size * args.patch_rows
+    of_patches.lr = args.lr / args.patch_rows
+    return of_patches
+
+
+def main(argv=None):
+    """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
+    args = parse(argv)
+    keep_freed_memory()
+    with one_sentence(SCRIPT, args.out):
+        device = ddp.setup(args.device)
+        if args.export:
+            from support.export import export
+            return export(args.out, args.export)
+        with locked(args.out), stop_requests() as stop_request:
+            return train(args, device, stop_request)
+
+
+def train(args, device, stop_request):
+    # ---- images, networks, prototypes ----------------------------------------------------------
+    images, test = ddp.first_process_first(lambda: data.load(
+        args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
+        imbalance=args.imbalance, imbalance_law=args.imbalance_law))
+    bank = data.subset(images, args.eval_bank)
+    queries = test and data.subset(test, args.eval_queries)
+    recipe = config.recipe(args)
+    steps_per_epoch, total, stop = config.lengths(args, len(images))
+    args.data_seen = data.identity(images, args.data) | {"steps": total}  # compared by --resume
+    gmm_start = args.gmm_start * total if args.gmm_start < 1 else args.gmm_start
+
+    # differs from train.py: two streams, and networks with a mask token
+    student = ddp.sync_batchnorm(network(args, args.drop_path, student=True)).to(device)
+    teacher = ddp.sync_batchnorm(network(args)).to(device).requires_grad_(False)
+    teacher.load_state_dict(without_mask_token(student.state_dict()))
+    cls, patch = streams(args, steps_per_epoch, int(gmm_start), device)
+    sets = [cls] if args.shared_prototypes else [cls, patch]
+    loss_fn = nn.ModuleDict({"class": cls.loss, "patch": patch.loss})
+    grid = args.img_size // args.patch_size
+    place_mean = PlaceMean(grid ** 2, args.bottleneck_dim).to(device)
+    trained = [*student.parameters(), *(p for s in sets for p in s.student.parameters())]  # theta
+    averaged = pairs(student, teacher)  # (phi, theta)
+    averaged += [pair for s in sets for pair in zip(s.teacher.parameters(), s.student.parameters())]
+    optimizer = optim.make(args, trained, device)
+
+    # ---- start or go on ------------------------------------------------------------------------
+    parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer,
+             "place_mean": place_mean}
+    if not args.shared_prototypes:
+        parts |= {"patch_student": patch.student, "patch_teacher": patch.teacher}
+    start, record = checkpoint.start_or_resume(args, parts, cls.student, cls.teacher)
+    if start >= stop:
+        ddp.print0(f"nothing left to do: step {stop} of {total} is done")
+        return {}
+    if args.init and start == 0:
+        from support.export import init
+        init(args.init, [student.backbone, teacher.backbone])
+    still = [p for s in sets for p in s.student.parameters()]
+    take_step = optim.CheckedStep(optimizer, [student, teacher, loss_fn], args.clip_grad, still,
+                                  args.freeze_prototypes * steps_per_epoch)
+    lr_peak = args.lr * args.batch_size / 256
+    warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
+
+    log, monitor, metrics = Log(args, start, bool(record.rows)), Monitor(args.num_prototypes), {}
+    ddp.print0(config.describe(args, images, student, total, lr_peak, device))
+    if start == 0 and ddp.RANK == 0:
+        log.row(0, measures.controls(bank, queries, args, teacher, device))
+    batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start,
+                            stop=stop, rank=ddp.RANK, world=ddp.WORLD, device=device,
+                            workers=args.workers)
+    bar = tqdm(total=total, initial=start, disable=None if ddp.RANK == 0 else True, unit="step",
+               dynamic_ncols=True)
+    clock = Clock()
+
+    # ==== training ==============================================================================
+    for step in range(start, stop):
+        crops = clock.next(batches)  # V tensors (B, 3, s, s): 2 global crops, then the local ones
+        B = len(crops[0])
+        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))
+        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))  # of drop path
+        if step < warmup:
+            lr = lr_peak * step / warmup
+        else:
+            lr = cosine(lr_peak, args.min_lr, (step - warmup) / (total - warmup))
+        weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
+        m = cosine(args.momentum, args.momentum_end, step / total)
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
+        # differs from train.py: which patches are hidden, and which move prototypes
+        hidden = hidden_patches(args, B, step, grid).to(device)  # (2, B, n)
+        hidden_parts = [part.flatten(0, 1) for part in hidden.chunk(args.accum, 1)]  # (2b, n)
+        rows_parts = [part.nonzero() for part in hidden_parts]  # (m_b, 2)
+        all_places = sampled_places(args, step, grid ** 2).to(device)  # (2, batch_size, S)
+        places = all_places.chunk(ddp.WORLD, 1)[ddp.RANK]  # (2, B, S)
+
+        # ---- 1. teacher: h_t of clean class tokens and of patches, no gradient
+        h_t, patch_t, sampled = [], [], []
+        with torch.no_grad(), amp(args, device):
+            for part, rows, place in zip(micro_batches, rows_parts, places.chunk(args.accum, 1)):
+                h, h_rows = teacher(part[:2], rows=torch.cat([rows, rows_at(place)]))
+                h_t.append(h.view(2, -1, args.bottleneck_dim))
+                patch_t.append(h_rows[:len(rows)])
+                sampled.append(h_rows[len(rows):].view(2, -1, args.bottleneck_dim))
+        h_t = torch.cat(h_t, dim=1)  # (2, B, D)
+        counts = [len(rows) for rows in rows_parts]
+        where = torch.cat(rows_parts)[:, 1]  # (m,), places of the hidden patches
+        patch_t = torch.cat(patch_t)  # (m, D)
+        sampled = ddp.gather_views(torch.cat(sampled, dim=1))  # (R, D), of all processes
+        raw = sampled
+        if args.place_mean:
+            patch_t = place_mean(patch_t, where)
+            sampled = place_mean(sampled, all_places.flatten())
+
+        # ---- 2. prototypes: those that follow the teacher, one step each
+        if args.shared_prototypes:
+            vectors = torch.cat([ddp.gather_views(h_t), sampled])  # (2 batch_size + R, D)
+            report = cls.teacher.step(vectors, step, beta)
+        else:
+            report = cls.teacher.step(ddp.gather_views(h_t), step, beta)
+            of_patches = patch.teacher.step(sampled, step, beta)
+            report |= {f"patch_{name}": value for name, value in of_patches.items()}
+
+        # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of the optimiser
+        targets = cls.loss.targets(h_t, cls.teacher, step).chunk(args.accum, dim=1)
+        patch_targets = patch.loss.targets(patch_t, patch.teacher, step).split(counts)
+        for part, target, patch_target, hide, rows in zip(micro_batches, targets, patch_targets,
+                                                          hidden_parts, rows_parts):
+            with amp(args, device):
+                h_s, patch_s = student(part, hide, rows)
+            h_s = h_s.view(len(part), -1, args.bottleneck_dim)  # (V, B/accum, D)
+            if args.place_mean:
+                patch_s = place_mean(patch_s, rows[:, 1])
+            n_hidden = hide.sum(1)[rows[:, 0]]  # (m_b,), in the crop of each row
+            weights = 1 / (n_hidden * len(hide)).float()  # (m_b,), I.2
+            terms = cls.loss(h_s, target, cls.student, cls.teacher, step)
+            patch_term = patch.loss(patch_s, patch_target, weights, patch.student)
+            terms["patch"] = args.patch_weight * patch_term
+            terms["penalty"] = sum(s.student.penalty() for s in sets)
+            terms["loss"] = sum(terms.values())
+            (terms["loss"] / args.accum).backward()
+            record.add(terms, 1 / args.accum)
+        # if a value is not finite, all processes skip this step; only the mixtures have moved
+        values, taken = take_step(record.take(), step, lr, weight_decay)
+
+        # ---- 4. teacher: phi = m phi + (1 - m) theta
+        with torch.no_grad():
+            for phi, theta in averaged:
+                phi.lerp_(theta, taken * (1 - m))
+        if args.place_mean:
+            place_mean.update(raw, all_places.flatten())
+
+        # ---- 5. everything below is logging, evaluation, saving ---------------------------------
+        done = step + 1
+        bar.update()
+        record.append(done, lr, values)
+        leaving = ddp.largest(stop_request.number)  # a signal that any process received, or 0
+        now = due(args, done, stop, total, leaving)
+        if device.type == "cpu" or now.row or now.checkpoint:
+            record.read()
+        if now.row:
+            row = record.means() | report | clock.speed(args.batch_size)
+            row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
+                    "memory_mb": peak_memory(device)}
+            row["loss_over_ln_k"] = row["cross_entropy"] / cls.loss.uniform
+            scale = args.patch_weight * args.mask_share * patch.loss.uniform
+            row["patch_over_ln_k"] = row["patch"] / scale if scale else None
+            if now.evaluation:
+                h, h_patch, at = coming_vectors(teacher, images, recipe, done, args, device)
+                if args.place_mean:
+                    h_patch = place_mean(h_patch, at)
+                if ddp.RANK == 0:
+                    metrics = measures.prototype_measures(cls.teacher, cls.loss, h, beta, args.seed)
+                    metrics |= patch_measures(patch, h_patch, at, beta, args.seed)
+                    metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
+                    row |= metrics
+                    metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
+            if ddp.RANK == 0:
+                log.row(done, row, terms)
+                tqdm.write(printed(done, total, row, "cross_entropy"))
+                if now.evaluation:
+                    tqdm.write(printed_patches(row))
+                for sentence in monitor.warnings(row | {"progress": done / total}):
+                    tqdm.write(f"warning, step {done}: {sentence}")
+                for sentence in monitor.remarks(row):
+                    tqdm.write(f"remark, step {done}: {sentence}")
+        if now.regular:
+            record.clear()
+            clock.restart()
+        if now.checkpoint:
+            named = {} if args.shared_prototypes else {"patch": patch.teacher}
+            checkpoint.save(args, done, record, parts, cls.student, cls.teacher, named)
+        if leaving:
+            ddp.print0(f"step {done} is saved in {args.out}; go on with --resume")
+            raise SystemExit(128 + leaving)  # 130 and 143, as a shell reports these signals
+    bar.close()
+    if ddp.RANK:
+        return {}
+    metrics = measures.summary(args, log, metrics, bank, queries, stop)
+    print(printed_patches(metrics))
+    return metrics
+
+
+def without_mask_token(state):
+    return {name: value for name, value in state.items() if name != "mask_token"}
+
+
+def pairs(student, teacher):
+    """[(phi, theta)] of the parameters that both networks have, by name."""
+    of_student = dict(student.named_parameters())
+    return [(phi, of_student[name]) for name, phi in teacher.named_parameters()]
+
+
+# ---- what an evaluation measures of the patches ------------------------------------------------
+@torch.no_grad()
+def coming_vectors(teacher, images, recipe, step, args, device):
+    """As measures.coming_vectors, (h of class tokens, h of patches, places of these patches): one
+    place of each coming crop, drawn evenly over the grid."""
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+    steps = max(1, min(args.eval_bank, 2 * len(images)) // (2 * args.batch_size))
+    crops = views.batches(images, replace(recipe, n_local=0), batch_size=args.batch_size,
+                          seed=args.seed, start=step, stop=step + steps, rank=ddp.RANK,
+                          world=ddp.WORLD, device=device, workers=args.workers)
+    n = (args.img_size // args.patch_size) ** 2
+    of_class, of_patches, at = [], [], []
+    for coming, pair in enumerate(crops, step):
+        place = sampled_places(args, coming, n).chunk(ddp.WORLD, 1)[ddp.RANK][..., :1].to(device)
+        with amp(args, device):
+            h, h_patch = teacher(pair, rows=rows_at(place))
+        of_class.append(h)
+        of_patches.append(h_patch)
+        at.append(place.flatten())
+    for name, buffer in teacher.named_buffers():  # to measure must not move running averages
+        buffer.copy_(before[name])
+    return tuple(ddp.all_gather(torch.cat(x)) for x in (of_class, of_patches, at))
+
+
+@torch.no_grad()
+def patch_measures(patch, h, places, beta, seed):
+    """{patch_NAME: value} of the patches' prototypes, for teacher vectors h (N, D) at places (N,).
+
+    patch_place_nats: mutual information of a patch's prototype and its place. As it is above 0 for
+    any finite N, patch_place_nats_shuffled stands beside it: the same with the places shuffled.
+    """
+    found = measures.prototype_measures(patch.teacher, patch.loss, h, beta, seed)
+    names = ("unique_0.025", "unique_0.5", "ceiling_0.5", "used", "perplexity", "drift", "h_rank",
+             "h_cosine", "z_sd")
+    winner = torch.cat([patch.teacher.assign(part, beta, patch.loss.tau,
+                                             patch.loss.centre_over_tau()).argmax(1)
+                        for part in h.split(128)])  # (N,)
+    shuffled = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)
+                                     ).to(places.device)]
+    return {f"patch_{name}": found[name] for name in names} | {
+        "patch_place_nats": mutual_information(winner, places),
+        "patch_place_nats_shuffled": mutual_information(winner, shuffled)}
+
+
+def mutual_information(a, b):
+    """Mutual information in nats of two labels a, b (N,) int64, from their joint counts."""
+    (a_of, b_of), joint = torch.stack([a, b]).unique(dim=1, return_counts=True)  # (pairs,)
+    p = joint.double() / len(a)  # (pairs,)
+    p_a = torch.bincount(a).double() / len(a)
+    p_b = torch.bincount(b).double() / len(b)
+    return float((p * (p / (p_a[a_of] * p_b[b_of])).log()).sum())
+
+
+def printed_patches(row):
+    return (f"     patches: unique(.025) {row['patch_unique_0.025']:.3f}  "
+            f"unique(.5) {row['patch_unique_0.5']:.3f} (ceiling {row['patch_ceiling_0.5']:.3f})  "
+            f"used {row['patch_used']:.3f}  perplexity {row['patch_perplexity']:.3f}  "
+            f"drift {row['patch_drift']:.3f}\n"
+            f"     patches: place {row['patch_place_nats']:.3f} nats "
+            f"({row['patch_place_nats_shuffled']:.3f} shuffled)")
+
+
+def load_run(path):
+    """As checkpoint.load_run: the teacher's class tokens, their prototypes and their loss."""
+    ckpt = checkpoints.read(path)
+    args = config.completed(ckpt["args"])
+    net, protos = network(args), heads.prototypes(args)
+    net.load_state_dict(ckpt["teacher"])
+    checkpoint.restore(protos, ckpt)
+    loss = class_loss(args)
+    state = {name.removeprefix("class."): value for name, value in ckpt["loss"].items()
+             if name.startswith("class.")}
+    loss.load_state_dict(state)
+    return net.eval(), protos, loss, vars(args)
+
+
+if __name__ == "__main__":
+    main()
