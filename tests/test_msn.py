@@ -139,6 +139,32 @@ def test_prototypes_are_one_set_and_the_teacher_follows_along_a_line(tmp_path):
     assert not torch.equal(states["vectors"], states["start"])
 
 
+def test_the_student_never_sees_the_teachers_view(tmp_path, monkeypatch):
+    crops, of_student, of_teacher = [], [], []
+    next_crops, vectors = msn.Clock.next, msn.student_vectors
+    forward = models.MultiCrop.forward
+
+    def remember(clock, batches):
+        crops.extend(next_crops(clock, batches))
+        return crops
+
+    def student_vectors(student, views, keep):
+        of_student.extend(views)
+        return vectors(student, views, keep)
+
+    def multi_crop(net, views):
+        if crops and not of_student:
+            of_teacher.extend(views)
+        return forward(net, views)
+    monkeypatch.setattr(msn.Clock, "next", remember)
+    monkeypatch.setattr(msn, "student_vectors", student_vectors)
+    monkeypatch.setattr(models.MultiCrop, "forward", multi_crop)
+    run(tmp_path, "--stop-at", "1")
+    assert [torch.equal(view, crops[0]) for view in of_teacher] == [True]
+    assert len(of_student) == len(crops) - 1
+    assert all(torch.equal(a, b) for a, b in zip(of_student, crops[1:]))
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--patch-drop", "1"], "--patch-drop must lie in [0, 1), got 1.0"),
     (["--sharpen", "0"], "--sharpen must be positive, got 0.0"),

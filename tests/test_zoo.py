@@ -485,7 +485,8 @@ KINDS = [["--prototypes", "kmeans"], ["--prototypes", "kmeans", "--method", "dee
           "--targets", "sinkhorn"],
          ["--prototypes", "bank", "--method", "sop", "--memory", "37"],
          ["--prototypes", "joint", "--method", "swav", "--queue", "12"],
-         ["--prototypes", "live", "--method", "carp-uniform", "--gmm-start", "2"]]
+         ["--prototypes", "live", "--method", "carp-uniform", "--gmm-start", "2"],
+         ["--prototypes", "decoupled", "--student-prototypes", "joint", "--gmm-start", "2"]]
 NAMES = [" ".join(flag for flag in kind if not flag.startswith("--")) for kind in KINDS]
 
 
