@@ -228,8 +228,8 @@ def bench_data(options):
 
 
 # ---- items that are whole runs of train.py -----------------------------------------------------
-def train(*flags, processes=1, threads=None):
-    """(rows of the log, vectors of the prototypes) of a run of train.py with these flags.
+def train(*flags, processes=1, threads=None, script="train.py"):
+    """(rows of the log, vectors of the prototypes) of a run of a script with these flags.
 
     threads: of each process; None: as many as torch takes. ValueError if the run fails.
     """
@@ -241,11 +241,12 @@ def train(*flags, processes=1, threads=None):
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, *launcher, os.path.join(ROOT, "train.py"), "--out", out, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        module = script.removesuffix(".py").replace("/", ".")
+        command = [sys.executable, *launcher, "-m", module, "--out", out, *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
         if done.returncode:
             words = (done.stderr.strip() or "without a word").splitlines()[-1]
-            raise ValueError(f"train.py {' '.join(flags)} ended with exit code {done.returncode}: "
+            raise ValueError(f"{script} {' '.join(flags)} ended with exit code {done.returncode}: "
                              f"{words}")
         with open(os.path.join(out, "log.csv"), newline="") as f:
             rows = [row for row in csv.DictReader(f) if row["loss"]]
@@ -273,6 +274,28 @@ def bench_step(options):
     times, peaks = show(title, measured, "MB in all")
     verdict("decoupled / joint, time", ratio(times, "decoupled", "joint"), 1.0)
     verdict("decoupled / joint, memory", peaks["decoupled"] / peaks["joint"], 1.0)
+
+
+def bench_ibot(options):
+    """iBOT's step beside DINO's on the same network, and its hidden patches beside all of them."""
+    flags = ["--device", options.device, "--arch", "vit_micro", "--patch-size", 4, "--no-head-bn",
+             "--prototypes", "joint", "--batch-size", 32, "--steps", 4 * options.steps,
+             "--log-every", 1, *NO_EVALUATION]
+    measured = {"DINO": ([], 0), "iBOT": ([], 0)}
+    for _ in range(options.reps):
+        for kind, (seconds, peak) in measured.items():
+            method, script = ([], "zoo/ibot.py") if kind == "iBOT" else (
+                ["--method", "dino"], "train.py")
+            rows, _ = train(*flags, *method, script=script)
+            seconds.append(statistics.median(32 / float(row["images_per_s"]) for row in rows[1:]))
+            measured[kind] = seconds, max(peak, *(float(row["memory_mb"]) for row in rows))
+    times, _ = show("ibot: a step of 32 images, 64 patches in a crop", measured, "MB in all")
+    verdict("iBOT / DINO, time", ratio(times, "iBOT", "DINO"), 1.25)
+    sizes = with_sizes(options, K=options.K // 2, B=options.B // 2, joint=True)
+    title = f"ibot: loss of the hidden patches, K {sizes.K}, {2 * sizes.B} crops of 64 patches"
+    times, peaks = show(title, race("patches", ("ours", "plain"), sizes))
+    verdict("ours / all patches, time", ratio(times, "ours", "plain"), 0.5)
+    verdict("ours / all patches, memory", peaks["ours"] / peaks["plain"], 0.5)
 
 
 def bench_loop(options):
@@ -325,7 +348,8 @@ def bench_ranks(options):
 
 # ---- command line ------------------------------------------------------------------------------
 ITEMS = {"gmm": bench_gmm, "loss": bench_loss, "step": bench_step, "unique": bench_unique,
-         "knn": bench_knn, "data": bench_data, "loop": bench_loop, "ranks": bench_ranks}
+         "knn": bench_knn, "data": bench_data, "loop": bench_loop, "ranks": bench_ranks,
+         "ibot": bench_ibot}
 
 
 def parser():

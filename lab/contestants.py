@@ -29,6 +29,7 @@ import views
 from fast.gmm import FastGMM
 from gmm import OnlineGMM
 from support import shapes
+from zoo.ibot import PatchLoss
 
 BETA, ETA = 0.3, 0.9
 # what the fast mixture keeps in memory: everything at once, or 2^25 numbers at a time
@@ -169,6 +170,32 @@ def dino(way, sizes):
         else:
             terms = losses.dino(protos.logits(h_s), p_t)
         return torch.autograd.grad(terms["cross_entropy"], [h_s, *protos.parameters()])
+    return work
+
+
+def patches(way, sizes):
+    """The head and iBOT's loss of the hidden patches of 2 B crops of 64 patches, of which 15 % are
+    hidden. `plain` puts all patches through the head, as the official code does. Returns the
+    gradient of the backbone's patches."""
+    randn = random_tensors(sizes)
+    crops, n, dim = 2 * sizes.B, 64, 192
+    x = randn(crops, n, dim).requires_grad_()  # (2B, n, dim)
+    hidden = randn(crops, n) > 1.04  # (2B, n), 15 %
+    rows = hidden.nonzero()  # (m, 2)
+    p_t = randn(len(rows), sizes.K).softmax(-1)  # (m, K)
+    protos, _ = prototype_sets(sizes)
+    head = heads.Head(dim, 512, sizes.D, norm=True).to(sizes.device)
+    loss = PatchLoss(sizes.K, 1).to(sizes.device)
+    weights = 1 / (hidden.sum(1)[rows[:, 0]] * crops).float()  # (m,)
+
+    def work():
+        if way == "ours":
+            value = loss(head(x[rows[:, 0], rows[:, 1]]), p_t, weights, protos)
+        else:
+            z = protos.logits(head(x.flatten(0, 1))) / loss.tau  # (2B n, K)
+            log_p = z.log_softmax(-1).view(crops, n, -1)[rows[:, 0], rows[:, 1]]  # (m, K)
+            value = -(weights * (p_t * log_p).sum(-1)).sum()
+        return torch.autograd.grad(value, [x])
     return work
 
 

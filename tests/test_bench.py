@@ -62,6 +62,7 @@ def test_the_searches_do_the_same_work():
     some, = assert_same_work("unique", unique=90, D=2)  # in two dimensions many are duplicates
     assert 1 < len(some) < 90
     assert_same_work("knn")
+    assert_same_work("patches", joint=True)
     shapes = [x.shape for way in ("ours", "plain") for x in result("data", way)]
     assert shapes == 2 * [(64, 3, 32, 32)]
 
