@@ -184,6 +184,7 @@ def patches(way, sizes):
     rows = hidden.nonzero()  # (m, 2)
     p_t = randn(len(rows), sizes.K).softmax(-1)  # (m, K)
     protos, _ = prototype_sets(sizes)
+    torch.manual_seed(0)  # the same head for both ways
     head = heads.Head(dim, 512, sizes.D, norm=True).to(sizes.device)
     loss = PatchLoss(sizes.K, 1).to(sizes.device)
     weights = 1 / (hidden.sum(1)[rows[:, 0]] * crops).float()  # (m,)
