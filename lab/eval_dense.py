@@ -231,7 +231,7 @@ def patch_features(backbone, x, *, mean, std, device="cpu", batch_size=64):
     feature map, for images x (n, 3, S, S) uint8.
 
     The backbone must be on `device`; it is put into eval mode, and runs without autocast.
-    ValueError for patches that cannot be laid out, and for features that are not finite.
+    ValueError for patches that cannot be laid out on the image.
     """
     backbone.eval()
     parts = []
@@ -241,9 +241,6 @@ def patch_features(backbone, x, *, mean, std, device="cpu", batch_size=64):
             batch = normalise(batch.to(device).float() / 255, mean, std)  # (b, 3, S, S)
             patches = backbone(batch)[1].float().cpu()  # (b, g*g, D)
             grid_side(patches.shape[1], x.shape[-1])
-            if not patches.isfinite().all():
-                raise ValueError("the network gives patch features that are not finite (nan or "
-                                 "inf)")
             parts.append(patches)
             bar.update(len(batch))
     return torch.cat(parts)
@@ -259,12 +256,15 @@ def untrained(backbone, img_size, seed):
         return models.build(backbone.arch, patch_size=patch_size, img_size=img_size, in_small=small)
 
 
-def modal(maps):
+def modal(maps, without_ignored=False):
     """(...) uint8: the commonest label of each patch of maps (..., p, p), IGNORED being one as any
-    other. Of equally common ones the smallest is taken."""
+    other. Of equally common ones the smallest is taken. without_ignored: IGNORED is none, and a
+    patch that has no other label gets 0."""
     labels = maps.flatten(-2).long()  # (..., p*p)
     counts = torch.zeros(*labels.shape[:-1], IGNORED + 1, dtype=torch.int32, device=maps.device)
     counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=torch.int32))  # (..., 256)
+    if without_ignored:
+        counts[..., IGNORED] = 0
     return counts.argmax(-1).to(torch.uint8)
 
 
@@ -315,19 +315,19 @@ def knn(x, maps, q, settings, C):
     # differs: CAPI lets ignored pixels vote, for a label that is always wrong. Here they do not
     # vote; where nothing else is left, the commonest label of the nearest patch stands in.
     commonest = modal(maps)  # (N,)
-    p = maps.shape[-1]
+    h, w = maps.shape[1:]
     for similarity in dict.fromkeys(similarity for _, similarity in settings):
         ks = sorted({k for k, other in settings if other == similarity})
-        predicted = {k: torch.empty(len(q), p, p, dtype=torch.uint8) for k in ks}
+        predicted = {k: torch.empty(len(q), h, w, dtype=torch.uint8) for k in ks}
         bar = tqdm(total=len(q), desc=f"k-NN, {similarity}", leave=False, disable=None)
         with bar:
             for first, index in nearest(x, q, min(ks[-1], len(x)), similarity):
                 labels = maps[index].long().clamp(max=C)  # (q, k, p, p); C stands for IGNORED
-                votes = labels.new_zeros(len(index), C + 1, p, p, dtype=torch.int16)
+                votes = labels.new_zeros(len(index), C + 1, h, w, dtype=torch.int32)
                 counted = 0
                 for k in ks:  # the neighbours of a smaller k are the first ones of a larger k
                     more = labels[:, counted:k]
-                    votes.scatter_add_(1, more, torch.ones_like(more, dtype=torch.int16))
+                    votes.scatter_add_(1, more, torch.ones_like(more, dtype=torch.int32))
                     counted = k
                     most, winner = votes[:, :C].max(1).values, votes[:, :C].argmax(1)  # (q, p, p)
                     stand_in = commonest[index[:, 0], None, None].long()  # (q, 1, 1)
@@ -343,14 +343,14 @@ def linear(x, maps, q, settings, C):
     minimised. The patch is painted with the label predicted for it."""
     # differs: support/probes.py's solver remembers 10 steps where CAPI's remembers 5, and it stops
     # at gradients below 1e-5.
-    p = maps.shape[-1]
+    h, w = maps.shape[1:]
     labels, y = modal(maps).unique(return_inverse=True)  # (labels,), (N,)
     for strength in tqdm(settings, desc="values of C", leave=False,
                          disable=None if len(settings) > 1 else True):
         W, b, _ = probes.lbfgs(x, y, len(labels), weight_decay=1 / (strength * len(x)),
                                max_iter=MAX_ITER)
         predicted = labels[probes.predict(q, W, b)].cpu()  # (M,)
-        yield strength, predicted[:, None, None].expand(-1, p, p)
+        yield strength, predicted[:, None, None].expand(-1, h, w)
 
 
 PROBES = {"knn": (knn, KNN), "linear": (linear, LINEAR)}
@@ -427,13 +427,13 @@ def measures(predicted, maps, C):
 # ---- picture -------------------------------------------------------------------------------------
 
 def colours(C):
-    """(256, 3) floats in [0, 1]: black for class 0, white for IGNORED, hues far apart between."""
+    """(256, 3) floats in [0, 1]: black for class 0, white for IGNORED, and the circle of hues,
+    light and dark in turns, for the classes between."""
     from matplotlib.colors import hsv_to_rgb
     table = np.ones((IGNORED + 1, 3))
     table[0] = 0
     for c in range(1, C):
-        # neighbouring classes lie a golden section of the circle of hues apart
-        table[c] = hsv_to_rgb((c * 0.618 % 1, .85, .95 if c % 2 else .65))
+        table[c] = hsv_to_rgb(((c - 1) / (C - 1), .85, .95 if c % 2 else .6))
     return table
 
 
@@ -456,7 +456,8 @@ def picture(images, columns, classes, file):
     there = set(torch.cat([maps.flatten() for maps in columns.values()]).unique().tolist())
     handles = [Patch(facecolor=table[c], edgecolor="grey", label=name)
                for c, name in [*enumerate(classes), (IGNORED, "ignored")] if c in there]
-    fig.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    fig.legend(handles=handles, loc="outside lower center", ncols=1 + len(columns),
+               frameon=False, fontsize=7)
     plots.save(fig, file)
 
 
@@ -516,14 +517,18 @@ def features_of(train, test, backbone, flags, args):
     backbone.to(flags.device)
     twin = untrained(backbone, args["img_size"], flags.seed).to(flags.device)
 
-    def through(net):
-        return [patch_features(net, part.x, mean=args["mean"], std=args["std"],
+    def through(net, words):
+        both = [patch_features(net, part.x, mean=args["mean"], std=args["std"],
                                device=flags.device, batch_size=flags.batch_size)
                 for part in (train, test)]
+        if not all(bool(x.isfinite().all()) for x in both):
+            raise ValueError(f"{flags.checkpoint}: its network{words} gives features that are not "
+                             "finite (nan or inf)")
+        return both
 
-    features = {"backbone": through(backbone)}  # (n, g*g, D) each
+    features = {"backbone": through(backbone, "")}  # (n, g*g, D) each
     g = grid_side(features["backbone"][0].shape[1], train.x.shape[-1])
-    features["untrained"] = through(twin)
+    features["untrained"] = through(twin, " with untrained weights")
     features["pixels"] = [pixel_features(part.x, g) for part in (train, test)]
     maps = [cut(part.maps, g) for part in (train, test)]  # (n, g*g, p, p) each
     return {name: [Patches(x, part) for x, part in zip(xs, maps)]
@@ -554,7 +559,7 @@ def evaluate(flags):
             chosen[key] = words_of(best), scores[best]
     known = train.maps[train.maps != IGNORED]
     guess = torch.full_like(test.maps, int(known.long().bincount().argmax()))  # (n, S, S)
-    own = modal(cut(test.maps, g)).clamp(max=C - 1)  # (n, g*g); an ignored patch has no say
+    own = modal(cut(test.maps, g), without_ignored=True)  # (n, g*g)
     own = paste(own[..., None, None].expand(-1, -1, p, p), g)  # (n, S, S)
     bounds = {"commonest label": measures(guess, test.maps, C),
               "own label of each patch": measures(own, test.maps, C)}
