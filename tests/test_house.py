@@ -317,7 +317,7 @@ def tools():
 
 # words without which a command refuses to run; those that are not here need none
 NEEDED = {"collapse.py": ["RUN"], "eval_knn.py": ["RUN"], "eval_linear.py": ["RUN"],
-          "lab.ablate": ["main"]}
+          "lab.ablate": ["main"], "lab.eval_dense": ["RUN"]}
 
 
 def flags_of(parser):
@@ -346,7 +346,8 @@ def test_every_flag_of_a_tool_has_a_help_text(tool, monkeypatch):
         assert action.help, action.dest
 
 
-@pytest.mark.parametrize("tool", ["collapse.py", "eval_knn.py", "eval_linear.py"])
+@pytest.mark.parametrize("tool", ["collapse.py", "eval_knn.py", "eval_linear.py",
+                                  "lab.eval_dense"])
 def test_every_flag_of_an_evaluation_is_read(tool, monkeypatch):
     for action in flags_of(parse(tool, NEEDED[tool], monkeypatch)):
         assert is_read(action.dest, sources().values()), f"nobody reads --{action.dest}"

@@ -1,0 +1,648 @@
+"""What a frozen backbone knows about each patch of an image: segmentation by CAPI's protocol.
+
+    python -m lab.eval_dense RUN_DIR                          # the built-in images, a few minutes
+    python -m lab.eval_dense RUN_DIR --probe knn --picture segmented.png
+    python -m lab.eval_dense dino_vits16.pth --arch vit_small --data VOCdevkit/VOC2012
+
+A sample is one patch of p x p pixels: its feature, and the labels of its pixels. Two probes predict
+the labels of the test images' pixels from the training patches; the backbone stays as it is.
+
+    k-NN     a pixel gets the label that most of the k nearest patches have at the same place
+    linear   a softmax regression knows a patch by its commonest label, and paints it whole
+
+Images and label maps are squeezed to --img-size, without regard to their aspect. Every feature is
+standardised on the training patches. A tenth of the training images chooses k and the similarity,
+or the strength C of the regularisation; then the probe is fitted again to all of them.
+
+The number is the mIoU, a mean over classes: the pixels that have a class in truth and in the
+prediction, divided by those that have it in either; all test images are counted together. A class
+that occurs in neither is left out, and pixels of the label 255 ("ignored") are not counted. Beside
+the backbone stand the same probes on raw pixels and on the same network with untrained weights. The
+commonest label everywhere shows what knowing nothing gives, and each patch's own commonest label is
+the most that one label for each patch can reach.
+
+A folder must be laid out as PASCAL VOC: JPEGImages/NAME.jpg, SegmentationClass/NAME.png with the
+class of each pixel as its palette index or grey value, and the names of the images, one a line, in
+ImageSets/Segmentation/train.txt and val.txt.
+
+Letters: n images of S x S pixels, g x g patches of an image, p = S / g pixels of a patch's side,
+D dimensions of a feature, C classes, N patches in the bank, M and q patches to predict.
+"""
+import argparse
+import itertools
+import math
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+import data
+import models
+from eval_knn import largest
+from support import backbones, evaluation, pixels, plots, probes
+from support.errors import one_sentence
+from support.files import TEXT
+from support.flags import check_files, check_values
+from views import normalise
+
+# Printed with every number; raise it when anything that changes a number changes.
+PROTOCOL = "dense-1"
+IGNORED = 255  # the label of a pixel that is not counted
+# What each probe chooses from, the first of equally good ones: (k, similarity), and C
+KNN = list(itertools.product((1, 3, 10, 30), ("cosine", "L2")))
+LINEAR = [float(C) for C in 10 ** np.linspace(-6, 5, 8)]
+MAX_ITER = 1000  # of L-BFGS
+BLOCK, ROWS = 2 ** 24, 256  # most similarities, and most queries, in memory at a time
+# Named sets that have no label maps: one must not be downloaded to be refused.
+WITHOUT_MAPS = ("cifar10", "cifar100", "stl10", "inat18")
+IMAGES = {"shapes": (1000, 500)}  # training and test images by default
+IMAGES_OF_FOLDER = (300, 100)  # an image of 224 px has many patches
+VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+       "motorbike person pottedplant sheep sofa train tvmonitor").split()
+PICTURES = 6  # test images in a picture
+# (what a value must be, test, flags)
+RANGES = [("be at least 1", lambda v: v >= 1, ["batch_size", "img_size", "test_images"]),
+          ("be at least 2, as some are held out", lambda v: v >= 2, ["train_images"]),
+          ("not be negative", lambda v: v >= 0, ["seed"]),
+          ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mean"]),
+          ("be positive", lambda v: v > 0, ["std"])]
+
+
+# ---- images and their label maps -----------------------------------------------------------------
+
+class Segmented(NamedTuple):
+    """Images and the label of each of their pixels."""
+    x: torch.Tensor  # (n, 3, S, S) uint8
+    maps: torch.Tensor  # (n, S, S) uint8: class, or IGNORED
+
+
+def squeeze(x, maps, size):
+    """(x (..., 3, size, size), maps (..., size, size)), uint8 both: images x (..., 3, H, W) by
+    bicubic interpolation, label maps (..., H, W) by their nearest pixel. The aspect is lost."""
+    if x.shape[-2:] != (size, size):
+        x = v2.functional.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        maps = v2.functional.resize(maps[..., None, :, :], [size, size],
+                                    InterpolationMode.NEAREST_EXACT)[..., 0, :, :]
+    return x, maps
+
+
+def named_set(name, args, size, most):
+    """(train, test, class names) of a named set that has label maps; size None: as they are.
+
+    args: of the run, see evaluation.load_images. most: (training, test) images, spread evenly over
+    the set. ValueError where the set has no label maps.
+    """
+    refusal = (f"--data {name} has no label maps; give shapes, or a folder in VOC layout")
+    if name in WITHOUT_MAPS:
+        raise ValueError(refusal)
+    *splits, _ = evaluation.load_images(name, args)
+    if any(images is None or getattr(images, "label_map", None) is None for images in splits):
+        raise ValueError(refusal)
+    sets = []
+    for images, count in zip(splits, most):
+        images = data.subset(images, count)
+        sets.append(Segmented(*squeeze(images.x, images.label_map, size or images.x.shape[-1])))
+    return *sets, ["background", *splits[0].classes]
+
+
+def voc_folder(folder, size, most):
+    """(train, test, class names) of a folder in VOC layout, images and masks squeezed to `size`.
+
+    most: (training, test) images, spread evenly over the lists. The classes are those up to the
+    largest label in the masks that were read; they get VOC's names where they are 21. ValueError,
+    one sentence that names the file, for what is missing, damaged or does not fit.
+    """
+    folder = os.path.expanduser(folder)
+    lists = {}  # {split: names}
+    for split in ("train", "val"):
+        path = os.path.join(folder, "ImageSets", "Segmentation", f"{split}.txt")
+        if not os.path.isfile(path):
+            raise ValueError(f"--data {folder} is neither shapes nor a folder in VOC layout: "
+                             f"there is no {path}")
+        with open(path, **TEXT) as file:
+            lists[split] = file.read().split()
+        if not lists[split]:
+            raise ValueError(f"{path} names no images")
+    if both := set(lists["train"]) & set(lists["val"]):
+        raise ValueError(f"--data {folder}: the image {min(both)} is in train.txt and in val.txt, "
+                         "and a probe is tested on images that it was not fitted to")
+    sets = []
+    for (split, names), count in zip(lists.items(), most):
+        n = min(count, len(names))
+        x = torch.empty(n, 3, size, size, dtype=torch.uint8)  # (n, 3, S, S)
+        maps = torch.empty(n, size, size, dtype=torch.uint8)  # (n, S, S)
+        for i in tqdm(range(n), desc=f"reading {split}", unit="img", leave=False, disable=None):
+            x[i], maps[i] = voc_image(folder, names[i * len(names) // n], size)
+        sets.append(Segmented(x, maps))
+    labels = torch.cat([part.maps[part.maps != IGNORED] for part in sets])
+    C = int(labels.max()) + 1 if len(labels) else 0
+    return *sets, VOC if C == len(VOC) else [f"class {c}" for c in range(C)]
+
+
+def voc_image(folder, name, size):
+    """(image (3, size, size), label map (size, size)), uint8, of an image of a folder in VOC
+    layout."""
+    image = os.path.join(folder, "JPEGImages", f"{name}.jpg")
+    mask = os.path.join(folder, "SegmentationClass", f"{name}.png")
+    x, labels = pixels.read(image), read_mask(mask)  # (3, H, W), (H, W)
+    if x.shape[1:] != labels.shape:
+        (h, w), (H, W) = labels.shape, x.shape[1:]
+        raise ValueError(f"{mask} has {w} x {h} pixels, and its image has {W} x {H}")
+    return squeeze(x, labels, size)
+
+
+def read_mask(path):
+    """(H, W) uint8: the palette indices or grey values of a PNG. ValueError where it cannot be
+    read, or has neither."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("P", "L"):
+                return torch.from_numpy(np.array(image))  # (H, W)
+            mode = image.mode
+    except Exception as error:  # Pillow has a dozen error types for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read ({reason})") from None
+    raise ValueError(f"{path} is a picture of mode {mode}, and a mask has a palette or 8 bits of "
+                     "grey, whose values are the classes")
+
+
+def open_images(flags, args):
+    """(train, test, class names) of --data. ValueError where there is nothing to fit or to test."""
+    own = IMAGES.get(flags.data, IMAGES_OF_FOLDER)
+    most = flags.train_images or own[0], flags.test_images or own[1]
+    if flags.data in data.SETS:
+        train, test, classes = named_set(flags.data, args, flags.img_size, most)
+    else:
+        train, test, classes = voc_folder(flags.data, flags.img_size or 224, most)
+    if len(train.x) < 2:
+        raise ValueError(f"--data {flags.data} has {len(train.x)} training image, and a tenth of "
+                         "them, one at least, is held out for choosing")
+    for part, words in ((train, "training"), (test, "test")):
+        if bool((part.maps == IGNORED).all()):
+            raise ValueError(f"--data {flags.data}: all pixels of the {words} images have the "
+                             f"label {IGNORED}, ignored")
+    return train, test, classes
+
+
+# ---- patches -------------------------------------------------------------------------------------
+
+def grid_side(n, size):
+    """g, where an image of size x size pixels has n patches in g rows of g, each of size / g
+    pixels. ValueError where they cannot be laid out so."""
+    g = math.isqrt(n)
+    if g < 1 or g * g != n:
+        raise ValueError(f"--img-size {size}: the backbone gives {n} patches, which are no square "
+                         "grid")
+    if size % g:
+        raise ValueError(f"--img-size {size}: the backbone gives {g} x {g} patches, and {size} "
+                         f"pixels cannot be divided into {g} equal parts")
+    return g
+
+
+def cut(maps, g):
+    """(n, S, S) -> (n, g*g, p, p): the patches of each map, row by row, as a backbone's."""
+    n, S, _ = maps.shape
+    p = S // g
+    return maps.reshape(n, g, p, g, p).transpose(2, 3).reshape(n, g * g, p, p)
+
+
+def paste(patches, g):
+    """(n, g*g, p, p) -> (n, S, S): what `cut` has cut."""
+    n, _, p, _ = patches.shape
+    return patches.reshape(n, g, g, p, p).transpose(2, 3).reshape(n, g * p, g * p)
+
+
+def pixel_features(x, g):
+    """(n, g*g, 3*p*p) float32: the pixels of each patch of images x (n, 3, S, S) uint8."""
+    n = len(x)
+    patches = cut(x.flatten(0, 1), g).flatten(2)  # (n*3, g*g, p*p)
+    patches = patches.view(n, 3, g * g, -1).transpose(1, 2)  # (n, g*g, 3, p*p)
+    return patches.flatten(2).float() / 255
+
+
+@torch.no_grad()
+def patch_features(backbone, x, *, mean, std, device="cpu", batch_size=64):
+    """(n, g*g, D) float32 on the CPU: the backbone's last patch tokens, or the places of its last
+    feature map, for images x (n, 3, S, S) uint8.
+
+    The backbone must be on `device`; it is put into eval mode, and runs without autocast.
+    ValueError for patches that cannot be laid out on the image.
+    """
+    backbone.eval()
+    parts = []
+    bar = tqdm(total=len(x), desc="patch features", unit="img", leave=False, disable=None)
+    with bar, torch.autocast(torch.device(device).type, enabled=False):
+        for batch in x.split(batch_size):
+            batch = normalise(batch.to(device).float() / 255, mean, std)  # (b, 3, S, S)
+            patches = backbone(batch)[1].float().cpu()  # (b, g*g, D)
+            grid_side(patches.shape[1], x.shape[-1])
+            parts.append(patches)
+            bar.update(len(batch))
+    return torch.cat(parts)
+
+
+def untrained(backbone, img_size, seed):
+    """The backbone as it was before training: the same architecture and sizes, weights drawn with
+    `seed`. img_size: that for which its positions were laid out."""
+    small = backbones.small_stem(backbone.state_dict())
+    patch_size = getattr(backbone, "patch_size", 16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return models.build(backbone.arch, patch_size=patch_size, img_size=img_size, in_small=small)
+
+
+def modal(maps, without_ignored=False):
+    """(...) uint8: the commonest label of each patch of maps (..., p, p), IGNORED being one as any
+    other. Of equally common ones the smallest is taken. without_ignored: IGNORED is none, and a
+    patch that has no other label gets 0."""
+    labels = maps.flatten(-2).long()  # (..., p*p)
+    counts = torch.zeros(*labels.shape[:-1], IGNORED + 1, dtype=torch.int32, device=maps.device)
+    counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=torch.int32))  # (..., 256)
+    if without_ignored:
+        counts[..., IGNORED] = 0
+    return counts.argmax(-1).to(torch.uint8)
+
+
+class Patches(NamedTuple):
+    """The patches of n images."""
+    x: torch.Tensor  # (n, g*g, D) float32
+    maps: torch.Tensor  # (n, g*g, p, p) uint8
+
+    def of(self, images):
+        """The patches of the images at these indices."""
+        return Patches(self.x[images], self.maps[images])
+
+    def to_fit(self):
+        """(x (N, D), maps (N, p, p)) of the patches whose commonest label is not IGNORED.
+        ValueError where there are none."""
+        x, maps = self.x.flatten(0, 1), self.maps.flatten(0, 1)  # (n*g*g, D), (n*g*g, p, p)
+        kept = modal(maps) != IGNORED  # (n*g*g,)
+        if not kept.any():
+            raise ValueError(f"most pixels of every patch that a probe is fitted to have the label "
+                             f"{IGNORED}, ignored; take more --train-images")
+        return x[kept], maps[kept]
+
+
+# ---- the two probes ------------------------------------------------------------------------------
+# A probe gets the bank x (N, D), maps (N, p, p), the queries q (M, D), all standardised, some of
+# its settings and C. It yields (setting, predicted maps (M, p, p) uint8 on the CPU) for each.
+
+def nearest(x, q, k, similarity):
+    """Yield (first query, index (rows, k)): the patches of the bank x (N, D) that are most similar
+    to each of the queries q (M, D), k <= N. The most similar comes first, of equal ones that with
+    the smaller index. similarity: cosine, or L2, the one of smallest distance. So many queries go
+    at a time that memory stays bounded."""
+    if similarity == "cosine":
+        x, q = F.normalize(x, dim=1), F.normalize(q, dim=1)
+        half = x.new_zeros(())
+    else:
+        half = x.square().sum(1) / 2  # (N,)
+    rows = max(1, min(ROWS, BLOCK // len(x)))
+    for first in range(0, len(q), rows):
+        # |q - x|^2 = |q|^2 - 2 (q.x - |x|^2 / 2), and |q|^2 is the same for all x
+        closeness = q[first:first + rows] @ x.T - half  # (rows, N)
+        yield first, largest(closeness, k)[1]
+
+
+def knn(x, maps, q, settings, C):
+    """Settings are (k, similarity). Each pixel gets the label that is commonest at its place in the
+    maps of the k nearest patches, the smallest of equally common ones; a k beyond N is N."""
+    # differs: CAPI lets ignored pixels vote, for a label that is always wrong. Here they do not
+    # vote; where nothing else is left, the commonest label of the nearest patch stands in.
+    commonest = modal(maps)  # (N,)
+    h, w = maps.shape[1:]
+    for similarity in dict.fromkeys(similarity for _, similarity in settings):
+        ks = sorted({k for k, other in settings if other == similarity})
+        predicted = {k: torch.empty(len(q), h, w, dtype=torch.uint8) for k in ks}
+        bar = tqdm(total=len(q), desc=f"k-NN, {similarity}", leave=False, disable=None)
+        with bar:
+            for first, index in nearest(x, q, min(ks[-1], len(x)), similarity):
+                labels = maps[index].long().clamp(max=C)  # (q, k, p, p); C stands for IGNORED
+                votes = labels.new_zeros(len(index), C + 1, h, w, dtype=torch.int32)
+                counted = 0
+                for k in ks:  # the neighbours of a smaller k are the first ones of a larger k
+                    more = labels[:, counted:k]
+                    votes.scatter_add_(1, more, torch.ones_like(more, dtype=torch.int32))
+                    counted = k
+                    most, winner = votes[:, :C].max(1).values, votes[:, :C].argmax(1)  # (q, p, p)
+                    stand_in = commonest[index[:, 0], None, None].long()  # (q, 1, 1)
+                    winner = winner.where(most > 0, stand_in)
+                    predicted[k][first:first + len(index)] = winner.to(torch.uint8).cpu()
+                bar.update(len(index))
+        for k in ks:
+            yield (k, similarity), predicted[k]
+
+
+def linear(x, maps, q, settings, C):
+    """Settings are C as scikit-learn has it: |W|^2 / 2 + C (sum of the patches' cross-entropies) is
+    minimised. The patch is painted with the label predicted for it."""
+    # differs: support/probes.py's solver remembers 10 steps where CAPI's remembers 5, and it stops
+    # at gradients below 1e-5.
+    h, w = maps.shape[1:]
+    labels, y = modal(maps).unique(return_inverse=True)  # (labels,), (N,)
+    for strength in tqdm(settings, desc="values of C", leave=False,
+                         disable=None if len(settings) > 1 else True):
+        W, b, _ = probes.lbfgs(x, y, len(labels), weight_decay=1 / (strength * len(x)),
+                               max_iter=MAX_ITER)
+        predicted = labels[probes.predict(q, W, b)].cpu()  # (M,)
+        yield strength, predicted[:, None, None].expand(-1, h, w)
+
+
+PROBES = {"knn": (knn, KNN), "linear": (linear, LINEAR)}
+
+
+def apply(probe, train, queries, settings, C, device="cpu"):
+    """What a probe yields: standardise, fit to Patches `train`, predict queries (n, g*g, D).
+
+    Predicted maps are (n, g*g, p, p).
+    """
+    x, maps = train.to_fit()  # (N, D), (N, p, p)
+    x, q = probes.standardise(x, queries.flatten(0, 1))  # (N, D), (M, D)
+    for setting, predicted in probe(x.to(device), maps.to(device), q.to(device), settings, C):
+        yield setting, predicted.reshape(*queries.shape[:2], *maps.shape[1:])
+
+
+def choose_and_refit(name, train, test, C, seed=0, device="cpu"):
+    """(predicted maps (n, g*g, p, p) of the test images, chosen setting, {setting: mIoU on the
+    held-out tenth}) of the probe `name`, "knn" or "linear".
+
+    train and test: Patches. The tenth of the training images that chooses is drawn with `seed`;
+    the first of equally good settings is chosen. ValueError where nothing can be scored.
+    """
+    probe, settings = PROBES[name]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train.x), generator=generator)  # (n,)
+    to_fit, held_out = (train.of(part) for part in probes.split(len(train.x), 0.1, order))
+    if bool((held_out.maps == IGNORED).all()):
+        raise ValueError(f"all pixels of the {len(held_out.x)} training images held out for "
+                         f"choosing have the label {IGNORED}, ignored; take more --train-images or "
+                         "another --seed")
+    scores = {}
+    for setting, predicted in apply(probe, to_fit, held_out.x, settings, C, device):
+        scores[setting] = mean_iou(iou(confusion(predicted, held_out.maps, C)))
+    best = max(settings, key=scores.get)
+    (_, predicted), = apply(probe, train, test.x, [best], C, device)
+    return predicted, best, scores
+
+
+# ---- the measure ---------------------------------------------------------------------------------
+
+def confusion(predicted, maps, C):
+    """(C, C) int64: pixels by true class (rows) and predicted class, of label maps of any one
+    shape (n, ...). Pixels whose true label is IGNORED are not counted."""
+    total = torch.zeros(C * C, dtype=torch.int64)
+    for guess, truth in zip(predicted.split(64), maps.split(64)):
+        counted = truth != IGNORED
+        pairs = truth[counted].long() * C + guess[counted].long()
+        total += pairs.bincount(minlength=C * C)
+    return total.view(C, C)
+
+
+def iou(counts):
+    """(C,) float64: intersection over union of each class in percent, from `confusion`; nan for a
+    class that is neither in the truth nor predicted."""
+    hits = counts.diagonal()  # (C,)
+    union = counts.sum(0) + counts.sum(1) - hits  # (C,)
+    return 100 * hits.double() / union
+
+
+def mean_iou(ious):
+    """The mean over the classes that are there, percent."""
+    return float(ious.nanmean())
+
+
+def measures(predicted, maps, C):
+    """{"miou", "pixels": share of pixels labelled rightly, "iou": (C,)}, all in percent."""
+    counts = confusion(predicted, maps, C)  # (C, C)
+    ious = iou(counts)  # (C,)
+    return {"miou": mean_iou(ious), "iou": ious,
+            "pixels": 100 * float(counts.diagonal().sum() / counts.sum())}
+
+
+# ---- picture -------------------------------------------------------------------------------------
+
+def colours(C):
+    """(256, 3) floats in [0, 1]: black for class 0, white for IGNORED, and the circle of hues,
+    light and dark in turns, for the classes between."""
+    from matplotlib.colors import hsv_to_rgb
+    table = np.ones((IGNORED + 1, 3))
+    table[0] = 0
+    for c in range(1, C):
+        table[c] = hsv_to_rgb(((c - 1) / (C - 1), .85, .95 if c % 2 else .6))
+    return table
+
+
+def picture(images, columns, classes, file):
+    """A row for each of the images (m, 3, S, S) uint8: the image, and its map in each of the
+    columns {title: maps (m, S, S)}; the colours of the classes that occur stand below. ValueError
+    without matplotlib, OSError if it cannot be written."""
+    fig, axes = plots.figure(len(images), 1 + len(columns), 1.6 * (1 + len(columns)),
+                             1.6 * len(images) + .8)
+    from matplotlib.patches import Patch
+    table = colours(len(classes))
+    for i, row in enumerate(axes):
+        shown = [images[i].permute(1, 2, 0).numpy()]  # (S, S, 3)
+        shown += [table[maps[i].numpy()] for maps in columns.values()]  # (S, S, 3) each
+        for ax, content in zip(row, shown):
+            ax.imshow(content, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axes[0], ["image", *columns]):
+        ax.set_title(title, fontsize=9)
+    there = set(torch.cat([maps.flatten() for maps in columns.values()]).unique().tolist())
+    handles = [Patch(facecolor=table[c], edgecolor="grey", label=name)
+               for c, name in [*enumerate(classes), (IGNORED, "ignored")] if c in there]
+    fig.legend(handles=handles, loc="outside lower center", ncols=1 + len(columns),
+               frameon=False, fontsize=7)
+    plots.save(fig, file)
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+def parser():
+    p = argparse.ArgumentParser(
+        "lab.eval_dense", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Segmentation by k-NN and a linear probe of frozen patch features.")
+    add = p.add_argument
+    add("checkpoint", metavar="CKPT|RUN_DIR",
+        help="a ckpt.pt, the directory it lies in, or a foreign file with --arch")
+    add("--arch", help="architecture of a foreign file; None: a run of ours")
+    add("--which", choices=["teacher", "student"], default="teacher",
+        help="papers report the teacher")
+    add("--data", default="shapes", metavar="NAME|FOLDER",
+        help="the built-in images, or a folder in VOC layout")
+    add("--img-size", type=int, metavar="PX",
+        help="side to which images are squeezed; None: 32 for shapes, as they are, 224 for folders")
+    add("--train-images", type=int, metavar="N",
+        help=f"training images at most; None: {IMAGES['shapes'][0]} for shapes, "
+        f"{IMAGES_OF_FOLDER[0]} for folders")
+    add("--test-images", type=int, metavar="N",
+        help=f"test images at most; None: {IMAGES['shapes'][1]} for shapes, "
+        f"{IMAGES_OF_FOLDER[1]} for folders")
+    add("--probe", choices=[*PROBES], nargs="+", default=[*PROBES],
+        help="which probes; k-NN is the faster one")
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
+        help="what is subtracted from pixels in [0, 1]; None: as in the run, ImageNet's for others")
+    add("--std", type=float, nargs=3, metavar=("R", "G", "B"),
+        help="what they are divided by then")
+    add("--batch-size", type=int, default=64, help="images per forward pass; changes speed only")
+    add("--seed", type=int, default=0, help="of the held-out tenth and the untrained weights")
+    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
+    add("--picture", metavar="FILE", help=f"{PICTURES} test images, their labels and the "
+        "predictions from the backbone's features; needs matplotlib")
+    add("--results", metavar="FILE",
+        help="csv file to append to; None: results_dense.csv next to the checkpoint")
+    return p
+
+
+def check_flags(flags):
+    """ValueError, before the long work, for flags that cannot be. Sets flags.device, and
+    flags.results where it was not given."""
+    check_values(flags, RANGES)
+    check_files(flags, "results", "picture", inputs=[flags.checkpoint])
+    if flags.picture:
+        plots.check_files(flags.picture)
+    flags.device = backbones.choose_device(flags.device)
+    if flags.results is None:
+        flags.results = str(evaluation.run_folder(flags.checkpoint) / "results_dense.csv")
+
+
+def features_of(train, test, backbone, flags, args):
+    """{"backbone", "untrained", "pixels": (train, test) as Patches}, and g."""
+    backbone.to(flags.device)
+    twin = untrained(backbone, args["img_size"], flags.seed).to(flags.device)
+
+    def through(net, words):
+        both = [patch_features(net, part.x, mean=args["mean"], std=args["std"],
+                               device=flags.device, batch_size=flags.batch_size)
+                for part in (train, test)]
+        if not all(bool(x.isfinite().all()) for x in both):
+            raise ValueError(f"{flags.checkpoint}: its network{words} gives features that are not "
+                             "finite (nan or inf)")
+        return both
+
+    features = {"backbone": through(backbone, "")}  # (n, g*g, D) each
+    g = grid_side(features["backbone"][0].shape[1], train.x.shape[-1])
+    features["untrained"] = through(twin, " with untrained weights")
+    features["pixels"] = [pixel_features(part.x, g) for part in (train, test)]
+    maps = [cut(part.maps, g) for part in (train, test)]  # (n, g*g, p, p) each
+    return {name: [Patches(x, part) for x, part in zip(xs, maps)]
+            for name, xs in features.items()}, g
+
+
+def evaluate(flags):
+    """What main does once the flags are parsed."""
+    check_flags(flags)
+    backbone, args = open_backbone(flags)
+    train, test, classes = open_images(flags, args)
+    C, size = len(classes), train.x.shape[-1]
+    patch = getattr(backbone, "patch_size", 1)
+    if size % patch:
+        raise ValueError(f"--img-size {size} must be a multiple of {patch}, the pixels of a patch")
+    patches, g = features_of(train, test, backbone, flags, args)
+    p = size // g
+    device = flags.device if flags.device.startswith("cuda") else "cpu"
+
+    results, segmented, chosen = {}, {}, {}  # by (features, probe)
+    for features, (train_patches, test_patches) in patches.items():
+        for probe in dict.fromkeys(flags.probe):
+            key = features, probe
+            predicted, best, scores = choose_and_refit(probe, train_patches, test_patches, C,
+                                                       flags.seed, device)
+            segmented[key] = paste(predicted, g)  # (n, S, S)
+            results[key] = measures(segmented[key], test.maps, C)
+            chosen[key] = words_of(best), scores[best]
+    known = train.maps[train.maps != IGNORED]
+    guess = torch.full_like(test.maps, int(known.long().bincount().argmax()))  # (n, S, S)
+    own = modal(cut(test.maps, g), without_ignored=True)  # (n, g*g)
+    own = paste(own[..., None, None].expand(-1, -1, p, p), g)  # (n, S, S)
+    bounds = {"commonest label": measures(guess, test.maps, C),
+              "own label of each patch": measures(own, test.maps, C)}
+
+    print(f"{flags.data}: {len(train.x)} training images, {len(test.x)} test images, {C} classes")
+    print(f"protocol {PROTOCOL}: {flags.which}'s patch features ({backbone.dim}-d, standardised), "
+          f"{size} px, {g} x {g} patches of {p} px, {evaluation.normalisation(args)}, seed "
+          f"{flags.seed}")
+    print_tables(results, bounds, chosen, classes)
+    row = evaluation.result_row("eval_dense", PROTOCOL, flags, backbone, args, flags.data) | {
+        "train": len(train.x), "test": len(test.x), "classes_known": C, "img_size": size,
+        "patch": p, "seed": flags.seed}
+    evaluation.append_results(flags, row, tables_of(results, bounds, chosen))
+    if flags.picture:
+        few = slice(0, PICTURES)
+        columns = {"labels": test.maps[few]}
+        columns |= {probe: segmented["backbone", probe][few] for probe in flags.probe}
+        picture(test.x[few], columns, classes, flags.picture)
+        print(f"picture written to {flags.picture}")
+    return {"miou": {f"{features} {probe}": result["miou"]
+                     for (features, probe), result in results.items()},
+            "bounds": {name: result["miou"] for name, result in bounds.items()},
+            "chosen": {" ".join(key): setting for key, (setting, _) in chosen.items()},
+            "iou": {" ".join(key): dict(zip(classes, result["iou"].tolist()))
+                    for key, result in results.items()},
+            "classes": classes, "grid": g, "train": len(train.x), "test": len(test.x)}
+
+
+def open_backbone(flags):
+    """(backbone, args) as evaluation.open_backbone gives them, args["img_size"] being that of the
+    file: --img-size says what images are squeezed to, and --data may say it too."""
+    flags_of_file = argparse.Namespace(**{**vars(flags), "img_size": None})
+    return evaluation.open_backbone(flags_of_file)
+
+
+def words_of(setting):
+    """A setting of a probe in words."""
+    return f"C={setting:.3g}" if isinstance(setting, float) else "k={} {}".format(*setting)
+
+
+def tables_of(results, bounds, chosen):
+    """{result: {column: value}} for the csv file. The IoUs of all classes stand in one column, in
+    their order and with a dash where a class is absent: other data has other classes."""
+    tables = {}
+    for key, result in [*results.items(), *bounds.items()]:
+        setting, score = chosen.get(key, (None, None))
+        per_class = " ".join("-" if math.isnan(v) else f"{v:.2f}" for v in result["iou"].tolist())
+        tables[key if isinstance(key, str) else " ".join(key)] = {
+            "miou": result["miou"], "pixels_right": result["pixels"], "chosen": setting,
+            "miou_held_out": score, "iou_of_classes": per_class}
+    return tables
+
+
+def print_tables(results, bounds, chosen, classes):
+    """A line for each result, in percent, and one for each class with the backbone's IoUs."""
+    print(f"{'features':>25} {'probe':>7}  {'chosen':<12}{'held out':>9}{'mIoU':>8}"
+          f"{'pixels right':>14}")
+    for (features, probe), result in results.items():
+        setting, score = chosen[features, probe]
+        print(f"{features:>25} {probe:>7}  {setting:<12}{score:9.2f}{result['miou']:8.2f}"
+              f"{result['pixels']:14.2f}")
+    for name, result in bounds.items():
+        print(f"{name:>25} {'':>7}  {'':<12}{'':>9}{result['miou']:8.2f}{result['pixels']:14.2f}")
+    of_backbone = {probe: result["iou"].tolist()
+                   for (features, probe), result in results.items() if features == "backbone"}
+    print(f"{'IoU of the backbone':>25}" + "".join(f"{probe:>9}" for probe in of_backbone))
+    for c, name in enumerate(classes):
+        line = "".join(f"{'-':>9}" if math.isnan(ious[c]) else f"{ious[c]:9.2f}"
+                       for ious in of_backbone.values())
+        print(f"{name[:25]:>25}{line}")
+
+
+def main(argv=None):
+    """Run the command line. Bad input: one sentence on stderr and exit code 2.
+
+    Returns {"miou": {"backbone knn": percent, ...}, "bounds": {name: percent}, "chosen": {"backbone
+    knn": words}, "iou": {"backbone knn": {class: percent, nan where it is absent}}, "classes",
+    "grid": patches along a side, "train", "test" (numbers of images)}.
+    """
+    flags = parser().parse_args(argv)
+    with one_sentence("lab.eval_dense"):
+        return evaluate(flags)
+
+
+if __name__ == "__main__":
+    main()
