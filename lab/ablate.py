@@ -24,6 +24,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 import zlib
 from typing import NamedTuple
 
@@ -407,7 +408,9 @@ def lines_of_block(name, block, rows):
         if len(rows[row]) > 1:
             cells = [deviation(rows[row], column, digits) for column, _, digits in shown]
             lines.append(f"| ± sd | | {' | '.join(cells)} |")
-    return [*lines, "", *(verdict(rows) if name == "instrument" else [])]
+    of_verdict = verdict(rows) if name == "instrument" else []
+    return [*lines, "", *(part for line in of_verdict
+                          for part in textwrap.wrap(line, 98, subsequent_indent="  "))]
 
 
 def verdict(rows):

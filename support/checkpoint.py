@@ -8,7 +8,8 @@ A checkpoint holds tensors and plain values alone: torch.load(weights_only=True)
     student, teacher   state dicts: backbone.*, head.*
     prototypes         vectors (K, D) as counted, start (K, D), states of both networks' sets;
                        student_vectors (K, D) where the student's set is another than the
-                       teacher's; NAME_vectors of further sets; memory (M, D) instead of vectors where nothing is to be counted
+                       teacher's; NAME_vectors of further sets; memory (M, D) instead of vectors
+                       where nothing is to be counted
     gmm                the mixture, or {}
     loss, optimizer    state dicts
     step, rng, args, version

@@ -125,7 +125,8 @@ def test_a_step_without_hidden_patches_costs_nothing_and_moves_no_centre(how):
 
 # ---- the network -------------------------------------------------------------------------------
 def student(arch="vit_micro", patch=8, shared=True):
-    args = ibot.parse([*TINY, "--patch-size", str(patch), *([] if shared else ["--no-shared-head"])])
+    own_head = [] if shared else ["--no-shared-head"]
+    args = ibot.parse([*TINY, "--patch-size", str(patch), *own_head])
     args.arch = arch
     net = ibot.network(args, student=True)
     torch.nn.init.normal_(net.mask_token)

@@ -1,4 +1,4 @@
-"""zoo/masks.py: statistics of the masks beside those of the official code, and what fixes a mask."""
+"""zoo/masks.py: statistics of masks beside those of the official code, and what fixes a mask."""
 import random
 
 import pytest
