@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from support.files import TEXT, write
 # after "loss_over_ln_k" (terms of the loss) or at the end.
 COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "raw_knn", "knn", "unique_0.025",
            "unique_0.5", "ceiling_0.025", "ceiling_0.5", "used", "perplexity", "drift", "h_norm",
-           "skipped", "lr", "beta", "grad_norm", "images_per_s", "data_share", "memory_mb"]
-# those that stand only in rows of an evaluation
-MEASURED = COLUMNS[COLUMNS.index("knn"):COLUMNS.index("h_norm") + 1]
+           "h_cosine", "h_rank", "z_sd", "skipped", "lr", "beta", "grad_norm", "images_per_s", "data_share", "memory_mb"]
+# those that stand only in rows of an evaluation, by themselves or behind the name of a further
+# prototype set, as student_used and patch_used
+MEASURED = COLUMNS[COLUMNS.index("knn"):COLUMNS.index("z_sd") + 1]
+OF_FURTHER_SETS = re.compile(f"(student|patch)_({'|'.join(map(re.escape, MEASURED))}|place_nats.*)")
 
 
 class Log:
@@ -62,7 +65,8 @@ class Log:
                      if step < start or step == start and not drop_last]
         if self.rows and int(self.rows[-1]["step"]) == start and start % eval_every:
             # an evaluation that was there only because the run stopped at this step
-            self.rows[-1].update(dict.fromkeys(MEASURED, ""))
+            measured = [c for c in self.columns if c in MEASURED or OF_FURTHER_SETS.fullmatch(c)]
+            self.rows[-1].update(dict.fromkeys(measured, ""))
 
     def write_all(self):
         text = io.StringIO()

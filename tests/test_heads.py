@@ -371,10 +371,11 @@ def test_what_the_table_names_by_a_string_is_loaded_when_asked_for():
 import sys
 import config
 import heads
-flags = "--prototypes live --num-prototypes 256 --bottleneck-dim 4 --device cpu"
-args = config.parse(flags.split(), "train.py")
+flags = "--num-prototypes 256 --bottleneck-dim 4 --device cpu --prototypes "
+config.parse((flags + "frozen").split(), "train.py")
 assert isinstance(heads.PROTOTYPES["live"], str)
 print("zoo.live" in sys.modules)
+args = config.parse((flags + "live").split(), "train.py")
 protos = heads.prototypes(args)
 print("zoo.live" in sys.modules, type(protos).__name__)
 """
