@@ -233,6 +233,7 @@ def test_a_run_that_was_stopped_ends_at_the_bits_of_one_that_was_not(tmp_path, k
     run(tmp_path / "parts", *kind, "--resume")
     assert not differences(*(read_checkpoint(tmp_path / name) for name in ("whole", "parts")))
     log = read_log(tmp_path / "whole")
+    assert read_log(tmp_path / "parts") == log
     assert {"cross_entropy", "patch", "patch_over_ln_k"} < log[0].keys()
     for name in ("patch_unique_0.5", "patch_used", "patch_place_nats"):
         assert float(log[-1][name]) == pytest.approx(metrics[name], rel=1e-4)
