@@ -24,7 +24,8 @@ COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "raw_knn", "knn", "unique_
 # those that stand only in rows of an evaluation, by themselves or behind the name of a further
 # prototype set, as student_used and patch_used
 MEASURED = COLUMNS[COLUMNS.index("knn"):COLUMNS.index("z_sd") + 1]
-OF_FURTHER_SETS = re.compile(f"(student|patch)_({'|'.join(map(re.escape, MEASURED))}|place_nats.*)")
+OF_FURTHER_SETS = re.compile(
+    f"(student|patch)_({'|'.join(map(re.escape, MEASURED))}|place_nats.*)")
 
 
 class Log:
