@@ -20,7 +20,8 @@ from support.files import TEXT, write
 # after "loss_over_ln_k" (terms of the loss) or at the end.
 COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "raw_knn", "knn", "unique_0.025",
            "unique_0.5", "ceiling_0.025", "ceiling_0.5", "used", "perplexity", "drift", "h_norm",
-           "h_cosine", "h_rank", "z_sd", "skipped", "lr", "beta", "grad_norm", "images_per_s", "data_share", "memory_mb"]
+           "h_cosine", "h_rank", "z_sd", "skipped", "lr", "beta", "grad_norm", "images_per_s",
+           "data_share", "memory_mb"]
 # those that stand only in rows of an evaluation, by themselves or behind the name of a further
 # prototype set, as student_used and patch_used
 MEASURED = COLUMNS[COLUMNS.index("knn"):COLUMNS.index("z_sd") + 1]
