@@ -427,8 +427,8 @@ def complete(args):
             setattr(args, name, value)
     loss = losses.loss_class(args.method)
     default("head_norm", loss.unit_h)
-    default("momentum", loss.momentum[0])
-    default("momentum_end", loss.momentum[1])
+    default("momentum", loss.teacher_momentum[0])
+    default("momentum_end", loss.teacher_momentum[1])
     default("teacher_temp", list(loss.teacher_temp))
     if args.prototypes == "live":
         default("gmm_start", 0.5)

@@ -124,16 +124,16 @@ class Loss(nn.Module):
     tau       temperature of the student's softmax
     only_with the name of the only prototypes it works with
     and what a flag is where nobody types it:
-    unit_h          --head-norm: h of length one
-    momentum        --momentum and --momentum-end
-    teacher_temp    --teacher-temp
+    unit_h              --head-norm: h of length one
+    teacher_momentum    --momentum and --momentum-end
+    teacher_temp        --teacher-temp
     """
 
     uniform = None
     tau = 1.0
     only_with = None
     unit_h = False
-    momentum = (0.98, 1.0)
+    teacher_momentum = (0.98, 1.0)
     teacher_temp = (0.025, 0.025)
 
     @classmethod
@@ -196,7 +196,8 @@ class DINOLoss(Loss):
     """
 
     unit_h = True
-    momentum = (0.99, 1.0)  # at 0.98 a run on the built-in images fell back to uniform assignments
+    # at 0.98 a run on the built-in images fell back to uniform assignments
+    teacher_momentum = (0.99, 1.0)
     # the default of teacher_temp, 0.025, is ours: DINO's 0.04 learns less on these images
 
     def __init__(self, K, steps_per_epoch, targets="center", temps=(0.04, 0.04), temp_epochs=0,

@@ -170,6 +170,12 @@ def test_the_student_never_sees_the_teachers_view(tmp_path, monkeypatch):
     (["--sharpen", "0"], "--sharpen must be positive, got 0.0"),
     (["--prior", "-1"], "--prior must not be negative, got -1.0"),
     (["--arch", "resnet18"], "--patch-drop needs a ViT"),
+    (["--teacher-temp", "0.1", "0.1"], "--teacher-temp has no effect in MSN"),
+    (["--targets", "sinkhorn"], "--targets has no effect in MSN"),
+    (["--prototypes", "frozen", "--student-prototypes", "joint"],
+     "--student-prototypes has no effect in MSN"),
+    (["--prototypes", "vmf"], "--prototypes vmf does not work here"),
+    (["--prototypes", "kmeans"], "--prototypes kmeans does not work here"),
     (["--method", "dino"], "--method")])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
     with pytest.raises(SystemExit) as refusal:

@@ -38,7 +38,7 @@ class Bank(Frozen):
 
     k   neighbours of an anchor
     B   images of a step, of all processes
-    Raises ValueError if the memory is too small for K anchors and k neighbours.
+    Raises ValueError for K below 2, or a memory too small for K anchors and k neighbours.
     differs: the memory needs not be a multiple of B long; similarities are held in [0, 1], so that
     no share is negative.
     """
@@ -47,6 +47,8 @@ class Bank(Frozen):
     only_with = "sop"
 
     def __init__(self, K, D, scale=1.0, seed=0, *, M, k, B):
+        if K < 2:
+            raise ValueError(f"--num-prototypes {K}: S.3 shares a member among at least 2 anchors")
         if M < K + k:
             raise ValueError(f"--memory {M} is too small for --num-prototypes {K} anchors and "
                              f"--neighbours {k} others")

@@ -1,11 +1,11 @@
 """--prototypes kmeans and --method deepcluster: k-means once per pass over the images.
 
 DeepCluster-v2 (Caron et al. 2020) moves its prototypes by clustering alone: no gradient of a loss
-ever reaches them, five years before "decoupled" was the word for it. A memory holds one unit vector
-of every image, written as the image passes, so that it is up to one pass old. At the first step of
-each pass but the first, spherical k-means runs on the memory:
+ever reaches them. A memory holds one unit vector of every image, written as the image passes, so
+that it is up to one pass old. At the first step of each pass but the first, spherical k-means runs
+on the memory:
 
-    KM.1  start       K rows of the memory, drawn at random; all of them, and some twice, if fewer
+    KM.1  start       K rows of the memory, drawn at random; if it has fewer, some start twice
     KM.2  assign      a_i = argmax_k u_i . c_k
     KM.3  move        c_k <- m_k / |m_k|, with m_k the mean of the u_i with a_i = k; a component
                       without members keeps its vector
@@ -113,7 +113,7 @@ class DeepCluster(Loss):
 
     only_with = "kmeans"
     unit_h = True
-    momentum = (0.0, 0.0)  # there is no teacher but the student itself
+    teacher_momentum = (0.0, 0.0)  # there is no teacher but the student itself
 
     def __init__(self, K, tau, batch_size, seed):
         super().__init__()

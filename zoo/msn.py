@@ -32,7 +32,7 @@ import data
 import heads
 import models
 import views
-from losses import sinkhorn
+from losses import Loss, sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
@@ -40,6 +40,7 @@ from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
+from zoo.kmeans import KMeans
 
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
 SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
@@ -81,6 +82,14 @@ def check(args):
         if not getattr(args, name) >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, got "
                              f"{getattr(args, name)}")
+    kind = heads.prototype_class(args.prototypes)
+    if issubclass(kind, (heads.VMF, KMeans)):
+        raise ValueError(f"--prototypes {args.prototypes} does not work here: MSN's softmax has no "
+                         "log-normaliser, and its teacher sees one view")
+    for name, fixed in NOT_READ.items():
+        if getattr(args, name) != fixed:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect in MSN, whose targets are "
+                             "those of --student-temp, --sharpen and --balance")
     if args.patch_drop and args.arch not in models.VITS:
         raise ValueError(f"--patch-drop needs a ViT, whose patches can be left out, got --arch "
                          f"{args.arch}")
@@ -97,6 +106,11 @@ PRESETS["paper-msn"] = dict(
     weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0, prior_weight=1.0,
     workers=10, log_every=100, eval_every=4270, eval_bank=50000, eval_queries=10000)
 PRESETS["paper-pmsn"] = dict(PRESETS["paper-msn"], prior=0.25, prior_weight=5.0)
+
+
+# Flags of train.py about targets and prototypes that MSN does not read, and their defaults
+NOT_READ = {"targets": "center", "teacher_temp": list(Loss.teacher_temp), "teacher_temp_epochs": 0,
+            "student_prototypes": "same"}
 
 
 # ---- the loss ----------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ normalised in the logits, and there after each step.
 
     B images of this process; Q vectors of each view in the queue
 """
+import sys
+
 import torch
 
 from losses import DINOLoss, sinkhorn
@@ -27,7 +29,7 @@ from support import ddp
 class SwAV(DINOLoss):
     """W.1 and W.2. queue: Q; 0: none. The queue serves once it is full."""
 
-    momentum = (0.0, 0.0)
+    teacher_momentum = (0.0, 0.0)
     teacher_temp = (0.05, 0.05)
 
     def __init__(self, K, D, steps_per_epoch, temps=(0.05, 0.05), temp_epochs=0, tau=0.1, queue=0):
@@ -40,7 +42,7 @@ class SwAV(DINOLoss):
         if args.momentum or args.momentum_end:
             ddp.print_once("note: SwAV's targets come from the student itself; with --momentum "
                            f"{args.momentum:g} --momentum-end {args.momentum_end:g} they come from "
-                           "an averaged teacher")
+                           "an averaged teacher", sys.stderr)
         queue = args.queue
         if queue is None:
             queue = 15 * args.batch_size if args.num_prototypes > args.batch_size else 0
