@@ -1,6 +1,7 @@
 """lab/ablate.py: commands that the scripts take, runs that are not done twice, and means and
 deviations by hand."""
 import glob
+import importlib
 import json
 import os
 import shutil
@@ -33,9 +34,12 @@ def test_every_row_of_every_table_is_a_command_of_train(name, capsys):
     assert all(line.startswith(("python train.py ", "python -m zoo.")) for line in lines)
 
     distinct, frozen = set(), False
-    runs = [run for run in ablate.runs(name, [0], []) if run.script == "train.py"]
+    runs = ablate.runs(name, [0], [])
     for run in runs:
-        args = vars(config.parse([*run.flags, "--device", "cpu"]))
+        script = config
+        if run.script != "train.py":
+            script = importlib.import_module(ablate.module_of(run.script))
+        args = vars(script.parse([*run.flags, "--device", "cpu"]))
         frozen |= args["prototypes"] == "frozen"
         args.pop("out")
         distinct.add(json.dumps(args, sort_keys=True))
@@ -325,6 +329,24 @@ def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
     assert any("frozen" in r["row"] for r in results)
     for r in results:
         assert r["command"].startswith(("train.py ", "zoo/")) and r["date"] and r["torch"]
+
+
+# ---- the table "dense" -----------------------------------------------------------------------
+def test_the_dense_table_measures_both_kinds_of_prototypes(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(ablate, "SEGMENTED", ["--train-images", "40", "--test-images", "20"])
+    flags = [*TINY, "--arch", "vit_micro", "--num-patch-prototypes", "8", "--targets", "center"]
+    results = ablate.main(["dense", "--rows", "iBOT, frozen", "--seeds", "0",
+                           "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--",
+                           *flags])
+    text = capfd.readouterr().out
+    assert "| class tokens | runs |" in text and "| patches | runs | mIoU |" in text
+    row, = results
+    log = ablate.read(str(tmp_path / "runs/dense" / os.listdir(tmp_path / "runs/dense")[0]
+                          / "log.csv"), ["patch_used"])
+    for column in ("patch_used", "patch_place_nats", "used"):
+        assert row[column] == log[-1][column] != ""
+    assert 0 < float(row["miou"]) < 100 and 0 < float(row["untrained_miou"]) < 100
+    assert f"* mIoU of raw pixels {float(row['raw_miou']):.1f}, " in text
 
 
 # ---- the table "instrument" --------------------------------------------------------------------
