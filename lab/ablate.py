@@ -64,6 +64,9 @@ DENSE = ("zoo/ibot.py --epochs 3 --targets sinkhorn --num-prototypes 64 "
          "--num-patch-prototypes 512 --prototypes ")
 IN_DENSE = ["joint", "kp", "frozen", "decoupled", "decoupled per sample"]
 NO_PATCH_LOSS = " --patch-weight 0 --mask-share 0"
+# The clusters of CAPI's teacher, and over what its targets are balanced
+CLUSTERS = {"as published": "clustered", "frozen clusters": "frozen", "mixture": "decoupled"}
+BALANCED_OVER = {"each place": "place", "all patches": "all"}
 
 # The instrument: what its k-NN does if a run is shorter or longer, and with other seeds
 EPOCHS = config.parser().get_default("epochs")
@@ -142,6 +145,10 @@ TABLES = {
         *[(f"iBOT, {name}", DENSE + MOVED_BY[name]) for name in IN_DENSE],
         ("iBOT, decoupled, place mean", DENSE + "decoupled --place-mean"),
         *[(f"DINO, {name}", DENSE + MOVED_BY[name] + NO_PATCH_LOSS) for name in IN_DENSE]]),
+    "capi": ("who moves the clusters of CAPI's teacher", [
+        *[(f"{kind}, {over}", f"zoo/capi.py --prototypes {flag} --sinkhorn {rule}")
+          for kind, flag in CLUSTERS.items() for over, rule in BALANCED_OVER.items()],
+        ("frozen student, each place", "zoo/capi.py --student-prototypes frozen")]),
     "instrument": ("what the default run can tell: length, seeds, room above",
                    [*INSTRUMENT, (LABELS, "--method supervised --prototypes joint")]),
 }
@@ -164,11 +171,17 @@ GROUPS = [("knn_head", "head", 1), ("knn_medium", "medium", 1), ("knn_tail", "ta
 PATCHES = [("miou", "mIoU", 1),
            *[(f"patch_{column}", title, digits) for column, title, digits in MEASURES[2:]],
            ("patch_place_nats", "place", 2), ("patch_place_nats_shuffled", "shuffled", 2)]
+# of CAPI's two sets: the teacher's clusters with the entropy of targets, and the student's
+TEACHERS = [*MEASURES[:1], PATCHES[0], *MEASURES[1:3], *MEASURES[4:],
+            ("target_entropy", "entropy", 2), ("entropy_floor", "floor", 2)]
+STUDENTS = [*[(f"student_{column}", title, digits) for column, title, digits in MEASURES[1:]],
+            ("place_nats", "place", 2), ("place_nats_shuffled", "shuffled", 2)]
 # what untrained weights and raw pixels reach
 CONTROLS = ["raw_knn", "untrained_knn", "raw_miou", "untrained_miou"]
 # block: the flags after --; command: the script of the run and its flags
 FIELDS = ["row", "seed", "block",
-          *[column for column, _, _ in MEASURES + VECTORS + GROUPS + PATCHES],
+          *dict.fromkeys(column for column, _, _ in
+                         MEASURES + VECTORS + GROUPS + PATCHES + TEACHERS + STUDENTS),
           "ceiling_0.025", "h_norm", *CONTROLS, "steps", "command", "hardware", "torch", "date",
           "data_version"]
 
@@ -179,6 +192,8 @@ def parts(name):
     if name == "dense":
         of_class = [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS[:1]
         return [("class tokens", of_class), ("patches", PATCHES)]
+    if name == "capi":
+        return [("teacher's clusters", TEACHERS), ("student's prototypes", STUDENTS)]
     if name == "space":
         return [("", [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS)]
     if name == "longtail":
@@ -244,7 +259,7 @@ def train(args, run, out, block):
     result = {"row": run.row, "seed": run.seed, "block": block, **last_evaluation(out)}
     if args.table == "longtail":
         result |= accuracy_of_groups(out)
-    if args.table == "dense" and read_args(out)["data"] in eval_dense.IMAGES:
+    if args.table in ("dense", "capi") and read_args(out)["data"] in eval_dense.IMAGES:
         result |= segmentation(out)
     return result | {"command": shlex.join([run.script, *run.flags]), "hardware": hardware(),
                      "date": datetime.date.today().isoformat()}
@@ -292,7 +307,8 @@ def last_evaluation(out):
     last, args = evaluated[-1], read_args(out)
     speeds = [float(row["images_per_s"]) for row in log if row["images_per_s"]]
     # some runs have no patches, and some are older than a column
-    where_there = {column: last.get(column, "") for column, _, _ in VECTORS + PATCHES}
+    where_there = {column: last.get(column, "")
+                   for column, _, _ in VECTORS + PATCHES + TEACHERS + STUDENTS}
     return where_there | {column: last[column] for column in columns} | {
         "ms_per_step": f"{1000 * args['batch_size'] / statistics.median(speeds):.4g}",
         "raw_knn": log[0].get("raw_knn", ""), "untrained_knn": log[0]["knn"], "steps": last["step"],

@@ -226,7 +226,7 @@ class Encoder(Transformer):
         edge = edge_coordinates(len(self.registers)).to(**like)  # (R, 2)
         return torch.cat([low + edge * (high - low), coords], 1)  # (N, R + v, 2)
 
-    def forward(self, x, visible=None):
+    def tokens(self, x, visible=None):
         """visible (N, v): indices of the patches that enter, as many of each image; None: all."""
         N, _, H, W = x.shape
         shape = H // self.patch_size, W // self.patch_size
@@ -248,6 +248,8 @@ class Encoder(Transformer):
             x = block(x, x_waves)
         x = self.last_norm(x)
         return x[:, :R], x[:, R:]
+
+    forward = tokens
 
 
 class Predictor(Transformer):
