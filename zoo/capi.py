@@ -476,8 +476,7 @@ def train(args, device, stop_request):
         # ---- 5. clusters: one step of an optimiser of their own, or of online EM       Eq. 3
         if moves_clusters:
             both = torch.stack([clustering_loss.detach(), values.sum()])  # skipped with the student
-            (clustering_loss, *_), _ = take_cluster_step(both, step, CLUSTER_RATE * lr,
-                                                         CLUSTER_DECAY)
+            take_cluster_step(both, step, CLUSTER_RATE * lr, CLUSTER_DECAY)
             report = {}
         else:
             places = sampled_places(args, step, n).to(device).chunk(ddp.WORLD)[ddp.RANK]  # (B, S)
@@ -495,9 +494,10 @@ def train(args, device, stop_request):
         if now.row:
             row = record.means() | report | clock.speed(args.batch_size)
             row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
-                    "memory_mb": peak_memory(device), "clustering_loss": clustering_loss,
-                    "target_entropy": ddp.mean_over_ranks(torch.special.entr(a).sum(-1).mean()),
-                    "entropy_floor": entropy_floor} | spread(clusters)
+                    "memory_mb": peak_memory(device), "entropy_floor": entropy_floor,
+                    "clustering_loss": ddp.mean_over_ranks(clustering_loss.detach()),
+                    "target_entropy": ddp.mean_over_ranks(torch.special.entr(a).sum(-1).mean())
+                    } | spread(clusters)
             row["loss_over_ln_k"] = row["cross_entropy"] / math.log(args.num_prototypes)
             if now.evaluation:
                 h, at, h_s = coming_tokens(student, teacher, images, recipe, done, args, device)
@@ -592,7 +592,8 @@ def measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta, seed):
     found |= {f"student_{name}": of_student[name] for name in names}
     of_average = measures.prototype_measures(average_s, OfLoss(), h_s, beta, seed)
     found["student_average_unique_0.025"] = of_average["unique_0.025"]
-    winner = torch.cat([clusters.assign(part, beta, TAU).argmax(1) for part in h.split(128)])  # (N,)
+    winner = torch.cat([clusters.assign(part, beta, TAU).argmax(1)
+                        for part in h.split(128)])  # (N,)
     generator = torch.Generator().manual_seed(seed)
     shuffled = at[torch.randperm(len(at), generator=generator).to(at.device)]
     return found | {"place_nats": mutual_information(winner, at),
