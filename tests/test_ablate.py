@@ -334,7 +334,7 @@ def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
 # ---- the table "dense" -----------------------------------------------------------------------
 def test_the_dense_table_measures_both_kinds_of_prototypes(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(ablate, "SEGMENTED", ["--train-images", "40", "--test-images", "20"])
-    flags = [*TINY, "--arch", "vit_micro", "--num-patch-prototypes", "8", "--targets", "center"]
+    flags = [*TINY, "--arch", "vit_micro", "--num-patch-prototypes", "8"]
     results = ablate.main(["dense", "--rows", "iBOT, frozen", "--seeds", "0",
                            "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--",
                            *flags])
