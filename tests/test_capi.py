@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import collapse
 import heads
 from conftest import ROOT, differences, make_folder, read_checkpoint, read_log
+from lab import eval_dense
 from support import backbones, checkpoint, ddp
 from zoo import capi
 from zoo.masks import capi_masks
@@ -334,6 +335,9 @@ def test_the_evaluations_read_a_run(tmp_path):
     h = net([image])
     assert torch.allclose(h, F.normalize(cls, dim=1)) and loss.tau == 0.12
     assert clusters.assign(h, tau=loss.tau).shape == (2, 16)
+    untrained = [eval_dense.untrained(backbone, args, seed) for seed in (0, 1)]
+    assert torch.equal(untrained[0].registers, capi.network(capi.completed(args)).backbone.registers)
+    assert not torch.equal(untrained[1].registers, untrained[0].registers)
     student, _, _ = backbones.load_backbone(str(tmp_path / "run"), "student")
     assert not torch.equal(student.patch_embed.weight, backbone.patch_embed.weight)
 

@@ -611,10 +611,14 @@ def printed_student(row):
 
 # ---- for the evaluation tools ------------------------------------------------------------------
 def load_backbone(state, args):
-    """The encoder of a run of this script from the state dict of its student or teacher, with the
-    predictor beside it, for --pool predictor. args: a dict."""
-    net = Network(completed(args))
-    net.load_state_dict(state)
+    """The encoder of a run of this script, with the predictor beside it for --pool predictor.
+
+    state: state dict of the student or the teacher; None: weights as they are before training.
+    args: of the run, a dict.
+    """
+    net = network(completed(args))
+    if state is not None:
+        net.load_state_dict(state)
     net.backbone.predictor = net.predictor
     return net.backbone
 
