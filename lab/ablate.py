@@ -173,17 +173,16 @@ GROUPS = [("knn_head", "head", 1), ("knn_medium", "medium", 1), ("knn_tail", "ta
 PATCHES = [("miou", "mIoU", 1),
            *[(f"patch_{column}", title, digits) for column, title, digits in MEASURES[2:]],
            ("patch_place_nats", "place", 2), ("patch_place_nats_shuffled", "shuffled", 2)]
-# of CAPI's two sets: the teacher's clusters with the entropy of targets, and the student's
-TEACHERS = [*MEASURES[:1], PATCHES[0], *MEASURES[1:3], *MEASURES[4:],
-            ("target_entropy", "entropy", 2), ("entropy_floor", "floor", 2)]
-STUDENTS = [*[(f"student_{column}", title, digits) for column, title, digits in MEASURES[1:]],
-            ("place_nats", "place", 2), ("place_nats_shuffled", "shuffled", 2)]
+# of CAPI: its features and targets, and its second set of prototypes
+TARGETS = [("target_entropy", "entropy of targets", 2), ("entropy_floor", "at least", 2),
+           ("place_nats", "place", 2), ("place_nats_shuffled", "shuffled", 2)]
+STUDENTS = [(f"student_{column}", title, digits) for column, title, digits in MEASURES[1:]]
 # what untrained weights and raw pixels reach
 CONTROLS = ["raw_knn", "untrained_knn", "raw_miou", "untrained_miou"]
 # block: the flags after --; command: the script of the run and its flags
 FIELDS = ["row", "seed", "block",
           *dict.fromkeys(column for column, _, _ in
-                         MEASURES + VECTORS + GROUPS + PATCHES + TEACHERS + STUDENTS),
+                         MEASURES + VECTORS + GROUPS + PATCHES + TARGETS + STUDENTS),
           "ceiling_0.025", "h_norm", *CONTROLS, "steps", "command", "hardware", "torch", "date",
           "data_version"]
 
@@ -195,9 +194,10 @@ def parts(name):
         of_class = [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS[:1]
         return [("class tokens", of_class), ("patches", PATCHES)]
     if name == "capi":
-        return [("teacher's clusters", TEACHERS), ("student's prototypes", STUDENTS)]
+        return [("features and targets", [MEASURES[0], PATCHES[0], *TARGETS]),
+                ("teacher's clusters", MEASURES[1:]), ("student's set", STUDENTS)]
     if name == "space":
-        return [("", [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS)]
+        return [("", [m for m in MEASURES if m[0] != "unique_0.025"]), ("vectors", VECTORS)]
     if name == "longtail":
         return [("", MEASURES[:1] + GROUPS + [m for m in MEASURES[1:] if m[0] != "ceiling_0.5"])]
     return [("", MEASURES)]
@@ -310,7 +310,7 @@ def last_evaluation(out):
     speeds = [float(row["images_per_s"]) for row in log if row["images_per_s"]]
     # some runs have no patches, and some are older than a column
     where_there = {column: last.get(column, "")
-                   for column, _, _ in VECTORS + PATCHES + TEACHERS + STUDENTS}
+                   for column, _, _ in VECTORS + PATCHES + TARGETS + STUDENTS}
     return where_there | {column: last[column] for column in columns} | {
         "ms_per_step": f"{1000 * args['batch_size'] / statistics.median(speeds):.4g}",
         "raw_knn": log[0].get("raw_knn", ""), "untrained_knn": log[0]["knn"], "steps": last["step"],

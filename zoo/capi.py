@@ -400,7 +400,7 @@ def train(args, device, stop_request):
     trained = [*student.parameters(), *protos_s.parameters()]  # theta
     averaged = [*teacher.parameters(), *average_s.parameters()]  # phi
     optimizer, factors = optimizer_of(student, protos_s, device)
-    parts = {"student": student, "teacher": teacher, "loss": nn.Module(), "optimizer": optimizer,
+    parts = {"student": student, "teacher": teacher, "loss": OfLoss(), "optimizer": optimizer,
              "student_average": average_s}
     moves_clusters = isinstance(clusters, LinearClusters)
     if moves_clusters:
