@@ -516,6 +516,21 @@ def verdict(rows):
     return [*lines, ""]
 
 
+def draw(name, results, file):
+    """The picture of a table. ValueError without matplotlib."""
+    rows = rows_of_table(name, results)
+    if name == "space":
+        columns = ("knn", "unique_0.5", "used")
+        first = next(iter(blocks(rows).values()))  # the rows without flags of their own
+        means = {row: {column: float(mean(first[row], column, 6)) for column in columns}
+                 for row, _ in TABLES[name][1]
+                 if row in first and all(first[row][0][column] for column in columns)}
+        plots.space(means, file)
+    else:
+        order = [row for row, _ in TABLES[name][1]]
+        plots.ablation(order, blocks(rows), measures(name), file)
+
+
 # ---- command line ------------------------------------------------------------------------------
 def parser():
     tables = "; ".join(f"{name}: {what}" for name, (what, _) in TABLES.items())
@@ -575,7 +590,7 @@ def ablate(args, extra):
         raise ValueError(f"{file} holds no results yet")
     print("\n" + table(args.table, results))
     try:
-        plots.ablation(names, blocks(results), measures(args.table), f"{file[:-4]}.png")
+        draw(args.table, results, f"{file[:-4]}.png")
     except ValueError as error:  # no matplotlib
         print(f"no picture: {error}")
     return results

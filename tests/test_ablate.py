@@ -331,6 +331,32 @@ def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
         assert r["command"].startswith(("train.py ", "zoo/")) and r["date"] and r["torch"]
 
 
+# ---- the table "space" ---------------------------------------------------------------------------
+def test_the_picture_of_the_design_space(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def result(row, knn, unique, used, seed=0):
+        return {"row": row, "seed": str(seed), "block": "", "knn": knn, "unique_0.5": unique,
+                "used": used}
+    drawn = {}
+    real = ablate.plots.save
+    monkeypatch.setattr(ablate.plots, "save", lambda fig, file: drawn.update(fig=fig) or real(
+        fig, file))
+    ablate.draw("space", [
+        result("CARP, joint", "80", ".2", ".1"), result("CARP, joint", "84", ".4", ".3", 1),
+        result("CARP, frozen", "82", "1", ".5"), result("SOP, bank", "70", "", ".5"),
+        result("DINO + Sinkhorn, live", "60", ".9", "1")], str(tmp_path / "space.png"))
+    assert (tmp_path / "space.png").stat().st_size > 10_000
+    carp, dino = drawn["fig"].axes  # the memory of bank has no unique share
+    assert [ax.get_title(loc="left") for ax in (carp, dino)] == ["CARP", "DINO + Sinkhorn"]
+    points, = carp.collections
+    assert points.get_offsets().tolist() == [[pytest.approx(.3), 82], [1, 82]]  # means of seeds
+    assert points.get_sizes().tolist() == pytest.approx([10 + 500 * .2, 10 + 500 * .5])
+    assert [text.get_text() for text in carp.texts] == ["joint", "frozen"]
+    heights = [text.xyann[1] for text in carp.texts]
+    assert abs(heights[0] - heights[1]) >= .05  # the names do not cover each other
+
+
 # ---- the table "dense" -----------------------------------------------------------------------
 def test_the_dense_table_measures_both_kinds_of_prototypes(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(ablate, "SEGMENTED", ["--train-images", "40", "--test-images", "20"])
