@@ -3,6 +3,7 @@ of Table 3.
 
     python eval_knn.py RUN_DIR  # the run's own data, teacher, k = 10 20 100 200
     python eval_knn.py RUN_DIR --data FOLDER --which student --dump features.pt
+    python eval_knn.py RUN_DIR --pool mean  # the mean of the patches, not the class token
     python eval_knn.py dino_vits16.pth --arch vit_small --data FOLDER  # weights of others
 
 A test image is labelled by the k training images that are nearest to it in cosine similarity:
@@ -200,6 +201,7 @@ def winners(path, images, device="cpu"):
 
 def parser():
     from support import evaluation
+    from support.features import POOLS
     p = argparse.ArgumentParser(
         "eval_knn.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).")
@@ -207,6 +209,8 @@ def parser():
     add = p.add_argument
     add("--patch-size", type=int, metavar="PX",
         help="refuse a ViT of other patches; None: as in the file")
+    add("--pool", choices=POOLS, default="cls",
+        help="class token, mean patch; papers report the class token, CAPI's the mean")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
         help="numbers of neighbours; 20 is the one that papers report")
     add("--T", type=float, default=0.07,
@@ -218,10 +222,11 @@ def parser():
 
 def evaluate(flags):
     """What main does once the flags are parsed."""
-    from support import evaluation, groups
+    from support import evaluation, features, groups
     evaluation.check_common_flags(flags, RANGES)
     check_votes(flags.k, flags.T)
     backbone, args = evaluation.open_backbone(flags, flags.patch_size)
+    D = features.width(backbone, pool=flags.pool)
     name, train, test, own = evaluation.open_images(flags, args)
     if train.y is None:
         raise ValueError(f"--data {name} has no labels, and k-NN needs labelled training and test "
@@ -233,11 +238,12 @@ def evaluate(flags):
                          "against all others")
 
     backbone.to(flags.device)
-    train_x = unit(evaluation.features_of(train, backbone, flags, args))  # (N, D)
-    if test is train:
-        test_x = train_x  # (M, D)
-    else:
-        test_x = unit(evaluation.features_of(test, backbone, flags, args))  # (M, D)
+
+    def features_of(images):
+        return unit(evaluation.features_of(images, backbone, flags, args, pool=flags.pool))
+
+    train_x = features_of(train)  # (N, D)
+    test_x = train_x if test is train else features_of(test)  # (M, D)
     # topk and stable sorts are the same on the CPU and on CUDA; other devices lack some of it.
     device = flags.device if flags.device.startswith("cuda") else "cpu"
     predicted = knn_predict(train_x.to(device), train.y, test_x.to(device), flags.k, flags.T,
@@ -251,14 +257,14 @@ def evaluate(flags):
     print(f"{name}: bank of {len(train)} images, {len(test)} test images, "
           f"{len(train.classes)} classes"
           + (", each image against all others" if flags.leave_one_out else ""))
-    print(f"protocol {PROTOCOL}: weighted k-NN, cosine, T = {flags.T:g}, {flags.which}'s cls "
-          f"feature ({backbone.dim}-d, float32), images resized and centre-cropped to "
+    print(f"protocol {PROTOCOL}: weighted k-NN, cosine, T = {flags.T:g}, {flags.which}'s "
+          f"{flags.pool} feature ({D}-d, float32), images resized and centre-cropped to "
           f"{args['img_size']} px, {evaluation.normalisation(args)}, no augmentation")
     print_table(tables, share, len(train) - flags.leave_one_out, flags)
 
     row = evaluation.result_row("eval_knn", PROTOCOL, flags, backbone, args, name) | {
         "train": len(train), "test": len(test), "img_size": args["img_size"], "layers": 1,
-        "pool": "cls", "seed": args.get("seed", ""), "head_above": flags.head,
+        "pool": flags.pool, "seed": args.get("seed", ""), "head_above": flags.head,
         "tail_below": flags.tail, "settings": f"T={flags.T:g} leave_one_out={flags.leave_one_out}"}
     evaluation.append_results(flags, row, {
         k if k == "guess" else f"k={k}": {"metric": "top1"} | table for k, table in tables.items()})

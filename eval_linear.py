@@ -1,16 +1,19 @@
-"""Linear probes of frozen features, by the four protocols of the papers' tables.
+"""Probes of frozen features, by the protocols of the papers' tables: small classifiers, which are
+linear but for one.
 
     python eval_linear.py RUN_DIR  # lbfgs: Fig. 4b and Table A.1
     python eval_linear.py RUN_DIR --protocol grid  # Tables 3 and C.1
+    python eval_linear.py RUN_DIR --protocol attentive  # CAPI's, which looks at the patches
     python eval_linear.py RUN_DIR --protocol sgd  # DINO's own, augmented; Table 2
     python eval_linear.py RUN_DIR --protocol transfer --data flowers  # Table 4
     python eval_linear.py dino_deitsmall16_pretrain.pth --arch vit_small --data FOLDER
 
 The mathematics is in support/probes.py. The features are computed once and kept next to the
-checkpoint (support/features.py).
+checkpoint (support/features.py). Those of `attentive`, all patches of all images, are computed anew
+each time: the training images' are held in memory, and of other images those of a batch at a time.
 
-Letters: N training images, M test images, D width of a feature, C classes that have training
-images, H heads.
+Letters: N training images, M test images, n patches of an image, D width of a feature, C classes
+that have training images, H heads.
 """
 import argparse
 
@@ -18,27 +21,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import SETS
-from models import RESNETS
+import data
+from models import VITS
 from support import evaluation
+from support import features
 from support import groups
 from support import probes
 from support import transfer
 from support.errors import one_sentence
-from support.features import POOLS, embed, width
+from support.features import POOLS, embed
 from views import Recipe, batches, indices
 
 VERSION = "linear-2"  # printed with every number; raise it when anything that changes a number does
 BATCH = 1024  # of sgd: 128 on each of 8 GPUs
-# Flags that one protocol alone reads: (that protocol, default).
+MOST = 2 ** 31  # numbers that attentive holds in memory: 8.6 GB
+# Flags that not every protocol reads: (the protocols that do, default).
+LINEAR = ("lbfgs", "grid", "sgd", "transfer")  # those that see an image as one vector
 PROTOCOL_FLAGS = {
-    "weight_decay": ("lbfgs", 0.0),
-    "raw": ("lbfgs", False),
-    "steps": ("grid", 12_500),
-    "epochs": ("sgd", 100),
-    "lr": ("sgd", (0.001, 0.01, 0.1, 0.3)),
-    "workers": ("sgd", 0),
+    "weight_decay": (("lbfgs",), 0.0),
+    "raw": (("lbfgs",), False),
+    "steps": (("grid", "attentive"), 12_500),
+    "epochs": (("sgd",), 100),
+    "lr": (("sgd",), (0.001, 0.01, 0.1, 0.3)),
+    "workers": (("sgd",), 0),
+    "layers": (LINEAR, None),
+    "pool": (LINEAR, None),
+    "dump": (LINEAR, None),
 }
+IN_SETTINGS = ("weight_decay", "raw", "steps", "epochs", "lr", "workers")  # of results.csv
 # (what a value must be, test, flags)
 RANGES = [
     ("be at least 1", lambda v: v >= 1, ["layers", "steps", "epochs"]),
@@ -50,8 +60,8 @@ RANGES = [
 
 def default_feature(protocol, backbone):
     """(layers, pool) of a protocol: DINO's choice for grid and sgd, otherwise the last class token.
-    A ResNet has its average pool and no more."""
-    if protocol not in ("grid", "sgd") or backbone.arch in RESNETS:
+    A ResNet has its average pool and no more, and CAPI's ViT the mean of its patches."""
+    if protocol not in ("grid", "sgd") or backbone.arch not in VITS:
         return 1, "cls"
     if backbone.arch == "vit_base":
         return 1, "cls+mean"
@@ -84,17 +94,76 @@ def grid(x, y, q, labels, flags):
     is best on the other tenth is tested as it is."""
     # differs: features of plain images, computed once; CAPI crops and flips anew for every step.
     y = y.to(x.device)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
-    train, val = (part.to(x.device) for part in probes.split(len(x), 0.1, order))
+    train, val = (part.to(x.device) for part in held_out_tenth(len(x)))
     W, b = probes.grid(x[train], y[train], len(labels), steps=flags.steps, seed=flags.seed,
                        progress=True)  # (H, C, D), (H, C)
-    score = probes.grid_accuracy(x[val], y[val], W, b)  # (H,)
+    best, note = best_head(probes.grid_accuracy(x[val], y[val], W, b), len(val))
+    predicted = labels[probes.predict(q, W[best], b[best]).cpu()]  # (M,)
+    return {"test": predicted}, note
+
+
+def held_out_tenth(N):
+    """(training, validation): indices of N images, the same for every seed."""
+    return probes.split(N, 0.1, torch.randperm(N, generator=torch.Generator().manual_seed(42)))
+
+
+def best_head(score, n_val):
+    """(index of the head with the best score, a line about it). score (H,): top-1 in percent on
+    n_val held-out images."""
     best = int(score.argmax())  # the first of equal ones
     lr, wd = probes.GRID[best]
-    predicted = labels[probes.predict(q, W[best], b[best]).cpu()]  # (M,)
-    note = (f"of {len(W)} heads, lr {lr:g} with wd {wd:g} is best on {len(val)} held-out images: "
-            f"{float(score[best]):.2f} %, the worst {float(score.min()):.2f} %")
-    return {"test": predicted}, note
+    return best, (f"of {len(score)} heads, lr {lr:g} with wd {wd:g} is best on {n_val} held-out "
+                  f"images: {float(score[best]):.2f} %, the worst {float(score.min()):.2f} %")
+
+
+def attentive(backbone, train, y, test, labels, flags):
+    """CAPI's attentive probe: as grid, but each of the 30 heads looks at all patches of an image
+    with a learned query. train, test: images; y (N,).
+
+    The patches of the training images, N n D numbers, are held in memory, up to MOST of them. Of
+    other images those of a batch are.
+    """
+    probes.look_width(backbone.dim)  # refuses before the long work
+    fit, val = held_out_tenth(len(train))
+    x = gather(patch_batches(backbone, data.subset(train, fit), flags), len(fit))  # (N, n, D)
+    heads = probes.attentive(x, y[fit], len(labels), steps=flags.steps, seed=flags.seed,
+                             device=flags.device, progress=True)
+    seen = probes.attentive_predict(patch_batches(backbone, data.subset(train, val), flags), heads)
+    score = 100 * (seen == y[val]).double().mean(1)  # (H,)
+    best, note = best_head(score, len(val))
+    head = probes.Attentive(*(part[best:best + 1] for part in heads))
+    predicted, = probes.attentive_predict(patch_batches(backbone, test, flags), head)  # (M,)
+    return {"test": labels[predicted]}, note
+
+
+def patch_batches(backbone, images, flags):
+    """Yield the patches (B, n, D) of a batch of plain images, on the CPU. ValueError if they are
+    not finite."""
+    for x in features.patch_batches(backbone, images, flags.img_size, device=flags.device,
+                                    batch_size=flags.batch_size, progress=True, mean=flags.mean,
+                                    std=flags.std):
+        if not x.isfinite().all():
+            raise ValueError(f"{flags.checkpoint}: its network gives patches that are not finite "
+                             "(nan or inf)")
+        yield x
+
+
+def gather(batches, N):
+    """The patches (N, n, D) of N images, from batches (B, n, D). ValueError where they are more
+    than MOST numbers."""
+    x, done = None, 0
+    for batch in batches:
+        if x is None:
+            n, D = batch.shape[1:]
+            if N * n * D > MOST:
+                raise ValueError(
+                    f"--protocol attentive would hold {N} images of {n} patches of {D} numbers in "
+                    f"memory, {N * n * D * 4 / 1e9:.1f} GB, and stops at {MOST * 4 / 1e9:.1f}: "
+                    "lower --img-size, or give smaller --data")
+            x = torch.empty(N, n, D)
+        x[done:done + len(batch)] = batch
+        done += len(batch)
+    return x
 
 
 def sgd(backbone, train, y, q, test_y, labels, flags):
@@ -183,11 +252,12 @@ def parser():
     p = argparse.ArgumentParser(
         "eval_linear.py", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Linear probes of frozen features.")
+        description="Probes of frozen features.")
     evaluation.add_common_flags(p)
     add = p.add_argument
-    add("--protocol", choices=["lbfgs", "grid", "sgd", "transfer"], default="lbfgs",
-        help="whose rules: Fig. 4b, Table 3, Table 2 or Table 4")
+    add("--protocol", choices=["lbfgs", "grid", "attentive", "sgd", "transfer"],
+        default="lbfgs",
+        help="whose rules: Fig. 4b, Table 3, CAPI's on patches, Table 2 or Table 4")
     add("--layers", type=int, metavar="N",
         help="class tokens of the last N blocks; None: 1, or 4 for grid, sgd")
     add("--pool", choices=POOLS,
@@ -196,7 +266,8 @@ def parser():
         help="lbfgs: features as they are, not standardised")
     add("--weight-decay", type=float, metavar="WD",
         help="lbfgs: WD / 2 |W|^2 is added to the mean loss; None: 0")
-    add("--steps", type=int, metavar="N", help="grid: steps of 1,024 images; None: 12,500")
+    add("--steps", type=int, metavar="N",
+        help="grid, attentive: steps of 1,024 images; None: 12,500")
     add("--epochs", type=int, metavar="N",
         help="sgd: passes over the training images; None: 100")
     add("--lr", type=float, nargs="+",
@@ -213,19 +284,19 @@ def check_flags(flags):
     """ValueError, before the long work, for flags that cannot be. Sets the device, and the defaults
     of the flags that only the chosen protocol reads."""
     evaluation.check_common_flags(flags, RANGES)
-    for name, (protocol, default) in PROTOCOL_FLAGS.items():
+    for name, (protocols, default) in PROTOCOL_FLAGS.items():
         if getattr(flags, name) is None:
             setattr(flags, name, default)
-        elif flags.protocol != protocol:
-            raise ValueError(f"--{name.replace('_', '-')} is read by --protocol {protocol} alone, "
-                             f"not {flags.protocol}")
+        elif flags.protocol not in protocols:
+            raise ValueError(f"--{name.replace('_', '-')} is read by --protocol "
+                             f"{' or '.join(protocols)} alone, not {flags.protocol}")
 
 
 def open_images(flags, args):
     """(name, train, val or None, test, own) of --data; own: whether they are the run's own images.
     ValueError without labels or a test split."""
     name = evaluation.data_name(flags, args)
-    if flags.protocol == "transfer" and name in transfer.METRIC and name not in SETS:
+    if flags.protocol == "transfer" and name in transfer.METRIC and name not in data.SETS:
         return name, *transfer.load(name, flags.data_root or args.get("data_root", "data")), False
     train, test, own = evaluation.load_images(name, args, flags.data_root)
     if train.y is None:
@@ -242,10 +313,13 @@ def evaluate(flags):
     check_flags(flags)
     backbone, args = evaluation.open_backbone(flags)
     flags.img_size, flags.mean, flags.std = args["img_size"], args["mean"], args["std"]
-    layers, pool = default_feature(flags.protocol, backbone)
-    flags.layers = layers if flags.layers is None else flags.layers
-    flags.pool = flags.pool or pool
-    D = width(backbone, flags.layers, flags.pool)
+    if flags.protocol == "attentive":
+        flags.layers, flags.pool, D = 1, "patches", backbone.dim
+    else:
+        layers, pool = default_feature(flags.protocol, backbone)
+        flags.layers = layers if flags.layers is None else flags.layers
+        flags.pool = flags.pool or pool
+        D = features.width(backbone, flags.layers, flags.pool)
     name, train, val, test, own = open_images(flags, args)
     backbone.to(flags.device)
 
@@ -299,6 +373,8 @@ def probe(backbone, train, test, features_of, flags):
     if flags.protocol == "sgd":
         q = features_of(test).to(flags.device)  # (M, D)
         return sgd(backbone, train, y, q, test.y, labels, flags)
+    if flags.protocol == "attentive":
+        return attentive(backbone, train, y, test, labels, flags)
     x = features_of(train).to(flags.device)  # (N, D)
     q = features_of(test).to(flags.device)  # (M, D)
     return {"lbfgs": lbfgs, "grid": grid}[flags.protocol](x, y, q, labels, flags)
@@ -313,10 +389,10 @@ def long_tail(args):
 
 
 def settings(flags):
-    """The flags that only the chosen protocol reads, as they stand in results.csv."""
+    """The flags that the chosen protocol reads and others do not, as they stand in results.csv."""
     words = []
-    for name, (protocol, _) in PROTOCOL_FLAGS.items():
-        if protocol == flags.protocol:
+    for name in IN_SETTINGS:
+        if flags.protocol in PROTOCOL_FLAGS[name][0]:
             value = getattr(flags, name)
             words.append(f"{name}={','.join(map(str, value)) if name == 'lr' else value}")
     return " ".join(words)

@@ -256,6 +256,8 @@ def untrained(backbone, args, seed):
     patch_size = getattr(backbone, "patch_size", 16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if hasattr(backbone, "sizes"):
+            return models.build_rope_vit(backbone.arch, **backbone.sizes)
         return models.build(backbone.arch, patch_size=patch_size, img_size=img_size, in_small=small)
 
 

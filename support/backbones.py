@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from models import ARCHS, build
-from support import checkpoints
+from support import capi, checkpoints
 from support.checkpoints import AVERAGE, STUDENT, TEACHER, UNNAMED
 from support.features import features, width
 from support.files import digest, write
@@ -21,7 +21,8 @@ COPIES = {"teacher": (TEACHER, AVERAGE, UNNAMED, STUDENT), "student": (STUDENT, 
 COPY_NAMES = {TEACHER: "teacher", AVERAGE: "moving average", STUDENT: "student"}
 # Tensors that every network of a kind has once. The second of a ResNet is that of
 # nn.Sequential(*resnet.children()), as in lightly's examples: its children have numbers.
-LANDMARKS = {"vit": ["pos_embed"], "resnet": ["layer1.0.conv1.weight", "4.0.conv1.weight"]}
+LANDMARKS = {"vit": ["pos_embed"], "resnet": ["layer1.0.conv1.weight", "4.0.conv1.weight"],
+             "capi": [capi.LANDMARK]}
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 # A tensor that our network lacks is refused if the first part of its name has one of these words,
 # because the network of the file then computes something else: register_tokens, norm_pre...
@@ -148,14 +149,14 @@ def find(path, which, arch):
     A backbone is all that has the same prefix as its landmark. ValueError where the file cannot be
     read, has no such copy or several, or one whose tensors are not plain.
     """
-    if arch not in ARCHS:
-        raise ValueError(f"--arch {arch} is not one of {', '.join(ARCHS)}")
+    if arch not in [*ARCHS, "capi"]:
+        raise ValueError(f"--arch {arch} is not one of {', '.join(ARCHS)}, capi")
     tensors = checkpoints.flatten(checkpoints.read(path), path)
     names = {}  # {rank: {name inside the copy: key in the file}}
     for key in tensors:
         rank, name = checkpoints.split_key(key)
         names.setdefault(rank, {}).setdefault(name, key)
-    landmarks = LANDMARKS["vit" if arch.startswith("vit") else "resnet"]
+    landmarks = LANDMARKS[next(kind for kind in LANDMARKS if arch.startswith(kind))]
     prefixes = {}  # {rank: {prefix of the backbone inside the copy: its place in the file}}
     for rank in names:
         for name, key in names[rank].items():
@@ -226,7 +227,7 @@ def load_weights(path, backbone, theirs):
 
 def foreign(path, which, arch):
     """load_backbone for a file of others: DINO's releases (whole or backbone alone), torchvision's,
-    timm's, checkpoints of solo-learn, MoCo, BYOL, lightly or VISSL, an export.
+    timm's, CAPI's, checkpoints of solo-learn, MoCo, BYOL, lightly or VISSL, an export.
 
     Patch and grid of a ViT are read off its tensors. Heads are left out and named; anything else
     that is missing, of another shape, or would make the network compute something else is a
@@ -235,10 +236,14 @@ def foreign(path, which, arch):
     theirs, others, copy = find(path, which, arch)
     small = small_stem(theirs)
     patch, side, size = 16, 32 if small else 224, ""
-    if arch.startswith("vit"):
-        patch, side = patch_and_side(theirs, arch)
-        size = f", patch {patch}, positions of {side} px"
-    backbone = build(arch, patch_size=patch, img_size=side, in_small=small)
+    if arch == "capi":
+        backbone, theirs, size = capi.build(path, theirs)
+        patch, side = backbone.patch_size, backbone.sizes["img_size"]
+    else:
+        if arch.startswith("vit"):
+            patch, side = patch_and_side(theirs, arch)
+            size = f", patch {patch}, positions of {side} px"
+        backbone = build(arch, patch_size=patch, img_size=side, in_small=small)
     unused = others + load_weights(path, backbone, theirs)
     description = (f"{path}: weights of others (step, method and K unknown), {copy}, {arch}{size}; "
                    f"not used: {checkpoints.listing(unused, most=3)}")

@@ -16,10 +16,10 @@ def width(backbone, layers=1, pool="cls"):
     have."""
     if pool not in POOLS:
         raise ValueError(f"--pool {pool} is not one of {', '.join(POOLS)}")
-    if not hasattr(backbone, "blocks"):
+    if not hasattr(backbone, "intermediate"):
         if layers != 1 or pool == "cls+mean":
-            raise ValueError(f"--layers {layers} --pool {pool} needs a ViT: a ResNet has its "
-                             "average pool and no more")
+            raise ValueError(f"--layers {layers} --pool {pool} needs a ViT with a class token: a "
+                             f"{backbone.arch} has the mean of its patches and no more")
     elif not 1 <= layers <= len(backbone.blocks):
         raise ValueError(f"--layers {layers} must lie in 1..{len(backbone.blocks)}, the blocks of "
                          f"this {backbone.arch}")
@@ -32,10 +32,10 @@ def embed(backbone, x, layers=1, pool="cls"):
 
     layers: class tokens of that many last blocks, earliest first, each after the final norm (DINO's
     linear probe takes 4). pool: "cls", "mean" (the last block's patch tokens, averaged) or
-    "cls+mean" (both; DINO's linear probe of a ViT-B). A ResNet has one layer, and its "cls" and its
-    "mean" are the average pool.
+    "cls+mean" (both; DINO's linear probe of a ViT-B). A ResNet and a ViT of CAPI have one layer and
+    no class token: their "cls" and their "mean" are the mean of the patches.
     """
-    if layers == 1 and pool == "cls" or not hasattr(backbone, "blocks"):
+    if layers == 1 and pool == "cls" or not hasattr(backbone, "intermediate"):
         return backbone(x)[0].float()
     outputs = backbone.intermediate(x, layers)  # [(cls (N, dim), patches (N, n, dim))]
     parts = []
@@ -46,7 +46,6 @@ def embed(backbone, x, layers=1, pool="cls"):
     return torch.cat(parts, 1).float()  # (N, D)
 
 
-@torch.no_grad()
 def features(backbone, images, img_size, *, device="cpu", batch_size=512, progress=False, layers=1,
              pool="cls", normalize=True, crop=True, mean=MEAN, std=STD):
     """Features (N, D) float32, on the CPU, of every image in order, without augmentation.
@@ -60,21 +59,40 @@ def features(backbone, images, img_size, *, device="cpu", batch_size=512, progre
     crop, mean, std   see views.eval_batches
     progress    show a bar on a terminal
     """
-    training = [(module, module.training) for module in backbone.modules()]
     x = torch.empty(len(images), width(backbone, layers, pool))  # (N, D)
+    done = 0
+    for h in outputs(lambda batch: embed(backbone, batch, layers, pool), backbone, images, img_size,
+                     device, batch_size, progress, crop, mean, std):
+        x[done:done + len(h)] = F.normalize(h, dim=1) if normalize else h
+        done += len(h)
+    return x
+
+
+def patch_batches(backbone, images, img_size, *, device="cpu", batch_size=512, progress=False,
+                  mean=MEAN, std=STD):
+    """Yields the patch tokens (B, n, dim) float32, on the CPU, of batch after batch of images.
+
+    They are those of a ViT's last block, or the places of a ResNet's last map. The rest as in
+    `features`.
+    """
+    yield from outputs(lambda batch: backbone(batch)[1].float(), backbone, images, img_size, device,
+                       batch_size, progress, True, mean, std)
+
+
+@torch.no_grad()
+def outputs(function, backbone, images, img_size, device, batch_size, progress, crop, mean, std):
+    """Yields function(batch), on the CPU, of batch after batch of images. The backbone is in eval
+    mode until the last one. The rest as in `features`."""
+    training = [(module, module.training) for module in backbone.modules()]
     bar = tqdm(total=len(images), desc="features", unit="img", leave=False,
                disable=None if progress else True)
-    done = 0
     backbone.eval()
     try:
         with bar, torch.autocast(torch.device(device).type, enabled=False):
             for batch in eval_batches(images, img_size, batch_size=batch_size, device=device,
                                       crop=crop, mean=mean, std=std):
-                h = embed(backbone, batch, layers, pool)  # (batch, D)
-                x[done:done + len(h)] = (F.normalize(h, dim=1) if normalize else h).cpu()
-                done += len(h)
-                bar.update(len(h))
+                yield function(batch).cpu()
+                bar.update(len(batch))
     finally:
         for module, flag in training:
             module.training = flag
-    return x

@@ -1,19 +1,22 @@
-"""Linear classifiers on frozen features, by four solvers, and the precision measure of VOC: tensors
-in, tensors out.
+"""Classifiers on frozen features, by five solvers, and the precision measure of VOC: tensors in,
+tensors out. All but `attentive` are linear.
 
     solver      protocol                                             method
     lbfgs       Fig. 4b, Table A.1 (Appendix B.1.2)                  full batch, torch.optim.LBFGS
     grid        Tables 3 and C.1 (the light grid of CAPI)            AdamW, every (lr, wd) at once
+    attentive   CAPI's attentive probe                               the same, on patches
     sgd         DINO's linear protocol, Table 2                      SGD on the caller's batches
     logistic    Table 4 (Ericsson et al. 2021)                       scikit-learn, a path of C
 
-Letters: N images, B images of a batch, D width of a feature, C classes, H heads; x (N, D),
-y (N,) in 0..C-1, W (C, D), b (C,).
+Letters: N images, B images of a batch, D width of a feature, C classes, H heads, of which each is
+one classifier; x (N, D), y (N,) in 0..C-1, W (C, D), b (C,). In `attentive`: n patches of an image
+and A looks of a head, each at d = D / A channels (elsewhere these are the "heads" of an attention).
 """
 import copy
 import itertools
 import math
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +30,8 @@ WDS = (5e-4, 1e-3, 5e-2)
 GRID = list(itertools.product(LRS, WDS))  # CAPI, F.1: 30 heads
 STRENGTHS = 1 / np.logspace(-6, 5, 45)  # scikit-learn's C; Ericsson et al.: 1e6 down to 1e-5
 CHUNK = 1024  # rows of a product
+BETAS = 0.9, 0.95  # of AdamW in the grids
+PART = 2 ** 25  # numbers in the largest tensors of `attentive`
 
 
 def standardise(x, *others):
@@ -95,6 +100,18 @@ def warm_cosine(step, steps):
     return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
 
+def adamw(p, g, moments, rate, wd, step):
+    """Step number `step`, from 0, of AdamW: changes p, whose gradient is g, and its two moments.
+    rate, wd: of each element of p, or of each of its first dimensions."""
+    m, v = moments
+    p *= 1 - rate * wd
+    m.lerp_(g, 1 - BETAS[0])
+    v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+    m_hat = m / (1 - BETAS[0] ** (step + 1))
+    v_hat = v / (1 - BETAS[1] ** (step + 1))
+    p -= rate * m_hat / (v_hat.sqrt() + 1e-8)
+
+
 @torch.no_grad()
 def grid(x, y, C, heads=GRID, *, steps=12_500, batch_size=1024, seed=0, progress=False):
     """A softmax regression by AdamW for each (lr, wd) of heads, all at once: W (H, C, D), b (H, C).
@@ -123,13 +140,8 @@ def grid(x, y, C, heads=GRID, *, steps=12_500, batch_size=1024, seed=0, progress
         G[torch.arange(batch_size, device=device), :, labels] -= 1  # gradient by the logits
         G = G.view(batch_size, H * C) / batch_size
         rate = lr * batch_size / 256 * warm_cosine(step, steps)  # (HC,)
-        W *= 1 - rate * wd
-        for p, (m, v), g in zip((W, b), moments, (h.T @ G, G.sum(0))):
-            m.lerp_(g, 1 - 0.9)
-            v.mul_(0.95).addcmul_(g, g, value=1 - 0.95)
-            m_hat = m / (1 - 0.9 ** (step + 1))
-            v_hat = v / (1 - 0.95 ** (step + 1))
-            p -= rate * m_hat / (v_hat.sqrt() + 1e-8)
+        adamw(W, h.T @ G, moments[0], rate, wd, step)
+        adamw(b, G.sum(0), moments[1], rate, 0, step)
     return W.view(D, H, C).permute(1, 2, 0).contiguous(), b.view(H, C)
 
 
@@ -141,6 +153,118 @@ def grid_accuracy(x, y, W, b):
         logits = (part @ W.reshape(H * C, D).T).view(-1, H, C) + b  # (n, H, C)
         hits = hits + (logits.argmax(2) == labels[:, None]).sum(0)  # (H,)
     return 100 * hits / len(x)
+
+
+# ---- attentive probe -----------------------------------------------------------------------------
+
+class Attentive(NamedTuple):
+    """The weights of H attentive heads; each has its own row of every tensor.
+
+    A head looks at the patches x (n, D) of an image with one learned query. In channels, each of
+    its A looks has d of D:
+
+        share of patch i in a look     softmax over i of <query, key x_i> / sqrt(d)
+        what the look gives            sum over i of share_i (value x_i + value_bias)
+        logits (C,)                    W (the A looks side by side) + b
+
+    The official probe has a bias in its keys too. It adds the same to all patches of a look, which
+    the softmax does not notice, so it is left out.
+    """
+    query: torch.Tensor  # (H, D)
+    key: torch.Tensor  # (H, D, D)
+    value: torch.Tensor  # (H, D, D)
+    value_bias: torch.Tensor  # (H, D)
+    W: torch.Tensor  # (H, C, D)
+    b: torch.Tensor  # (H, C)
+
+
+def look_width(D):
+    """d, channels of a look at features of width D. ValueError where D is no multiple of it."""
+    # differs: CAPI has 64, which would leave one look or none to a small model.
+    d = 64 if D >= 384 else 32
+    if D % d:
+        raise ValueError(f"--protocol attentive looks at the patches with {d} channels each time, "
+                         f"and {D}, the width of this backbone, is not a multiple of {d}")
+    return d
+
+
+def images_at_a_time(n, D, H):
+    """As many images as keep the largest tensors of attentive_logits, B H A (n + 2 D) numbers,
+    within PART."""
+    return max(1, PART // (H * D // look_width(D) * (n + 2 * D)))
+
+
+def attentive_logits(x, heads):
+    """Logits (H, B, C) of all heads for the patches x (B, n, D) of B images."""
+    H, D = heads.query.shape
+    d = look_width(D)
+    # Of keys only their product with the one query is needed, and the values of a look are mixed
+    # before they are computed, not after: so a head costs A vectors of D and not 2 n.
+    query = heads.query.view(H, D // d, 1, d)
+    key = heads.key.view(H, D // d, d, D)
+    direction = (query @ key / math.sqrt(d)).flatten(0, 2)  # (H A, D)
+    share = (x @ direction.T).softmax(1)  # (B, n, H A)
+    mixed = (share.transpose(1, 2) @ x).view(len(x), H, D // d, D).permute(1, 2, 0, 3)
+    value = heads.value.view(H, D // d, d, D).transpose(2, 3)  # (H, A, D, d)
+    looks = (mixed @ value).transpose(1, 2).flatten(2)  # (H, B, D), mixed having been (H, A, B, D)
+    looks = looks + heads.value_bias[:, None]
+    return looks @ heads.W.transpose(1, 2) + heads.b[:, None]  # (H, B, C)
+
+
+def attentive(x, y, C, heads=GRID, *, steps=12_500, batch_size=1024, seed=0, device="cpu",
+              progress=False):
+    """An attentive probe by AdamW for each (lr, wd) of heads, all at once: Attentive.
+
+    x (N, n, D): the patches of N images, on the CPU; a batch of them is on `device` at a time.
+    Optimiser, schedule, batches and start as in `grid`; weight decay is not for the biases. A head
+    among many becomes what it would become alone.
+    """
+    N, n, D = x.shape
+    H, batch_size = len(heads), min(batch_size, N)
+    rows = images_at_a_time(n, D, H)
+    generator = torch.Generator().manual_seed(seed)
+
+    def start(*shape):  # the same of every head, as in grid
+        weights = torch.empty(shape, dtype=x.dtype)
+        torch.nn.init.trunc_normal_(weights, std=0.02, generator=generator)
+        return weights.to(device).repeat(H, *[1] * len(shape))
+
+    def zeros(size):
+        return torch.zeros(H, size, dtype=x.dtype, device=device)
+
+    probe = Attentive(start(D), start(D, D), start(D, D), zeros(D), start(C, D), zeros(C))
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in probe]
+    lr, wd = torch.tensor(heads, dtype=x.dtype, device=device).unbind(1)  # (H,) each
+    for p in probe:
+        p.requires_grad_()
+    bar = tqdm(range(steps), desc=f"{H} heads", leave=False, disable=None if progress else True)
+    for step in bar:
+        for batch in indices(N, batch_size, seed, step).split(rows):
+            logits = attentive_logits(x[batch].to(device), probe)  # (H, rows, C)
+            labels = y[batch].to(device).repeat(H)  # (H rows,)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+            (loss / batch_size).backward()  # gradients of the parts of a batch add up
+        rate = lr * batch_size / 256 * warm_cosine(step, steps)  # (H,)
+        with torch.no_grad():
+            for name, p, moment in zip(probe._fields, probe, moments):
+                shape = H, *[1] * (p.ndim - 1)
+                decay = 0 if name in ("value_bias", "b") else wd.view(shape)
+                adamw(p, p.grad, moment, rate.view(shape), decay, step)
+                p.grad = None
+    return Attentive(*(p.detach() for p in probe))
+
+
+@torch.no_grad()
+def attentive_predict(batches, heads):
+    """(H, M) index of the largest logit of each head, for `batches` (B, n, D) of the patches of M
+    images in all, on the CPU."""
+    H, D = heads.query.shape
+    predicted = []
+    for x in batches:
+        for part in x.split(images_at_a_time(x.shape[1], D, H)):
+            logits = attentive_logits(part.to(heads.query.device), heads)  # (H, rows, C)
+            predicted.append(logits.argmax(2).cpu())
+    return torch.cat(predicted, 1)
 
 
 # ---- SGD -----------------------------------------------------------------------------------------

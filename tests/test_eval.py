@@ -624,6 +624,26 @@ def test_command_line_appends_results_and_keeps_features(tmp_path, capsys, monke
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 7
 
 
+def test_command_line_takes_the_mean_of_the_patches(tmp_path, capsys):
+    write_images(tmp_path / "images", "train", (8, 6))
+    write_images(tmp_path / "images", "val", (3, 3), seed=1)
+    checkpoint(tmp_path / "ckpt.pt", data=str(tmp_path / "images"))
+    net = backbones.load_backbone(tmp_path)[0]
+    train, _ = data.load(str(tmp_path / "images"), img_size=32)
+    with torch.no_grad():
+        cls, patches = net(torch.cat(list(views.eval_batches(train, 32))))  # (14, 96), (14, n, 96)
+    for pool, D, x in (("mean", 96, patches.mean(1)), ("cls", 96, cls),
+                       ("cls+mean", 192, torch.cat([cls, patches.mean(1)], 1))):
+        out = command(tmp_path, "--pool", pool, "--k", 3, "--dump", tmp_path / "f.pt")
+        assert f"teacher's {pool} feature ({D}-d" in capsys.readouterr().out
+        dump = torch.load(tmp_path / "f.pt", weights_only=True)
+        torch.testing.assert_close(dump["train_x"], x / x.norm(dim=1, keepdim=True))
+        assert out["knn"] == knn_accuracy(**dump, ks=(3,))
+    with open(tmp_path / "results.csv", newline="") as f:
+        assert [row["pool"] for row in csv.DictReader(f)] == [
+            "mean", "mean", "cls", "cls", "cls+mean", "cls+mean"]
+
+
 def test_command_line_leave_one_out_where_there_is_no_test_split(tmp_path, capsys):
     write_images(tmp_path / "images", "train", (9, 8))
     for c in range(2):

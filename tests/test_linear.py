@@ -206,6 +206,222 @@ def test_the_grid_holds_out_the_same_tenth_and_trains_on_the_rest(monkeypatch):
     assert "lr 0.01 with wd 0.05" in note and "29.00 %" in note
 
 
+# ---- the attentive probe -------------------------------------------------------------------------
+
+class OfficialProbe(nn.Module):
+    """CAPI's attentive probe in the plain way, with torch's own modules."""
+
+    def __init__(self, D, C, looks):
+        super().__init__()
+        self.looks = looks
+        self.query = nn.Parameter(torch.zeros(D))
+        self.kv = nn.Linear(D, 2 * D)
+        self.linear = nn.Linear(D, C)
+
+    def forward(self, x):  # (B, n, D) -> (B, C)
+        B, n, D = x.shape
+        k, v = (part.view(B, n, self.looks, -1).transpose(1, 2)
+                for part in self.kv(x).chunk(2, -1))  # (B, looks, n, d) each
+        q = self.query.view(1, self.looks, 1, -1).expand(B, -1, -1, -1)
+        pooled = F.scaled_dot_product_attention(q, k, v)  # (B, looks, 1, d)
+        return self.linear(pooled.flatten(1))
+
+
+def patches(N, n=5, D=64, C=3, seed=0):
+    """Random patches (N, n, D) float64 that depend on the labels (N,)."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(C, (N,), generator=g)  # (N,)
+    x = torch.randn(N, n, D, generator=g, dtype=torch.double)
+    x[torch.arange(N), y, y] += 3
+    return x, y
+
+
+def official(probe, head, D, C, looks):
+    """An OfficialProbe with the weights of one head of an Attentive."""
+    net = OfficialProbe(D, C, looks).double()
+    with torch.no_grad():
+        net.query.copy_(probe.query[head])
+        net.kv.weight.copy_(torch.cat([probe.key[head], probe.value[head]]))
+        net.kv.bias.copy_(torch.cat([torch.zeros(D), probe.value_bias[head]]))
+        net.linear.weight.copy_(probe.W[head])
+        net.linear.bias.copy_(probe.b[head])
+    return net
+
+
+def test_each_attentive_head_is_the_official_one_under_torchs_adamw():
+    """Autograd through torch's attention, torch.optim.AdamW and LambdaLR, in float64."""
+    x, y = patches(80)
+    steps, batch = 20, 32
+    ours = probes.attentive(x, y, 3, steps=steps, batch_size=batch, seed=4)
+    assert [tuple(part.shape) for part in ours] == [
+        (30, 64), (30, 64, 64), (30, 64, 64), (30, 64), (30, 3, 64), (30, 3)]
+    start = probes.attentive(x, y, 3, [(0.0, 0.0)], steps=1, batch_size=batch, seed=4)
+    for weights in (start.query, start.key, start.value, start.W):
+        assert 0.015 < weights.std() < 0.025
+    assert not start.value_bias.any() and not start.b.any()
+    assert not torch.equal(start.key, start.value)
+    for head in (0, 8, 19, 29):
+        lr, wd = probes.GRID[head]
+        net = official(start, 0, 64, 3, looks=2)
+        decayed = [w for name, w in net.named_parameters() if "bias" not in name]
+        free = [w for name, w in net.named_parameters() if "bias" in name]
+        solver = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": wd}, {"params": free, "weight_decay": 0}],
+            lr=lr * batch / 256, betas=(0.9, 0.95))
+        rate = torch.optim.lr_scheduler.LambdaLR(
+            solver, lambda t: t / 2 if t < 2 else 0.5 * (1 + math.cos(math.pi * (t - 2) / 18)))
+        for step in range(steps):
+            rows = views.indices(80, batch, 4, step)
+            solver.zero_grad()
+            F.cross_entropy(net(x[rows]), y[rows]).backward()
+            solver.step()
+            rate.step()
+        logits = probes.attentive_logits(x, probes.Attentive(*(part[[head]] for part in ours)))[0]
+        torch.testing.assert_close(logits, net(x).detach(), atol=1e-7, rtol=0)
+        wanted = (net.query, net.kv.weight[:64], net.kv.weight[64:], net.kv.bias[64:],
+                  net.linear.weight, net.linear.bias)
+        for mine, theirs in zip(ours, wanted):
+            torch.testing.assert_close(mine[head], theirs.detach(), atol=1e-7, rtol=0)
+    assert (ours.key[29] - start.key[0]).abs().max() > 1e-3
+    assert (ours.query[2] - ours.query[0]).abs().max() > 1e-9  # wd alone differs
+
+
+def test_an_attentive_head_by_hand():
+    """Two looks of 32 channels: the first gives 3/4 to one patch, the second 1/2 to both."""
+    unit = torch.eye(64, dtype=torch.double)
+    query = math.sqrt(32) * math.log(3) * unit[0]
+    head = probes.Attentive(query[None], unit[None], unit[None], 0.5 * torch.ones(1, 64).double(),
+                            torch.stack([unit[0], unit[1], unit[40]])[None],
+                            torch.tensor([[0., 0, 10]]).double())
+    x = torch.stack([unit[0] + 2 * unit[1] + 8 * unit[40], 4 * unit[1]])[None]  # (1, 2, 64)
+    wanted = [3 / 4 + 0.5, 3 / 4 * 2 + 1 / 4 * 4 + 0.5, 8 / 2 + 0.5 + 10]
+    assert probes.attentive_logits(x, head)[0, 0].tolist() == pytest.approx(wanted)
+    assert probes.attentive_predict([x, x.repeat(3, 1, 1)], head).tolist() == [[2] * 4]
+
+
+def test_the_attentive_probe_is_the_same_whatever_is_in_memory_at_a_time(monkeypatch):
+    x, y = patches(40)
+    heads = [(1e-2, 5e-2), (1e-3, 0.0)]
+    whole = probes.attentive(x, y, 3, heads, steps=6, batch_size=30)
+    seen = probes.attentive_predict([x], whole)
+    monkeypatch.setattr(probes, "PART", 7 * 2 * 2 * (5 + 2 * 64))
+    assert probes.images_at_a_time(5, 64, 2) == 7
+    parts = probes.attentive(x, y, 3, heads, steps=6, batch_size=30)
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=0)
+    assert torch.equal(probes.attentive_predict(x.split(16), parts), seen)
+    alone = probes.attentive(x, y, 3, heads[1:], steps=6, batch_size=30)
+    for a, b in zip(whole, alone):
+        torch.testing.assert_close(a[1], b[0], atol=1e-8, rtol=0)
+
+
+def test_attention_finds_the_marked_patch_and_a_mean_cannot():
+    """Each image has every label once, in one patch each; that of the marked patch counts."""
+    def marked(N, seed):
+        g = torch.Generator().manual_seed(seed)
+        labels = torch.rand(N, 4, generator=g).argsort(1)  # (N, 4) of its four patches
+        at = torch.randint(4, (N,), generator=g)
+        x = 0.02 * torch.randn(N, 4, 32, generator=g)
+        x[..., :4] += 3 * F.one_hot(labels, 4)
+        x[torch.arange(N), at, 4] += 3
+        return x, labels[torch.arange(N), at]
+    (x, y), (q, truth) = marked(400, 0), marked(400, 1)
+    heads = probes.attentive(x, y, 4, [(2e-3, 5e-4), (1e-2, 1e-3)], steps=200)
+    right = (probes.attentive_predict([q], heads) == truth).double().mean(1)
+    W, b = probes.grid(x.mean(1), y, 4, [(2e-3, 5e-4), (1e-2, 1e-3)], steps=200)
+    by_mean = probes.grid_accuracy(q.mean(1), truth, W, b)
+    assert right.max() > 0.98 and by_mean.max() < 40  # of four classes
+
+
+@pytest.mark.parametrize("D, d", [(96, 32), (192, 32), (352, 32), (384, 64), (2048, 64)])
+def test_looks_have_64_channels_and_32_in_small_models(D, d):
+    assert probes.look_width(D) == d
+
+
+@pytest.mark.parametrize("D, d", [(48, 32), (400, 64)])
+def test_a_width_that_looks_do_not_divide_is_refused(D, d):
+    with pytest.raises(ValueError, match=f"attentive .* {d} channels.* {D}, .* multiple of {d}"):
+        probes.look_width(D)
+
+
+@pytest.mark.parametrize("arch, D, n, steps", [("vit_nano", 96, 16, 40), ("resnet18", 512, 16, 1)])
+def test_the_attentive_protocol_learns_colours_and_says_so(tmp_path, small, capsys, arch, D, n,
+                                                           steps):
+    run = checkpoint(tmp_path / "run", arch=arch)
+    out = go(run, "--protocol", "attentive", "--steps", steps)
+    text = capsys.readouterr().out
+    assert out["accuracy"] > 90 or steps == 1
+    assert (out["train"], out["test"]) == (60, 30)
+    assert f"attentive: teacher's features, layers 1, pool patches ({D}-d, float32)" in text
+    assert "of 30 heads, lr " in text and "on 6 held-out images" in text
+    line, = rows(tmp_path / "run" / "results.csv")
+    assert (line["protocol"], line["pool"], line["layers"], line["settings"]) == (
+        f"{eval_linear.VERSION} attentive", "patches", "1", f"steps={steps}")
+    assert not (tmp_path / "run" / "features").exists()
+    again = go(run, "--protocol", "attentive", "--steps", steps, "--batch-size", "20")
+    assert again["results"] == out["results"]
+    net = backbones.load_backbone(run)[0].train()
+    batches = list(features.patch_batches(net, small[0], 32, batch_size=25))
+    assert [tuple(batch.shape) for batch in batches] == [(25, n, D), (25, n, D), (10, n, D)]
+    assert all(module.training for module in net.modules())
+    x = torch.cat(list(views.eval_batches(small[0], 32)))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(batches), net.eval()(x)[1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_attentive_probe_holds_out_the_same_tenth_and_trains_on_the_rest(tmp_path, monkeypatch,
+                                                                             small):
+    fitted, predicted = [], []
+
+    def attentive(x, y, C, **settings):
+        fitted.append((x, y))
+        return probes.Attentive(*(torch.arange(30.)[:, None].expand(30, 96) for _ in range(6)))
+
+    def predict(batches, heads):
+        x = torch.cat(list(batches))
+        predicted.append((x, heads.query[:, 0].tolist()))
+        if len(heads.query) == 1:
+            return torch.ones(1, len(x), dtype=int)
+        truth = small[0].y[order[:6]]  # head 13 alone is right
+        return torch.stack([truth if head == 13 else (truth + 1) % 3 for head in range(30)])
+    monkeypatch.setattr(probes, "attentive", attentive)
+    monkeypatch.setattr(probes, "attentive_predict", predict)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(42))
+    run = checkpoint(tmp_path / "run")
+    out = go(run, "--protocol", "attentive", "--seed", "5")
+    lr, wd = probes.GRID[13]
+    assert f"lr {lr:g} with wd {wd:g} is best on 6 held-out images: 100.00 %, the worst 0.00" in (
+        out["note"])
+    assert out["accuracy"] == pytest.approx(100 / 3)  # label 1 everywhere
+    net = backbones.load_backbone(run)[0]
+    x, q = (torch.cat(list(features.patch_batches(net, part, 32))) for part in small)
+    for got, wanted in ((fitted[0][0], x[order[6:]]), (predicted[0][0], x[order[:6]]),
+                        (predicted[1][0], q)):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(fitted[0][1], small[0].y[order[6:]])
+    assert predicted[1][1] == [13]
+
+
+def test_more_patches_than_memory_may_hold_are_refused(tmp_path, monkeypatch, small, capsys):
+    monkeypatch.setattr(eval_linear, "MOST", 54 * 16 * 96 - 1)
+    with pytest.raises(SystemExit) as stop:
+        go(checkpoint(tmp_path / "run"), "--protocol", "attentive")
+    assert stop.value.code == 2
+    assert "54 images of 16 patches of 96 numbers" in capsys.readouterr().err
+    monkeypatch.setattr(eval_linear, "MOST", 54 * 16 * 96)
+    go(tmp_path / "run", "--protocol", "attentive", "--steps", "1")
+
+
+def test_patches_that_are_not_finite_are_refused(tmp_path, small, capsys):
+    run = checkpoint(tmp_path / "run")
+    stored = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    stored["teacher"]["backbone.norm.bias"][0] = math.nan
+    torch.save(stored, tmp_path / "run" / "ckpt.pt")
+    with pytest.raises(SystemExit):
+        go(run, "--protocol", "attentive")
+    assert "gives patches that are not finite" in capsys.readouterr().err
+
+
 # ---- SGD -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("lr", [0.3, 0.02])
@@ -692,12 +908,13 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path):
 
 # ---- protocols through the command line ----------------------------------------------------------
 
-SHORT = {"lbfgs": [], "grid": ["--steps", "40"],
+SHORT = {"lbfgs": [], "grid": ["--steps", "40"], "attentive": ["--steps", "40"],
          "sgd": ["--epochs", "3", "--lr", "0.01", "0.5"], "transfer": []}
 
 
-@pytest.mark.parametrize("protocol", SHORT)
-def test_every_protocol_learns_colours_and_says_so(tmp_path, monkeypatch, small, capsys, protocol):
+@pytest.mark.parametrize("protocol", eval_linear.LINEAR)
+def test_every_linear_protocol_learns_colours_and_says_so(tmp_path, monkeypatch, small, capsys,
+                                                          protocol):
     if protocol == "transfer":
         pytest.importorskip("sklearn")
         monkeypatch.setattr(probes, "STRENGTHS", probes.STRENGTHS[::9])
@@ -832,10 +1049,10 @@ def test_a_folder_of_images_of_many_sizes(tmp_path, monkeypatch, protocol):
     run = checkpoint(tmp_path / "run")
     out = go(run, "--data", tmp_path / "images", "--protocol", protocol, *SHORT[protocol])
     assert (out["train"], out["test"]) == (20, 6) and out["accuracy"] == 100
-    files = sorted(os.listdir(tmp_path / "run" / "features"))
+    files = sorted((tmp_path / "run").rglob("*"))
     again = go(run, "--data", tmp_path / "images", "--protocol", protocol, *SHORT[protocol])
     assert again["results"] == out["results"]
-    assert sorted(os.listdir(tmp_path / "run" / "features")) == files
+    assert sorted((tmp_path / "run").rglob("*")) == files
 
 
 def edge(monkeypatch, train, test):
@@ -848,11 +1065,11 @@ def edge(monkeypatch, train, test):
 def test_a_class_that_training_lacks_is_never_predicted_and_counts_as_wrong(tmp_path, monkeypatch,
                                                                             protocol):
     monkeypatch.setattr(probes, "STRENGTHS", probes.STRENGTHS[::15])
-    edge(monkeypatch, [0, 2] * 15, [0, 1, 2, 2])
+    edge(monkeypatch, [0, 2] * 40, [0, 1, 2, 2])
     out = go(checkpoint(tmp_path / "run"), "--protocol", protocol, *SHORT[protocol])
     table = next(iter(out["results"].values()))
     assert table["all"] == 75 and table["per_class"] == pytest.approx(100 * 2 / 3)
-    assert table["classes"] == {"head": 0, "medium": 0, "tail": 3}
+    assert table["classes"] == {"head": 0, "medium": 2, "tail": 1}
 
 
 @pytest.mark.parametrize("protocol", SHORT)
@@ -869,7 +1086,7 @@ def test_a_class_with_a_single_image(tmp_path, monkeypatch, protocol, held_out):
     """Among the images that train, or among those held out for choosing, so that a refit meets a
     class more."""
     monkeypatch.setattr(probes, "STRENGTHS", probes.STRENGTHS[::15])
-    if protocol == "grid":
+    if protocol in ("grid", "attentive"):
         order = torch.randperm(31, generator=torch.Generator().manual_seed(42)).tolist()
     else:
         order = np.random.RandomState(0).permutation(31).tolist()
@@ -895,7 +1112,7 @@ def test_a_path_goes_on_and_starts_anew_where_a_class_comes_in():
     assert probes.fit_logistic(x, y * (y != 3), 1.0, strong)[0].classes_.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("protocol", ["grid", "transfer"])
+@pytest.mark.parametrize("protocol", ["grid", "attentive", "transfer"])
 def test_nothing_can_be_held_out_of_one_image(tmp_path, monkeypatch, capsys, protocol):
     edge(monkeypatch, [0], [0])
     with pytest.raises(SystemExit) as stop:
@@ -955,7 +1172,11 @@ def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeyp
 
 @pytest.mark.parametrize("flags, words", [
     (["--protocol", "lbfgs", "--steps", "5"],
-     "--steps is read by --protocol grid alone, not lbfgs"),
+     "--steps is read by --protocol grid or attentive alone, not lbfgs"),
+    (["--protocol", "attentive", "--pool", "mean"],
+     "--pool is read by --protocol lbfgs or grid or sgd or transfer alone, not attentive"),
+    (["--protocol", "attentive", "--layers", "2"], "--layers is read by .* not attentive"),
+    (["--protocol", "attentive", "--dump", "f.pt"], "--dump is read by .* not attentive"),
     (["--protocol", "grid", "--raw"], "--raw is read by --protocol lbfgs alone"),
     (["--protocol", "sgd", "--weight-decay", "0"], "--weight-decay is read by"),
     (["--weight-decay", "-1"], "--weight-decay must not be negative, got -1"),
@@ -1016,7 +1237,7 @@ def test_raw_features_are_left_as_they_are(tmp_path, monkeypatch, small):
     torch.testing.assert_close(raw, plain)
 
 
-@pytest.mark.parametrize("protocol", SHORT)
+@pytest.mark.parametrize("protocol", eval_linear.LINEAR)
 def test_transfer_alone_cuts_no_border_off(tmp_path, monkeypatch, small, protocol):
     crops = []
 

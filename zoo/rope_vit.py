@@ -297,8 +297,12 @@ class Backbone(Encoder):
 
     There is no class token. The mean of the patch tokens stands for the image. (CAPI's own code
     returns the mean of its predictor's first block, which needs the predictor's weights.)
+    arch: the name that evaluations show; sizes: the arguments of Encoder.
     """
-    arch = "rope_vit"
+
+    def __init__(self, arch, **sizes):
+        super().__init__(**sizes)
+        self.arch, self.sizes = arch, sizes
 
     def forward(self, x):
         _, patches = super().forward(x)  # (N, n, dim)
