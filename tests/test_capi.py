@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 import collapse
 import heads
+import models
 from conftest import ROOT, differences, make_folder, read_checkpoint, read_log
 from lab import eval_dense
 from support import backbones, checkpoint, ddp
+from support.features import embed, width
 from zoo import capi
 from zoo.masks import capi_masks
 from zoo.rope_vit import take
@@ -153,6 +155,7 @@ def test_cross_entropy_as_a_loop():
 def test_logits_of_both_sets_as_equations():
     x = randn(3, 2, 4)
     clusters, student = capi.LinearClusters(5, 4, seed=1), capi.StudentPrototypes(5, 4, seed=1)
+    clusters.requires_grad_(False), student.requires_grad_(False)
     with torch.no_grad():
         clusters.b.copy_(randn(5))
         student.gain.copy_(1 + randn(5, 1).abs())
@@ -335,6 +338,15 @@ def test_the_evaluations_read_a_run(tmp_path):
     h = net([image])
     assert torch.allclose(h, F.normalize(cls, dim=1)) and loss.tau == 0.12
     assert clusters.assign(h, tau=loss.tau).shape == (2, 16)
+    assert torch.allclose(embed(backbone, image, pool="mean"), cls)
+    # the predictor's first block, with all patches in sight; its one block is all it has here
+    whole = capi.network(capi.completed(args))
+    whole.load_state_dict(state)
+    everywhere = torch.arange(64).expand(2, -1)
+    guesses = whole(image, everywhere, everywhere)  # (2, 64, 16)
+    assert torch.allclose(embed(backbone, image, pool="predictor"), guesses.mean(1), atol=1e-6)
+    with pytest.raises(ValueError, match="a vit_micro has no predictor beside it"):
+        width(models.build("vit_micro", patch_size=4, img_size=32), pool="predictor")
     untrained = [eval_dense.untrained(backbone, args, seed) for seed in (0, 1)]
     assert torch.equal(untrained[0].registers, capi.network(capi.completed(args)).backbone.registers)
     assert not torch.equal(untrained[1].registers, untrained[0].registers)

@@ -58,7 +58,7 @@ from support.signals import stop_requests
 from train import amp, cosine
 from zoo.ibot import mutual_information
 from zoo.masks import capi_masks
-from zoo.rope_vit import Encoder, Predictor, take
+from zoo.rope_vit import Backbone, Predictor, take
 
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
 SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
@@ -180,32 +180,18 @@ def warn_of_flat_targets(args, n):
 
 
 # ---- networks ----------------------------------------------------------------------------------
-class Backbone(Encoder):
-    """The encoder as evaluations want a backbone: images -> (cls (N, D), patches (N, n, D)).
-
-    There is no class token, so the mean of the patch tokens stands for the image.
-    """
-
-    def __init__(self, args, drop_path=0.0):
-        dim, depth, n_heads, _ = ENCODERS[args.arch]
-        super().__init__(dim, depth, n_heads, args.patch_size, args.img_size, args.registers,
-                         args.positions, drop_path)
-        self.arch = args.arch
-
-    def forward(self, x):
-        _, patches = self.tokens(x)  # (N, n, D)
-        return patches.mean(1), patches
-
-
 class Network(nn.Module):
     """Encoder and predictor. The teacher is a running average of both, and uses the encoder."""
 
     def __init__(self, args, drop_path=0.0):
         super().__init__()
-        dim, _, n_heads, depth = ENCODERS[args.arch]
-        self.backbone = Backbone(args, drop_path)
-        self.predictor = Predictor(dim, depth, n_heads, self.backbone.grid ** 2, args.positions,
-                                   drop_path)
+        dim, depth, n_heads, predictor_depth = ENCODERS[args.arch]
+        self.backbone = Backbone(
+            args.arch, dim=dim, depth=depth, heads=n_heads, patch_size=args.patch_size,
+            img_size=args.img_size, registers=args.registers, positions=args.positions,
+            drop_path=drop_path)
+        self.predictor = Predictor(dim, predictor_depth, n_heads, self.backbone.grid ** 2,
+                                   args.positions, drop_path)
 
     def forward(self, x, visible, predicted):
         """x (B, 3, s, s), visible (B, v), predicted (B, q): places -> guesses z (B, q, D)."""
