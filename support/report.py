@@ -133,8 +133,8 @@ def show(result):
     sentences = [sentence for one in result["sets"] for sentence in one["verdict"]]
     print("\n".join(dict.fromkeys(sentences)))  # each once
     for name, (M, D) in result["memories"].items():
-        print(f"{name}: memory. It has {M:,} x {D}, the last vectors of the teacher, and nothing to "
-              "count")
+        print(f"{name}: memory. It has {M:,} x {D}, the last vectors of the teacher, and nothing "
+              "to count")
     for run, images in result["data"].items():
         show_images(run, images)
 

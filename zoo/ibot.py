@@ -610,8 +610,9 @@ def mutual_information(a, b):
 
 def printed_patches(row):
     return (f"     patches: unique(.025) {share(row['patch_unique_0.025'])}  "
-            f"unique(.5) {share(row['patch_unique_0.5'])} (ceiling {row['patch_ceiling_0.5']:.3f})  "
-            f"used {row['patch_used']:.3f}  perplexity {row['patch_perplexity']:.3f}  "
+            f"unique(.5) {share(row['patch_unique_0.5'])} "
+            f"(ceiling {row['patch_ceiling_0.5']:.3f})  used {row['patch_used']:.3f}  "
+            f"perplexity {row['patch_perplexity']:.3f}  "
             f"drift {row['patch_drift']:.3f}\n"
             f"     patches: place {row['patch_place_nats']:.3f} nats "
             f"({row['patch_place_nats_shuffled']:.3f} shuffled)")

@@ -24,6 +24,10 @@ through h_s alone. The smoothing keeps the loss above 0. Where teacher and stude
 anchor for each patch, S.8 is -0.9 ln 0.9 - 0.1 ln o for each masked crop: 0.81 with 128 anchors. At
 the start it is about ln K, 4.85.
 
+differs: as in the paper, a step draws its K anchors once. The defaults of the official code draw 64
+for class tokens four times, and keep a random half of each. Masks are those of iBOT, which leave
+half of the crops whole; those defaults mask all crops, at most 0.3 of each.
+
 This file holds what is not in zoo/ibot.py, whose loop runs as it is: the flags, and what the two
 streams are.
 """
