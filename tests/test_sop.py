@@ -349,6 +349,20 @@ def test_without_patches_the_class_stream_is_that_of_train_py(tmp_path):
     assert torch.allclose(one, two, atol=1e-4)
 
 
+def test_the_monitor_knows_that_shares_are_of_the_memory_and_not_of_the_anchors(tmp_path,
+                                                                                monkeypatch):
+    """Else it takes 61 vectors in use among 512 for 2 of 16, and warns of a collapse."""
+    import train
+    sizes, Monitor = [], ibot.Monitor
+    for script in (train, ibot):
+        monkeypatch.setattr(script, "Monitor", lambda K: sizes.append(K) or Monitor(K))
+    run(tmp_path / "sop", "--stop-at", "1")
+    train.main([*TINY, "--out", str(tmp_path / "train"), "--stop-at", "1", "--method", "sop",
+                "--prototypes", "bank", "--memory", "100"])
+    train.main([*TINY, "--out", str(tmp_path / "joint"), "--stop-at", "1", "--prototypes", "joint"])
+    assert sizes == [512, 100, 16]
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--patch-memory", "15"],
      "--patch-memory 15 is too small for --num-patch-prototypes 16 anchors and --patch-neighbours "
