@@ -93,7 +93,8 @@ def patch_flags(parser):
     flag("--shared-head", action=on_off, default=True,
          help="one projection head for class tokens and patches")
     flag("--patch-rows", type=int, default=4, metavar="S",
-         help="places of each clean crop whose vectors move prototypes that follow the teacher")
+         help="places of each clean crop whose vectors move prototypes that follow the teacher, or "
+         "enter a memory")
     flag("--place-mean", action=on_off, default=False,
          help="take off the running mean of each place from patch vectors, so that prototypes do "
          "not become places")

@@ -12,8 +12,8 @@ tokens. For patches this differs from it:
 
     S.6  memory      one vector of each image enters it: the teacher's, at a place of the clean
                      second global crop that is drawn evenly over the grid, hidden or not
-    S.7  P           an anchor is a SOP without neighbours, so S.4 is a softmax over the K anchors
-                     a_k that is smoothed with o = 0.1 / (K - 1):
+    S.7  P           an anchor alone is a SOP, which the paper calls k = 1. So S.4 is a softmax over
+                     the K anchors a_k that is smoothed with o = 0.1 / (K - 1):
                      P(u)_k = (0.9 - o) softmax_k(<u, a_k> / tau) + o
     S.8  L_patch   = 1/2 sum over the two global crops of the mean over images of
                      1/max(n, 1) sum over its n hidden patches of -sum_k P(h_t)_k log P(h_s)_k
