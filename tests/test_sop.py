@@ -285,10 +285,9 @@ from zoo import sop
 leave_group = ddp.cleanup
 ddp.cleanup = lambda: None
 runs = {runs!r}
-for flags in runs[:-1]:
+for flags in runs:
     sop.main(flags)
-ddp.cleanup = leave_group
-sop.main(runs[-1])
+leave_group()
 """
 
 
