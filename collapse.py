@@ -324,9 +324,9 @@ def check(args):
 def measure(args):
     """Measure every set and run; print, then write and draw, what args ask for. Returns the exit
     code."""
-    from support import report
+    from support import checkpoints, report
     eps_list = check(args)
-    result = {"runs": [], "sets": [], "data": {}}
+    result = {"runs": [], "sets": [], "memories": {}, "data": {}}
     logs = []  # [(run, evaluated rows of its log.csv)]
     prototypes = {}  # {label: (K, D)}
     assigned = None  # assign.assign_images of the last run
@@ -339,7 +339,14 @@ def measure(args):
             result["runs"].append(report.describe_run(path, name, log, drift))
         if log and not has_checkpoint:
             continue  # a log alone can still be drawn
-        sets = load_prototypes(path, args.key)
+        try:
+            sets = load_prototypes(path, args.key)
+        except checkpoints.OnlyMemories as error:
+            if args.fail_below is not None or args.data:
+                raise  # to fail or to assign needs prototypes
+            for which, memory in error.memories.items():
+                result["memories"][f"{name} {which}"] = list(memory.shape)
+            continue
         for which, C in sets.items():
             label = f"{name} {which}" if len(sets) > 1 else name
             prototypes[label] = C

@@ -76,7 +76,8 @@ def train(args, device, stop_request):
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
 
-    log, monitor, metrics = Log(args, start, bool(record.rows)), Monitor(args.num_prototypes), {}
+    log, metrics = Log(args, start, bool(record.rows)), {}
+    monitor = Monitor(len(protos_t.vectors()))
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))

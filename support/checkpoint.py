@@ -8,8 +8,8 @@ A checkpoint holds tensors and plain values alone: torch.load(weights_only=True)
     student, teacher   state dicts: backbone.*, head.*
     prototypes         vectors (K, D) as counted, start (K, D), states of both networks' sets;
                        student_vectors (K, D) where the student's set is another than the
-                       teacher's; NAME_vectors of further sets; memory (M, D) instead of vectors
-                       where nothing is to be counted
+                       teacher's; NAME_vectors of further sets; memory and NAME_memory (M, D)
+                       instead of vectors where nothing is to be counted
     gmm                the mixture, or {}
     loss, optimizer    state dicts
     step, rng, args, version
@@ -39,7 +39,7 @@ VERSION = 3  # 1: without trail; 2: a mixture without its floor
 def save(args, step, record, parts, protos_s, protos_t, others=None):
     """Write OUT/ckpt.pt, on the first process. parts: {"student": module, ...}.
 
-    others: {name: prototype set} of further sets, whose vectors are to be counted too.
+    others: {name: prototype set} of further sets, which are to be counted too.
     OSError: no space; ValueError: weights that are not finite. The old checkpoint is then
     untouched.
     """
@@ -54,14 +54,14 @@ def save(args, step, record, parts, protos_s, protos_t, others=None):
             "rng": {"seed": args.seed, "step": step}, "trail": record.state(),
             **{name: part.state_dict() for name, part in parts.items()},
             "gmm": mixture_state(protos_t),
-            "prototypes": {"vectors" if protos_t.countable else "memory": protos_t.vectors(),
+            "prototypes": {vectors_or_memory(protos_t): protos_t.vectors(),
                            "start": protos_t.start,
                            "student": state_without_mixture(protos_s),
                            "teacher": state_without_mixture(protos_t)}}
         if args.student_prototypes != "same":
             others = {"student": protos_s} | (others or {})
         for name, protos in (others or {}).items():
-            state["prototypes"][f"{name}_vectors"] = protos.vectors()
+            state["prototypes"][f"{name}_{vectors_or_memory(protos)}"] = protos.vectors()
         path = os.path.join(args.out, "ckpt.pt")
         previous = os.path.join(args.out, "ckpt.prev.pt")
         write(path, lambda f: torch.save(state, f), old_name=previous)
@@ -69,6 +69,10 @@ def save(args, step, record, parts, protos_s, protos_t, others=None):
             kept = os.path.join(args.out, f"ckpt-{step}.pt")
             write(kept, lambda f: torch.save(state, f))
     ddp.barrier()
+
+
+def vectors_or_memory(protos):
+    return "vectors" if protos.countable else "memory"
 
 
 def mixture_state(protos):

@@ -275,12 +275,10 @@ def load_prototypes(path, key=None):
         sets = {key: matrix_named(path, tensors, key)}
     elif "prototypes.vectors" in tensors:
         sets = {"prototypes": tensors["prototypes.vectors"]}  # ours: already what is counted
-        for name, tensor in tensors.items():  # of the student, of patches
-            if match := re.fullmatch(r"prototypes\.(\w+)_vectors", name):
-                sets[f"{match[1]}_prototypes"] = tensor
+        sets |= further_sets(tensors, "vectors")
     elif "prototypes.memory" in tensors:
-        raise ValueError(f"{path}: prototypes.memory holds the last vectors of the teacher, and no "
-                         "prototypes; how many of them are unique says how alike the images are")
+        memories = {"prototypes": tensors["prototypes.memory"]} | further_sets(tensors, "memory")
+        raise OnlyMemories(path, memories)
     elif alone or isinstance(stored, dict) and all(isinstance(a, np.ndarray)
                                                    for a in stored.values()):
         sets = matrices(tensors)  # one tensor or array, or .npz: any may be a set
@@ -302,6 +300,22 @@ def load_prototypes(path, key=None):
         if not any(torch.equal(tensor, other) for other in different.values()):
             different[name] = tensor.clone()
     return different
+
+
+class OnlyMemories(ValueError):
+    """A run of ours that keeps no prototypes. memories: {name: (M, D)}, vectors of its teacher."""
+
+    def __init__(self, path, memories):
+        super().__init__(f"{path}: in the place of {' and '.join(memories)} it has a memory of the "
+                         "last vectors of the teacher; how many of them are unique says how alike "
+                         "the images are")
+        self.memories = memories
+
+
+def further_sets(tensors, what):
+    """{NAME_prototypes: (K, D)} of the tensors prototypes.NAME_what: of the student, of patches."""
+    matches = {name: re.fullmatch(rf"prototypes\.(\w+)_{what}", name) for name in tensors}
+    return {f"{match[1]}_prototypes": tensors[name] for name, match in matches.items() if match}
 
 
 def matrix_named(path, tensors, key):

@@ -8,7 +8,8 @@ import math
 
 
 class Monitor:
-    """Says each kind of thing once in a run. K: number of prototypes."""
+    """Says each kind of thing once in a run. K: vectors of the prototype set, which are more than
+    --num-prototypes in a set that is a memory."""
 
     def __init__(self, K):
         self.K = K

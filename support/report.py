@@ -4,7 +4,7 @@ What `python collapse.py` reads from run directories, and how it prints and writ
 Nothing is measured here. Everything comes as plain numbers, as collapse.measure collects them:
 
     {"runs": [a line of RUN_COLUMNS], "sets": [collapse.describe of a set, its label, its control],
-     "data": {run: support.assign.summary of the run}}
+     "memories": {name of a set: [M, D]}, "data": {run: support.assign.summary of the run}}
 """
 import csv
 import io
@@ -53,7 +53,7 @@ def describe_run(path, name, log, drift):
         args = args if isinstance(args, dict) else {}
         row["step"] = saved.get("step")
         own = saved.get("prototypes")
-        if isinstance(own, dict) and "start" in own:
+        if isinstance(own, dict) and {"vectors", "start"} <= own.keys():
             row["drift"] = drift(own["vectors"], own["start"])
     elif os.path.isfile(os.path.join(path, "args.json")):
         with open(os.path.join(path, "args.json")) as file:
@@ -132,6 +132,9 @@ def show(result):
                   f"left out of every count")
     sentences = [sentence for one in result["sets"] for sentence in one["verdict"]]
     print("\n".join(dict.fromkeys(sentences)))  # each once
+    for name, (M, D) in result["memories"].items():
+        print(f"{name}: memory. It has {M:,} x {D}, the last vectors of the teacher, and nothing "
+              "to count")
     for run, images in result["data"].items():
         show_images(run, images)
 

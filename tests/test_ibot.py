@@ -264,10 +264,9 @@ from zoo import ibot
 leave_group = ddp.cleanup
 ddp.cleanup = lambda: None
 runs = {runs!r}
-for flags in runs[:-1]:
+for flags in runs:
     ibot.main(flags)
-ddp.cleanup = leave_group
-ibot.main(runs[-1])
+leave_group()
 """
 
 

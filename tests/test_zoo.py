@@ -382,7 +382,7 @@ def test_a_duplicate_of_an_anchor_in_the_memory_costs_no_infinity():
     assert log_p.isfinite().all()
 
 
-def test_a_run_with_a_bank_prints_memory_for_a_count_and_collapse_refuses_it(tmp_path, capsys):
+def test_a_run_with_a_bank_prints_memory_for_a_count_and_so_does_collapse(tmp_path, capsys):
     import collapse
     metrics = train_tiny(tmp_path, "--method", "sop", "--prototypes", "bank")
     printed = capsys.readouterr().out
@@ -390,8 +390,19 @@ def test_a_run_with_a_bank_prints_memory_for_a_count_and_collapse_refuses_it(tmp
     assert "no control with frozen prototypes" in printed
     assert metrics["unique"] == {0.025: None, 0.5: None}
     assert read_log(tmp_path)[-1]["unique_0.5"] == ""
-    with pytest.raises(ValueError, match="prototypes.memory"):
+    with pytest.raises(ValueError, match="in the place of prototypes it has a memory"):
         collapse.load_prototypes(str(tmp_path))
+    memory = read_checkpoint(tmp_path)["prototypes"]["memory"]
+    key = "prototypes.memory"
+    assert torch.equal(collapse.load_prototypes(str(tmp_path), key)[key], memory)
+    assert collapse.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path.name} prototypes: memory. It has 512 x 8" in printed
+    for flags in (["--fail-below", "0.5"], ["--data", "shapes"]):
+        with pytest.raises(SystemExit) as refusal:
+            collapse.main([str(tmp_path), *flags])
+        assert refusal.value.code == 2
+        assert "in the place of prototypes it has a memory" in capsys.readouterr().err
 
 
 # ---- swav --------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """--prototypes bank with --method sop: the class stream of SOP (Silva et al. 2025).
 
-SOP stands for self-organising prototypes.
+SOP stands for self-organising prototypes. zoo/sop.py trains patches in the same way beside it.
 
 There is nothing to collapse here, as nothing is a prototype for longer than a step. A memory holds
 the last teacher vectors. Each step draws K of them as anchors, and an anchor with the k vectors
@@ -36,8 +36,9 @@ OF_ANCHOR = 0.9  # s of an anchor: its similarity to itself, 1, less a smoothing
 class Bank(Frozen):
     """A memory of M teacher vectors, and the K SOPs that the current step draws from it.
 
-    k   neighbours of an anchor
-    B   images of a step, of all processes
+    k   neighbours of an anchor; 0: an anchor alone is a SOP
+    B   vectors of a step that enter the memory, of all processes: one per image, or per patch
+    of  "patch-" in a set of patches, whose flags have this in their names
     Raises ValueError for K below 2, or a memory too small for K anchors and k neighbours.
     differs: the memory needs not be a multiple of B long; similarities are held in [0, 1], so that
     no share is negative.
@@ -46,12 +47,13 @@ class Bank(Frozen):
     countable = False
     only_with = "sop"
 
-    def __init__(self, K, D, scale=1.0, seed=0, *, M, k, B):
+    def __init__(self, K, D, scale=1.0, seed=0, *, M, k, B, of=""):
         if K < 2:
-            raise ValueError(f"--num-prototypes {K}: S.3 shares a member among at least 2 anchors")
+            raise ValueError(f"--num-{of}prototypes {K}: S.3 shares a member among at least 2 "
+                             "anchors")
         if M < K + k:
-            raise ValueError(f"--memory {M} is too small for --num-prototypes {K} anchors and "
-                             f"--neighbours {k} others")
+            raise ValueError(f"--{of}memory {M} is too small for --num-{of}prototypes {K} anchors "
+                             f"and --{of}neighbours {k} others")
         super().__init__(M, D, scale, seed)
         self.K, self.k, self.seed = K, k, seed
         self.register_buffer("memory", self.start.clone())  # (M, D)

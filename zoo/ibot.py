@@ -24,7 +24,8 @@ differs: iBOT's official code puts all patches through the head and drops those 
 Here they are left out before the head, as in DINOv2, so the centre of the patch stream is a mean
 over hidden patches alone.
 
-The loop is that of train.py; what differs from it is marked.
+The loop is that of train.py; what differs from it is marked. zoo/sop.py runs it too, with streams
+of its own.
 
     V views of B images on this process, 2 of them global; n patches of a global crop; m hidden
     patches of a step; R patch rows of a step; D dimensions of h; K prototypes
@@ -49,7 +50,7 @@ from losses import DINOLoss, sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
-from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
+from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed, share
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
@@ -77,30 +78,39 @@ PRESETS["paper-ibot-vitb"] = dict(
 
 
 # ---- what iBOT adds to the command line --------------------------------------------------------
-def flags(parser):
+def patch_flags(parser):
+    """Flags that the loop below needs, whatever its streams are. Returns what adds a flag to their
+    group."""
     on_off = argparse.BooleanOptionalAction
     flag = parser.add_argument_group("patches (results)").add_argument
     flag("--mask-ratio", type=float, nargs=2, default=[0.1, 0.5], metavar=("LO", "HI"),
          help="largest share of its patches that a masked crop hides, drawn from this range")
     flag("--mask-share", type=float, default=0.5, help="share of the global crops that are masked")
-    flag("--patch-weight", type=float, default=1.0, help="weight of I.2 in I.3; 0: DINO")
-    flag("--patch-prototypes", choices=list(heads.PROTOTYPES),
-         help="kind of the patches' prototypes; None: that of --prototypes")
+    flag("--patch-weight", type=float, default=1.0,
+         help="weight of the patches in the loss; 0: class tokens alone")
     flag("--num-patch-prototypes", type=int, metavar="K",
-         help="how many; None: --num-prototypes")
-    flag("--shared-prototypes", action=on_off, default=False,
-         help="one set of prototypes for class tokens and patches, as in iBOT's recipes")
+         help="--num-prototypes of the patches; None: the same")
     flag("--shared-head", action=on_off, default=True,
          help="one projection head for class tokens and patches")
+    flag("--patch-rows", type=int, default=4, metavar="S",
+         help="places of each clean crop whose vectors move prototypes that follow the teacher, or "
+         "enter a memory")
+    flag("--place-mean", action=on_off, default=False,
+         help="take off the running mean of each place from patch vectors, so that prototypes do "
+         "not become places")
+    return flag
+
+
+def flags(parser):
+    flag = patch_flags(parser)
+    flag("--patch-prototypes", choices=list(heads.PROTOTYPES),
+         help="kind of the patches' prototypes; None: that of --prototypes")
+    flag("--shared-prototypes", action=argparse.BooleanOptionalAction, default=False,
+         help="one set of prototypes for class tokens and patches, as in iBOT's recipes")
     flag("--patch-targets", choices=["center", "prob", "sinkhorn"],
          help="--targets of the patches; None: that of --targets")
     flag("--patch-temp", type=float, nargs=2, metavar=("START", "END"),
          help="--teacher-temp of the patches; None: that of --teacher-temp")
-    flag("--patch-rows", type=int, default=4, metavar="S",
-         help="places of each clean crop whose vectors move prototypes that follow the teacher")
-    flag("--place-mean", action=on_off, default=False,
-         help="take off the running mean of each place from patch vectors, so that prototypes do "
-         "not become places")
     method, = (action for action in parser._actions if action.dest == "method")
     method.choices = ["ibot"]  # no other is read
     parser.set_defaults(method="ibot", prototypes="joint", arch="vit_micro", patch_size=4,
@@ -126,8 +136,9 @@ def parse(argv=None):
     return args
 
 
-def check(args):
-    """ValueError for values that cannot run."""
+def check_patches(args):
+    """ValueError for values of patch_flags, and of flags of train.py, with which no patch can be
+    hidden."""
     lo, hi = args.mask_ratio
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"--mask-ratio needs 0 <= LO <= HI <= 1, got {lo} {hi}")
@@ -139,9 +150,6 @@ def check(args):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got "
                              f"{getattr(args, name)}")
-    if not min(args.patch_temp) > 0:
-        raise ValueError(f"--patch-temp must be positive, got {args.patch_temp[0]} "
-                         f"{args.patch_temp[1]}")
     if args.arch == "vit_nano":
         raise ValueError("--arch vit_nano has a convolutional stem, through which its neighbours "
                          "see 39 of the 64 pixels of a hidden patch; use vit_micro, whose patches "
@@ -153,6 +161,14 @@ def check(args):
                          "fewer than 4 x 4, too coarse to hide blocks of it")
     if args.student_prototypes != "same":
         raise ValueError("--student-prototypes is for train.py; both streams have one kind here")
+
+
+def check(args):
+    """ValueError for values that cannot run."""
+    check_patches(args)
+    if not min(args.patch_temp) > 0:
+        raise ValueError(f"--patch-temp must be positive, got {args.patch_temp[0]} "
+                         f"{args.patch_temp[1]}")
     same = (args.patch_prototypes, args.num_patch_prototypes) == (args.prototypes,
                                                                   args.num_prototypes)
     if args.shared_prototypes and not same:
@@ -161,7 +177,9 @@ def check(args):
     for stream, kind, targets in (("", args.prototypes, args.targets),
                                   ("patch-", args.patch_prototypes, args.patch_targets)):
         cls = heads.prototype_class(kind)
-        if not cls.countable or issubclass(cls, KMeans) and (stream or args.shared_prototypes):
+        if cls.only_with == "sop":
+            raise ValueError(f"--{stream}prototypes {kind} belongs to python -m zoo.sop")
+        if issubclass(cls, KMeans) and (stream or args.shared_prototypes):
             raise ValueError(f"--{stream}prototypes {kind} holds vectors of images, and patches "
                              "are none")
         if issubclass(cls, heads.Decoupled) and targets != "sinkhorn":
@@ -344,7 +362,8 @@ def main(argv=None):
             return train(args, device, stop_request)
 
 
-def train(args, device, stop_request):
+def train(args, device, stop_request, make_streams=streams):
+    """make_streams: as `streams`, which are iBOT's."""
     # ---- images, networks, prototypes ----------------------------------------------------------
     images, test = ddp.first_process_first(lambda: data.load(
         args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
@@ -360,8 +379,9 @@ def train(args, device, stop_request):
     student = ddp.sync_batchnorm(network(args, args.drop_path, student=True)).to(device)
     teacher = ddp.sync_batchnorm(network(args)).to(device).requires_grad_(False)
     teacher.load_state_dict(without_mask_token(student.state_dict()))
-    cls, patch = streams(args, steps_per_epoch, int(gmm_start), device)
-    sets = [cls] if args.shared_prototypes else [cls, patch]
+    cls, patch = make_streams(args, steps_per_epoch, int(gmm_start), device)
+    shared = patch.teacher is cls.teacher  # --shared-prototypes
+    sets = [cls] if shared else [cls, patch]
     loss_fn = nn.ModuleDict({"class": cls.loss, "patch": patch.loss})
     grid = args.img_size // args.patch_size
     place_mean = PlaceMean(grid ** 2, args.bottleneck_dim).to(device)
@@ -373,7 +393,7 @@ def train(args, device, stop_request):
     # ---- start or go on ------------------------------------------------------------------------
     parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer,
              "place_mean": place_mean}
-    if not args.shared_prototypes:
+    if not shared:
         parts |= {"patch_student": patch.student, "patch_teacher": patch.teacher}
     start, record = checkpoint.start_or_resume(args, parts, cls.student, cls.teacher)
     if start >= stop:
@@ -388,7 +408,8 @@ def train(args, device, stop_request):
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
 
-    log, monitor, metrics = Log(args, start, bool(record.rows)), Monitor(args.num_prototypes), {}
+    log, metrics = Log(args, start, bool(record.rows)), {}
+    monitor = Monitor(len(cls.teacher.vectors()))
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))
@@ -438,7 +459,7 @@ def train(args, device, stop_request):
             sampled = place_mean(sampled, all_places.flatten())
 
         # ---- 2. prototypes: those that follow the teacher, one step each
-        if args.shared_prototypes:
+        if shared:
             vectors = torch.cat([ddp.gather_views(h_t), sampled])  # (2 batch_size + R, D)
             report = cls.teacher.step(vectors, step, beta)
         else:
@@ -513,7 +534,7 @@ def train(args, device, stop_request):
             record.clear()
             clock.restart()
         if now.checkpoint:
-            named = {} if args.shared_prototypes else {"patch": patch.teacher}
+            named = {} if shared else {"patch": patch.teacher}
             checkpoint.save(args, done, record, parts, cls.student, cls.teacher, named)
         if leaving:
             ddp.print0(f"step {done} is saved in {args.out}; go on with --resume")
@@ -590,9 +611,10 @@ def mutual_information(a, b):
 
 
 def printed_patches(row):
-    return (f"     patches: unique(.025) {row['patch_unique_0.025']:.3f}  "
-            f"unique(.5) {row['patch_unique_0.5']:.3f} (ceiling {row['patch_ceiling_0.5']:.3f})  "
-            f"used {row['patch_used']:.3f}  perplexity {row['patch_perplexity']:.3f}  "
+    return (f"     patches: unique(.025) {share(row['patch_unique_0.025'])}  "
+            f"unique(.5) {share(row['patch_unique_0.5'])} "
+            f"(ceiling {row['patch_ceiling_0.5']:.3f})  used {row['patch_used']:.3f}  "
+            f"perplexity {row['patch_perplexity']:.3f}  "
             f"drift {row['patch_drift']:.3f}\n"
             f"     patches: place {row['patch_place_nats']:.3f} nats "
             f"({row['patch_place_nats_shuffled']:.3f} shuffled)")

@@ -1,0 +1,157 @@
+"""SOP (Silva et al. 2025) with its patches: zoo/ibot.py, with anchors for prototypes.
+
+    python -m zoo.sop
+    python -m zoo.sop --patch-neighbours 4 --patch-memory 1024
+    python -m zoo.sop --patch-weight 0 --mask-share 0     class tokens alone, on the same network
+
+As in iBOT, the student sees global crops with hidden patches, and has to agree with what the
+teacher says of the same places of the clean crop. But there are no prototypes. Class tokens and
+patches each have a memory of teacher vectors, from which every step draws anchors anew. The set is
+Bank of zoo/bank.py, where S.1 to S.4 make probabilities P(u) of it, and S.5 is the loss of class
+tokens. For patches this differs from it:
+
+    S.6  memory      one vector of each image enters it: the teacher's, at a place of the clean
+                     second global crop that is drawn evenly over the grid, hidden or not
+    S.7  P           an anchor alone is a SOP, which the paper calls k = 1. So S.4 is a softmax over
+                     the K anchors a_k that is smoothed with o = 0.1 / (K - 1):
+                     P(u)_k = (0.9 - o) softmax_k(<u, a_k> / tau) + o
+    S.8  L_patch   = 1/2 sum over the two global crops of the mean over images of
+                     1/max(n, 1) sum over its n hidden patches of -sum_k P(h_t)_k log P(h_s)_k
+    S.9  L         = S.5 + patch-weight L_patch
+
+Nothing is centred or balanced, and no vector of a memory is trained: gradients reach the student
+through h_s alone. The smoothing keeps the loss above 0. Where teacher and student agree on one
+anchor for each patch, S.8 is -0.9 ln 0.9 - 0.1 ln o for each masked crop: 0.81 with 128 anchors. At
+the start it is about ln K, 4.85.
+
+differs: as in the paper, a step draws its K anchors once. The defaults of the official code draw 64
+for class tokens four times, and keep a random half of each. Masks are those of iBOT, which leave
+half of the crops whole; those defaults mask all crops, at most 0.3 of each.
+
+This file holds what is not in zoo/ibot.py, whose loop runs as it is: the flags, and what the two
+streams are.
+"""
+import config
+import heads
+from support import checkpoint, checkpoints, ddp
+from support.errors import one_sentence
+from support.files import locked
+from support.log import keep_freed_memory
+from support.signals import stop_requests
+from zoo import ibot
+from zoo.bank import SOP, Bank
+
+SCRIPT = "zoo/sop.py"  # args.json names the script of a run
+
+# Anchors, neighbours, memories and momentum as the paper has them. The rest is iBOT's official
+# recipe, since SOP's commands are not published. For 16 GPUs; not run
+PRESETS = {}
+PRESETS["paper-sop-vits"] = dict(
+    data="imagenet", arch="vit_small", patch_size=16, img_size=224, drop_path=0.1,
+    local_size=96, local_crops=10, global_scale=[0.25, 1.0], local_scale=[0.05, 0.25],
+    jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0],
+    head_hidden=2048, bottleneck_dim=256,
+    num_prototypes=4096, neighbours=8, memory=65536,
+    num_patch_prototypes=512, patch_neighbours=0, patch_memory=8192,
+    batch_size=1024, epochs=800, warmup_epochs=10, lr=5e-4, min_lr=1e-6,
+    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0,
+    workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
+
+# Flags of train.py about targets that SOP does not read, and their defaults
+NOT_READ = {"targets": "center", "teacher_temp_epochs": 0}
+
+
+# ---- command line ------------------------------------------------------------------------------
+def flags(parser):
+    flag = ibot.patch_flags(parser)
+    flag("--patch-memory", type=int, metavar="M",
+         help="vectors in the memory of patches; None: of the last 8 batches")
+    flag("--patch-neighbours", type=int, default=0,
+         help="of an anchor of patches, which with it make one self-organising prototype")
+    for name, only in (("method", "sop"), ("prototypes", "bank")):
+        action, = (action for action in parser._actions if action.dest == name)
+        action.choices = [only]  # no other is read
+    parser.set_defaults(method="sop", prototypes="bank", num_prototypes=128, patch_rows=1,
+                        arch="vit_micro", patch_size=4, head_bn=False, batch_size=32,
+                        momentum=0.99)
+    parser.presets.update(PRESETS)
+
+
+def parse(argv=None):
+    """argv -> checked Namespace; bad input is one sentence and exit code 2."""
+    args = config.parse(argv, SCRIPT, flags)
+    if args.num_patch_prototypes is None:
+        args.num_patch_prototypes = args.num_prototypes
+    with one_sentence(SCRIPT, args.out):
+        check(args)
+    return args
+
+
+def check(args):
+    """ValueError for values that cannot run."""
+    ibot.check_patches(args)
+    if args.patch_memory is not None and args.patch_memory < 1:
+        raise ValueError(f"--patch-memory must be at least 1, got {args.patch_memory}")
+    if args.patch_neighbours < 0:
+        raise ValueError(f"--patch-neighbours must not be negative, got {args.patch_neighbours}")
+    for name, fixed in NOT_READ.items():
+        if getattr(args, name) != fixed:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect in SOP, which neither "
+                             "centres nor balances its targets, nor warms up their temperature; "
+                             f"got {getattr(args, name)}")
+    start, end = args.teacher_temp
+    if start != end:
+        raise ValueError("--teacher-temp is one value in SOP, for class tokens and patches; got "
+                         f"{start} {end}")
+
+
+# ---- streams -----------------------------------------------------------------------------------
+class PatchSOP(SOP):
+    """S.8. Its targets are those of S.5, for rows of patches."""
+
+    def forward(self, h_s, P_t, weights, protos_s):
+        """h_s (m, D), P_t (m, K), weights (m,): how much each row counts -> a scalar."""
+        log_P = protos_s.log_probabilities(h_s, self.tau)  # (m, K)
+        return -(weights * (P_t * log_P).sum(-1)).sum()
+
+
+def patch_bank(args):
+    """The memory of patches, and its anchors: others than those of class tokens in each step."""
+    vectors = args.batch_size * args.patch_rows  # that enter it in a step
+    return Bank(args.num_patch_prototypes, args.bottleneck_dim, args.logit_scale,
+                args.seed + 1_000_003, M=args.patch_memory or 8 * vectors, k=args.patch_neighbours,
+                B=vectors, of="patch-")
+
+
+def streams(args, steps_per_epoch, gmm_start, device):
+    """(class stream, patch stream), as zoo/ibot.py wants them; no mixture starts here."""
+    patch_loss = PatchSOP(args.num_patch_prototypes, args.student_temp, args.teacher_temp[1])
+    return (ibot.Stream(Bank.from_args(args).to(device), SOP.from_args(args, steps_per_epoch)),
+            ibot.Stream(patch_bank(args).to(device), patch_loss))
+
+
+def main(argv=None):
+    """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
+    args = parse(argv)
+    keep_freed_memory()
+    with one_sentence(SCRIPT, args.out):
+        device = ddp.setup(args.device)
+        if args.export:
+            from support.export import export
+            return export(args.out, args.export)
+        with locked(args.out), stop_requests() as stop_request:
+            return ibot.train(args, device, stop_request, streams)
+
+
+def load_run(path):
+    """As checkpoint.load_run: the teacher's class tokens, their memory and their loss."""
+    ckpt = checkpoints.read(path)
+    args = config.completed(ckpt["args"])
+    net, protos = ibot.network(args), heads.prototypes(args)
+    net.load_state_dict(ckpt["teacher"])
+    checkpoint.restore(protos, ckpt)
+    return net.eval(), protos, SOP.from_args(args, steps_per_epoch=1), vars(args)
+
+
+if __name__ == "__main__":
+    main()
