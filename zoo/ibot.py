@@ -32,7 +32,6 @@ of its own.
 """
 import argparse
 import copy
-import math
 import os
 from dataclasses import replace
 
