@@ -279,8 +279,8 @@ def test_two_processes_equal_one_though_their_hidden_patches_differ_in_number(tm
                 for i, kind in enumerate(KINDS)]
     script = tmp_path / "two.py"
     script.write_text(TWO.format(root=ROOT, runs=flags(2)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-              "--master_port", str(29_800 + os.getpid() % 90), str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+              str(script)]  # --standalone: at a port that is free
     done = subprocess.run(launch, text=True, timeout=240, capture_output=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
