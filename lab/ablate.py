@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 
 import config
+from lab import eval_dense
 from support import plots
 from support.errors import one_sentence
 from support.files import TEXT, write
@@ -56,6 +57,17 @@ MOVED_BY = {"joint": "joint", "kp": "kp", "frozen": "frozen", "kmeans": "kmeans"
             "decoupled per sample": "decoupled --forgetting sample", "live": "live"}
 BALANCED = "--method dino --targets sinkhorn --num-prototypes 64 --prototypes "
 SPREAD = "--method carp-uniform --prototypes "
+# A head of patches beside that of class tokens, which is the same in all rows: trained prototypes
+# and a centre. Sinkhorn-Knopp needs as many patches as prototypes, and a step of 32 images has 592
+# hidden ones on average. Without the patches' loss this is DINO; its network is the same whatever
+# the patch prototypes are, and those that follow the teacher still do
+DENSE = ("zoo/ibot.py --epochs 3 --prototypes joint --num-patch-prototypes 512 "
+         "--patch-targets sinkhorn --patch-prototypes ")
+IN_DENSE = ["joint", "kp", "frozen", "decoupled", "decoupled per sample"]
+NO_PATCH_LOSS = " --patch-weight 0 --mask-share 0"
+# The clusters of CAPI's teacher, and over what its targets are balanced
+CLUSTERS = {"as published": "clustered", "frozen clusters": "frozen", "mixture": "decoupled"}
+BALANCED_OVER = {"each place": "place", "all patches": "all"}
 
 # The instrument: what its k-NN does if a run is shorter or longer, and with other seeds
 EPOCHS = config.parser().get_default("epochs")
@@ -130,6 +142,15 @@ TABLES = {
           for name in ("frozen", "kmeans", "clustered", "live")],
         *[(f"DINO + Sinkhorn, {name}", BALANCED + flags) for name, flags in MOVED_BY.items()],
         ("SOP, bank", "--method sop --prototypes bank --num-prototypes 128")]),
+    "dense": ("who moves the prototypes of patches", [
+        *[(f"iBOT, {name}", DENSE + MOVED_BY[name]) for name in IN_DENSE],
+        ("iBOT, decoupled, place mean", DENSE + "decoupled --place-mean"),
+        *[(f"DINO, {name}", DENSE + MOVED_BY[name] + NO_PATCH_LOSS)
+          for name in ("joint", "decoupled", "decoupled per sample")]]),
+    "capi": ("who moves the clusters of CAPI's teacher", [
+        *[(f"{kind}, {over}", f"zoo/capi.py --prototypes {flag} --sinkhorn {rule}")
+          for kind, flag in CLUSTERS.items() for over, rule in BALANCED_OVER.items()],
+        ("frozen student, each place", "zoo/capi.py --student-prototypes frozen")]),
     "instrument": ("what the default run can tell: length, seeds, room above",
                    [*INSTRUMENT, (LABELS, "--method supervised --prototypes joint")]),
 }
@@ -138,6 +159,7 @@ SEEDS = [0, 1, 2]
 FIVE_SEEDS = [f"{system}, default length" for system in SYSTEMS]
 # a third of CIFAR-10's classes each, at 5,000 to 50 images
 GROUP_LIMITS = ["--head", "1000", "--tail", "200"]
+SEGMENTED = ["--train-images", "500", "--test-images", "250"]  # half of what lab.eval_dense takes
 
 # (column of the file, its title in the table, digits)
 MEASURES = [("knn", "k-NN", 1), ("unique_0.025", "unique(.025)", 3),
@@ -147,19 +169,43 @@ MEASURES = [("knn", "k-NN", 1), ("unique_0.025", "unique(.025)", 3),
 VECTORS = [("h_rank", "rank h", 1), ("h_cosine", "cos h", 2), ("z_sd", "sd z", 2),
            ("ms_per_step", "ms/step", 0)]
 GROUPS = [("knn_head", "head", 1), ("knn_medium", "medium", 1), ("knn_tail", "tail", 1)]
+# of patches: their prototypes, and what the network knows of them, by lab/eval_dense.py
+PATCHES = [("miou", "mIoU", 1),
+           *[(f"patch_{column}", title, digits) for column, title, digits in MEASURES[2:]],
+           ("patch_place_nats", "place", 2), ("patch_place_nats_shuffled", "shuffled", 2)]
+# of CAPI: its features and targets, and its second set of prototypes
+TARGETS = [("target_entropy", "entropy of targets", 2), ("entropy_floor", "at least", 2),
+           ("place_nats", "place", 2), ("place_nats_shuffled", "shuffled", 2)]
+STUDENTS = [(f"student_{column}", title, digits) for column, title, digits in MEASURES[1:]]
+# what untrained weights and raw pixels reach
+CONTROLS = ["raw_knn", "untrained_knn", "raw_miou", "untrained_miou"]
 # block: the flags after --; command: the script of the run and its flags
-FIELDS = ["row", "seed", "block", *[column for column, _, _ in MEASURES + VECTORS + GROUPS],
-          "ceiling_0.025", "h_norm", "raw_knn", "untrained_knn", "steps", "command", "hardware",
-          "torch", "date", "data_version"]
+FIELDS = ["row", "seed", "block",
+          *dict.fromkeys(column for column, _, _ in
+                         MEASURES + VECTORS + GROUPS + PATCHES + TARGETS + STUDENTS),
+          "ceiling_0.025", "h_norm", *CONTROLS, "steps", "command", "hardware", "torch", "date",
+          "data_version"]
+
+
+def parts(name):
+    """[(heading or "", measures as in MEASURES)]: a table of runs is shown as one Markdown table,
+    or as several where it has two kinds of prototypes. They are at most 100 columns wide."""
+    if name == "dense":
+        of_class = [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS[:1]
+        return [("class tokens", of_class), ("patches", PATCHES)]
+    if name == "capi":
+        return [("features and targets", [MEASURES[0], PATCHES[0], *TARGETS]),
+                ("teacher's clusters", MEASURES[1:]), ("student's set", STUDENTS)]
+    if name == "space":
+        return [("", [m for m in MEASURES if m[0] != "unique_0.025"]), ("vectors", VECTORS)]
+    if name == "longtail":
+        return [("", MEASURES[:1] + GROUPS + [m for m in MEASURES[1:] if m[0] != "ceiling_0.5"])]
+    return [("", MEASURES)]
 
 
 def measures(name):
-    """What a table shows, as in MEASURES. Beside groups of classes the ceiling has no room."""
-    if name == "space":
-        return [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS
-    if name != "longtail":
-        return MEASURES
-    return MEASURES[:1] + GROUPS + [m for m in MEASURES[1:] if m[0] != "ceiling_0.5"]
+    """All that a table shows, as in MEASURES."""
+    return [measure for _, part in parts(name) for measure in part]
 
 
 # ---- commands ----------------------------------------------------------------------------------
@@ -215,6 +261,8 @@ def train(args, run, out, block):
     result = {"row": run.row, "seed": run.seed, "block": block, **last_evaluation(out)}
     if args.table == "longtail":
         result |= accuracy_of_groups(out)
+    if args.table in ("dense", "capi") and read_args(out)["data"] in eval_dense.IMAGES:
+        result |= segmentation(out)
     return result | {"command": shlex.join([run.script, *run.flags]), "hardware": hardware(),
                      "date": datetime.date.today().isoformat()}
 
@@ -260,8 +308,10 @@ def last_evaluation(out):
         raise ValueError(f"{out}/log.csv has no row of an evaluation")
     last, args = evaluated[-1], read_args(out)
     speeds = [float(row["images_per_s"]) for row in log if row["images_per_s"]]
-    of_vectors = {column: last.get(column, "") for column, _, _ in VECTORS}  # newer than some runs
-    return of_vectors | {column: last[column] for column in columns} | {
+    # some runs have no patches, and some are older than a column
+    where_there = {column: last.get(column, "")
+                   for column, _, _ in VECTORS + PATCHES + TARGETS + STUDENTS}
+    return where_there | {column: last[column] for column in columns} | {
         "ms_per_step": f"{1000 * args['batch_size'] / statistics.median(speeds):.4g}",
         "raw_knn": log[0].get("raw_knn", ""), "untrained_knn": log[0]["knn"], "steps": last["step"],
         "torch": args.get("torch", ""), "data_version": args.get("data_version") or ""}
@@ -277,6 +327,17 @@ def accuracy_of_groups(out):
     if not results:
         raise ValueError(f"{file} has no row of k=20")
     return {f"knn_{group}": results[-1][group] for group in groups}
+
+
+def segmentation(out):
+    """mIoU of k-NN on patches, by lab/eval_dense.py."""
+    command = [sys.executable, "-m", "lab.eval_dense", out, "--probe", "knn", *SEGMENTED]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError(f"lab.eval_dense of {out} failed")
+    file = os.path.join(out, "results_dense.csv")
+    found = {row["result"]: row["miou"] for row in read(file, ["result", "miou"])}
+    return {"miou": found["backbone knn"], "untrained_miou": found["untrained knn"],
+            "raw_miou": found["pixels knn"]}
 
 
 def hardware():
@@ -383,7 +444,7 @@ def table(name, results):
 
 
 def lines_of_block(name, block, rows):
-    """[line] for the rows {row: [results]} of one block: what it is, and the table.
+    """[line] for the rows {row: [results]} of one block: what it is, and its tables.
 
     A row holds means over seeds, and the row below it, "± sd", their standard deviations.
     """
@@ -392,22 +453,25 @@ def lines_of_block(name, block, rows):
     command = f"python -m lab.ablate {name}" + (f" -- {block}" if block else "")
     steps = " and ".join(sorted({result["steps"] for result in results}))
     raw, untrained = mean(results, "raw_knn", 1), mean(results, "untrained_knn", 1)
-    shown = measures(name)
     lines = [f"`{command}`",
              "",
              f"* {TABLES[name][0]}",
              f"* {steps} steps; k-NN of raw pixels {raw}, of the untrained backbone {untrained}",
              f"* {results[0]['hardware']}, torch {results[0]['torch']}, "
-             f"{max(result['date'] for result in results)}",
-             "",
-             f"| row | runs | {' | '.join(title for _, title, _ in shown)} |",
-             "|---|---|" + "---|" * len(shown)]
-    for row in order:
-        cells = [mean(rows[row], column, digits) for column, _, digits in shown]
-        lines.append(f"| {row} | {len(rows[row])} | {' | '.join(cells)} |")
-        if len(rows[row]) > 1:
-            cells = [deviation(rows[row], column, digits) for column, _, digits in shown]
-            lines.append(f"| ± sd | | {' | '.join(cells)} |")
+             f"{max(result['date'] for result in results)}"]
+    if any(result.get("raw_miou") for result in results):
+        raw, untrained = mean(results, "raw_miou", 1), mean(results, "untrained_miou", 1)
+        lines.insert(4, f"* mIoU of raw pixels {raw}, of the untrained backbone {untrained}")
+    for heading, shown in parts(name):
+        lines += ["",
+                  f"| {heading or 'row'} | runs | {' | '.join(title for _, title, _ in shown)} |",
+                  "|---|---|" + "---|" * len(shown)]
+        for row in order:
+            cells = [mean(rows[row], column, digits) for column, _, digits in shown]
+            lines.append(f"| {row} | {len(rows[row])} | {' | '.join(cells)} |")
+            if len(rows[row]) > 1:
+                cells = [deviation(rows[row], column, digits) for column, _, digits in shown]
+                lines.append(f"| ± sd | | {' | '.join(cells)} |")
     of_verdict = verdict(rows) if name == "instrument" else []
     return [*lines, "", *(part for line in of_verdict
                           for part in textwrap.wrap(line, 98, subsequent_indent="  "))]
@@ -450,6 +514,21 @@ def verdict(rows):
         line("(d) labels reach at least 5 points more",
              {s: difference(knn(LABELS), default[s]) for s in SYSTEMS}, least=5)]
     return [*lines, ""]
+
+
+def draw(name, results, file):
+    """The picture of a table. ValueError without matplotlib."""
+    rows = rows_of_table(name, results)
+    if name == "space":
+        columns = ("knn", "unique_0.5", "used")
+        first = next(iter(blocks(rows).values()))  # the rows without flags of their own
+        means = {row: {column: float(mean(first[row], column, 6)) for column in columns}
+                 for row, _ in TABLES[name][1]
+                 if row in first and all(first[row][0][column] for column in columns)}
+        plots.space(means, file)
+    else:
+        order = [row for row, _ in TABLES[name][1]]
+        plots.ablation(order, blocks(rows), measures(name), file)
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -511,7 +590,7 @@ def ablate(args, extra):
         raise ValueError(f"{file} holds no results yet")
     print("\n" + table(args.table, results))
     try:
-        plots.ablation(names, blocks(results), measures(args.table), f"{file[:-4]}.png")
+        draw(args.table, results, f"{file[:-4]}.png")
     except ValueError as error:  # no matplotlib
         print(f"no picture: {error}")
     return results

@@ -44,7 +44,7 @@ from tqdm import tqdm
 import data
 import models
 from eval_knn import largest
-from support import backbones, evaluation, pixels, plots, probes
+from support import backbones, checkpoints, evaluation, pixels, plots, probes
 from support.errors import one_sentence
 from support.files import TEXT
 from support.flags import check_files, check_values
@@ -246,10 +246,13 @@ def patch_features(backbone, x, *, mean, std, device="cpu", batch_size=64):
     return torch.cat(parts)
 
 
-def untrained(backbone, img_size, seed):
+def untrained(backbone, args, seed):
     """The backbone as it was before training: the same architecture and sizes, weights drawn with
-    `seed`. img_size: that for which its positions were laid out."""
-    small = backbones.small_stem(backbone.state_dict())
+    `seed`. args: of its run; img_size is that for which its positions were laid out."""
+    own = checkpoints.module_of(args.get("script", "train.py"))
+    if hasattr(own, "load_backbone"):
+        return own.load_backbone(None, args | {"seed": seed})
+    img_size, small = args["img_size"], backbones.small_stem(backbone.state_dict())
     patch_size = getattr(backbone, "patch_size", 16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -517,7 +520,7 @@ def check_flags(flags):
 def features_of(train, test, backbone, flags, args):
     """{"backbone", "untrained", "pixels": (train, test) as Patches}, and g."""
     backbone.to(flags.device)
-    twin = untrained(backbone, args["img_size"], flags.seed).to(flags.device)
+    twin = untrained(backbone, args, flags.seed).to(flags.device)
 
     def through(net, words):
         both = [patch_features(net, part.x, mean=args["mean"], std=args["std"],

@@ -115,15 +115,19 @@ def ours(path, which):
     args = ckpt["args"]
     weights = {key.removeprefix("backbone."): tensor for key, tensor in ckpt[which].items()
                if key.startswith("backbone.")}
+    script = args.get("script", "train.py")
+    own = checkpoints.module_of(script)  # its backbone may be one that models.py does not have
     try:
-        backbone = build(args["arch"], patch_size=args["patch_size"], img_size=args["img_size"],
-                         in_small=small_stem(weights))
-        backbone.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
+        if hasattr(own, "load_backbone"):
+            backbone = own.load_backbone(ckpt[which], args)
+        else:
+            backbone = build(args["arch"], patch_size=args["patch_size"],
+                             img_size=args["img_size"], in_small=small_stem(weights))
+            backbone.load_state_dict(weights)
+    except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: the {which}'s weights do not fit its args, arch {args['arch']}, "
                          f"patch {args['patch_size']}, {args['img_size']} px ({reason})") from None
-    script = args.get("script", "train.py")
     if script == "train.py":
         method = (f"{args.get('method', '?')} with {args.get('prototypes', '?')} prototypes "
                   f"(K = {args.get('num_prototypes', '?')})")

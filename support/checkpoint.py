@@ -18,7 +18,6 @@ A checkpoint holds tensors and plain values alone: torch.load(weights_only=True)
 Randomness is a function of (seed, step or sample, process), so a run goes on from its step and
 nothing else has to be restored.
 """
-import importlib
 import os
 import re
 
@@ -60,7 +59,7 @@ def save(args, step, record, parts, protos_s, protos_t, others=None):
                            "student": state_without_mixture(protos_s),
                            "teacher": state_without_mixture(protos_t)}}
         if args.student_prototypes != "same":
-            others = {"student": protos_s}
+            others = {"student": protos_s} | (others or {})
         for name, protos in (others or {}).items():
             state["prototypes"][f"{name}_vectors"] = protos.vectors()
         path = os.path.join(args.out, "ckpt.pt")
@@ -262,11 +261,9 @@ def load_run(path):
     ckpt = checkpoints.read(path)
     backbones.check_ours(path, ckpt, "teacher")
     try:
-        script = ckpt["args"].get("script", "train.py")
-        if re.fullmatch(r"zoo/\w+\.py", script):
-            module = importlib.import_module(script[:-3].replace("/", "."))
-            if hasattr(module, "load_run"):
-                return module.load_run(path)
+        script = checkpoints.module_of(ckpt["args"].get("script", "train.py"))
+        if hasattr(script, "load_run"):
+            return script.load_run(path)
         net, protos, args = networks_of(ckpt)
         loss = losses.loss(args)
         loss.load_state_dict(ckpt["loss"])

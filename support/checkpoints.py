@@ -11,6 +11,7 @@ dtypes. Any other name is refused.
 Letters: K prototypes of dimension D.
 """
 import argparse
+import importlib
 import os
 import pickle
 import re
@@ -224,6 +225,18 @@ def split_key(key):
             break
         leading.pop(0)
     return rank, ".".join([*leading, last])
+
+
+def module_of(script):
+    """The module of a script of zoo/, "zoo/NAME.py" as a checkpoint of ours names it; None of
+    train.py and of anything else.
+
+    A script may define `load_run(path)` and `load_backbone(state, args)` where its networks are not
+    those of train.py.
+    """
+    if not re.fullmatch(r"zoo/\w+\.py", script):
+        return None
+    return importlib.import_module(script[:-3].replace("/", "."))
 
 
 def listing(names, most=5):

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from views import MEAN, STD, eval_batches
 
-POOLS = ("cls", "mean", "cls+mean")
+POOLS = ("cls", "mean", "cls+mean", "predictor")
 
 
 def width(backbone, layers=1, pool="cls"):
@@ -16,6 +16,11 @@ def width(backbone, layers=1, pool="cls"):
     have."""
     if pool not in POOLS:
         raise ValueError(f"--pool {pool} is not one of {', '.join(POOLS)}")
+    if pool == "predictor":
+        if layers != 1 or getattr(backbone, "predictor", None) is None:
+            raise ValueError(f"--layers {layers} --pool predictor needs a run of zoo/capi.py, and "
+                             f"one layer; a {backbone.arch} has no predictor beside it")
+        return backbone.dim
     if not hasattr(backbone, "intermediate"):
         if layers != 1 or pool == "cls+mean":
             raise ValueError(f"--layers {layers} --pool {pool} needs a ViT with a class token: a "
@@ -33,8 +38,11 @@ def embed(backbone, x, layers=1, pool="cls"):
     layers: class tokens of that many last blocks, earliest first, each after the final norm (DINO's
     linear probe takes 4). pool: "cls", "mean" (the last block's patch tokens, averaged) or
     "cls+mean" (both; DINO's linear probe of a ViT-B). A ResNet and a ViT of CAPI have one layer and
-    no class token: their "cls" and their "mean" are the mean of the patches.
+    no class token: their "cls" and their "mean" are the mean of the patches. "predictor": of a run
+    of zoo/capi.py, the mean of its predictor's guesses.
     """
+    if pool == "predictor":
+        return backbone.predicted(x).float()
     if layers == 1 and pool == "cls" or not hasattr(backbone, "intermediate"):
         return backbone(x)[0].float()
     outputs = backbone.intermediate(x, layers)  # [(cls (N, dim), patches (N, n, dim))]

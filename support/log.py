@@ -26,7 +26,7 @@ COLUMNS = ["step", "epoch", "loss", "loss_over_ln_k", "raw_knn", "knn", "unique_
 # prototype set, as student_used and patch_used
 MEASURED = COLUMNS[COLUMNS.index("knn"):COLUMNS.index("z_sd") + 1]
 OF_FURTHER_SETS = re.compile(
-    f"(student|patch)_({'|'.join(map(re.escape, MEASURED))}|place_nats.*)")
+    f"(student|student_average|patch)_({'|'.join(map(re.escape, MEASURED))})|.*place_nats.*")
 
 
 class Log:

@@ -55,10 +55,12 @@ class CheckedStep:
     modules     their buffers, the running averages of batch norm among them, are put back by a skip
     clip_grad   largest norm of the gradient of one parameter tensor; 0: any
     still       parameters that stand still for the first `still_steps` steps (--freeze-prototypes)
+    factors     (of the learning rate, of the weight decay) for each group of the optimiser
     """
 
-    def __init__(self, optimizer, modules, clip_grad=0.0, still=(), still_steps=0):
-        self.optimizer, self.clip_grad = optimizer, clip_grad
+    def __init__(self, optimizer, modules, clip_grad=0.0, still=(), still_steps=0,
+                 factors=((1.0, 1.0), (1.0, 0.0))):
+        self.optimizer, self.clip_grad, self.factors = optimizer, clip_grad, factors
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         self.still, self.still_steps = list(still), still_steps
         self.buffers = [b for module in modules for b in module.buffers()]
@@ -75,8 +77,8 @@ class CheckedStep:
         norm = clip([p.grad for p in self.params if p.grad is not None], self.clip_grad)  # ()
         values = torch.cat([values, norm[None]])  # (n + 1,), the same on all processes
         finite = values.isfinite().all()
-        for group, decay in zip(self.optimizer.param_groups, (weight_decay, 0.0)):
-            group["lr"], group["weight_decay"] = lr, decay
+        for group, (of_lr, of_decay) in zip(self.optimizer.param_groups, self.factors):
+            group["lr"], group["weight_decay"] = lr * of_lr, weight_decay * of_decay
         if step < self.still_steps:  # after the clipping, as in DINO's code
             for p in self.still:
                 p.grad = None

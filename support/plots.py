@@ -201,6 +201,47 @@ def ablation(order, parts, measures, file):
     save(fig, file)
 
 
+# ---- the design space ----------------------------------------------------------------------------
+def space(rows, file):
+    """A point for each row of a table: k-NN over the share of unique prototypes, the area of the
+    point being the share that is used.
+
+    rows: {name: {"knn": percent, "unique_0.5": share, "used": share}}. The part of a name before
+    its comma is the loss, which has a panel of its own; the part after it is written beside the
+    point.
+    """
+    losses = list(dict.fromkeys(name.split(", ", 1)[0] for name in rows))
+    fig, axes = figure(1, len(losses), 3.6 * len(losses) + .5, 4)
+    for i, (ax, loss) in enumerate(zip(axes[0], losses)):
+        own = {name.split(", ", 1)[1]: row for name, row in rows.items()
+               if name.startswith(f"{loss}, ")}
+        x, y = ([row[column] for row in own.values()] for column in ("unique_0.5", "knn"))
+        area = [10 + 500 * row["used"] for row in own.values()]  # in points squared; 0 is visible
+        ax.scatter(x, y, s=area, color=COLOURS[i % 7], alpha=.4, edgecolor="black", linewidth=.5)
+        # names of points at one height would cover each other: they stand apart, in order of height
+        heights = apart(y, .06 * (max(y) - min(y) + 1))
+        for name, at, knn, height in zip(own, x, y, heights):
+            right = at < .5  # of the point, where there is room
+            ax.annotate(name, (at, knn), (at + (.08 if right else -.08), height), va="center",
+                        ha="left" if right else "right", fontsize=7,
+                        arrowprops={"arrowstyle": "-", "linewidth": .4, "color": "grey"})
+        ax.set_title(loss, fontsize=9, loc="left")
+        ax.set_xlim(-.08, 1.12)
+        ax.set_xlabel("unique(.5)", fontsize=8)
+        ax.set_ylabel("k-NN (%)", fontsize=8)
+        ax.tick_params(labelsize=8)
+        open_frame(ax)
+    save(fig, file)
+
+
+def apart(values, distance):
+    """The values moved up so far that any two are at least `distance` apart; in the same order."""
+    moved, last = list(values), -math.inf
+    for i in sorted(range(len(values)), key=values.__getitem__):
+        moved[i] = last = max(values[i], last + distance)
+    return moved
+
+
 # ---- Fig. 1 -------------------------------------------------------------------------------------
 def plane(X):
     """Unit rows X (K, D) -> angles (K,) in the plane of their two main axes, as NumPy.

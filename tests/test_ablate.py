@@ -1,6 +1,7 @@
 """lab/ablate.py: commands that the scripts take, runs that are not done twice, and means and
 deviations by hand."""
 import glob
+import importlib
 import json
 import os
 import shutil
@@ -33,9 +34,12 @@ def test_every_row_of_every_table_is_a_command_of_train(name, capsys):
     assert all(line.startswith(("python train.py ", "python -m zoo.")) for line in lines)
 
     distinct, frozen = set(), False
-    runs = [run for run in ablate.runs(name, [0], []) if run.script == "train.py"]
+    runs = ablate.runs(name, [0], [])
     for run in runs:
-        args = vars(config.parse([*run.flags, "--device", "cpu"]))
+        script = config
+        if run.script != "train.py":
+            script = importlib.import_module(ablate.module_of(run.script))
+        args = vars(script.parse([*run.flags, "--device", "cpu"]))
         frozen |= args["prototypes"] == "frozen"
         args.pop("out")
         distinct.add(json.dumps(args, sort_keys=True))
@@ -325,6 +329,50 @@ def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
     assert any("frozen" in r["row"] for r in results)
     for r in results:
         assert r["command"].startswith(("train.py ", "zoo/")) and r["date"] and r["torch"]
+
+
+# ---- the table "space" ---------------------------------------------------------------------------
+def test_the_picture_of_the_design_space(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+
+    def result(row, knn, unique, used, seed=0):
+        return {"row": row, "seed": str(seed), "block": "", "knn": knn, "unique_0.5": unique,
+                "used": used}
+    drawn = {}
+    real = ablate.plots.save
+    monkeypatch.setattr(ablate.plots, "save", lambda fig, file: drawn.update(fig=fig) or real(
+        fig, file))
+    ablate.draw("space", [
+        result("CARP, joint", "80", ".2", ".1"), result("CARP, joint", "84", ".4", ".3", 1),
+        result("CARP, frozen", "82", "1", ".5"), result("SOP, bank", "70", "", ".5"),
+        result("DINO + Sinkhorn, live", "60", ".9", "1")], str(tmp_path / "space.png"))
+    assert (tmp_path / "space.png").stat().st_size > 10_000
+    carp, dino = drawn["fig"].axes  # the memory of bank has no unique share
+    assert [ax.get_title(loc="left") for ax in (carp, dino)] == ["CARP", "DINO + Sinkhorn"]
+    points, = carp.collections
+    assert points.get_offsets().tolist() == [[pytest.approx(.3), 82], [1, 82]]  # means of seeds
+    assert points.get_sizes().tolist() == pytest.approx([10 + 500 * .2, 10 + 500 * .5])
+    assert [text.get_text() for text in carp.texts] == ["joint", "frozen"]
+    heights = [text.xyann[1] for text in carp.texts]
+    assert abs(heights[0] - heights[1]) >= .05  # the names do not cover each other
+
+
+# ---- the table "dense" -----------------------------------------------------------------------
+def test_the_dense_table_measures_both_kinds_of_prototypes(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(ablate, "SEGMENTED", ["--train-images", "40", "--test-images", "20"])
+    flags = [*TINY, "--arch", "vit_micro", "--num-patch-prototypes", "8"]
+    results = ablate.main(["dense", "--rows", "iBOT, frozen", "--seeds", "0",
+                           "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--",
+                           *flags])
+    text = capfd.readouterr().out
+    assert "| class tokens | runs |" in text and "| patches | runs | mIoU |" in text
+    row, = results
+    log = ablate.read(str(tmp_path / "runs/dense" / os.listdir(tmp_path / "runs/dense")[0]
+                          / "log.csv"), ["patch_used"])
+    for column in ("patch_used", "patch_place_nats", "used"):
+        assert row[column] == log[-1][column] != ""
+    assert 0 < float(row["miou"]) < 100 and 0 < float(row["untrained_miou"]) < 100
+    assert f"* mIoU of raw pixels {float(row['raw_miou']):.1f}, " in text
 
 
 # ---- the table "instrument" --------------------------------------------------------------------

@@ -326,9 +326,10 @@ def test_patch_features_are_those_of_eval_mode_for_normalised_pixels():
 def test_the_untrained_network_has_the_shape_of_the_trained_one(arch, small):
     net = models.build(arch, patch_size=8, img_size=32, in_small=small)
     before = torch.random.get_rng_state()
-    twin, same = dense.untrained(net, 32, 3), dense.untrained(net, 32, 3)
+    args = {"img_size": 32}
+    twin, same = dense.untrained(net, args, 3), dense.untrained(net, args, 3)
     assert torch.equal(before, torch.random.get_rng_state())
-    weights, others = net.state_dict(), dense.untrained(net, 32, 4).state_dict()
+    weights, others = net.state_dict(), dense.untrained(net, args, 4).state_dict()
     for name, w in twin.state_dict().items():
         assert w.shape == weights[name].shape and torch.equal(w, same.state_dict()[name])
     assert any(not torch.equal(w, others[name]) for name, w in twin.state_dict().items())

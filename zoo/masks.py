@@ -67,6 +67,27 @@ def inverse_block_mask(H, W, visible, rng):
     return ~shown
 
 
+def capi_masks(positions, H, W, seed, step, hidden_share=0.65, predicted_share=0.05):
+    """(visible (B, v), predicted (B, q)) int64: places for these `positions` in the global batch.
+
+    visible: the patches that the student sees, in row-major order. predicted: those of the hidden
+    ones that it has to guess, drawn evenly. Both numbers are the same for every image, so that
+    tensors stay rectangular.
+    """
+    n = H * W
+    n_hidden = math.floor(hidden_share * n)
+    # differs: at least one; CAPI's 0.05 of the 10 hidden patches of a 4 x 4 grid are none
+    n_predicted = max(1, math.floor(predicted_share * n_hidden))
+    visible, predicted = [], []
+    for position in positions:
+        rng = rng_of(seed, step, 0, position)
+        hidden = inverse_block_mask(H, W, n - n_hidden, rng).flatten()  # (n,)
+        visible.append((~hidden).nonzero()[:, 0])
+        places = hidden.nonzero()[:, 0].tolist()
+        predicted.append(torch.tensor(sorted(rng.sample(places, n_predicted))))
+    return torch.stack(visible), torch.stack(predicted)
+
+
 def ibot_masks(positions, H, W, seed, step, view, ratio=(0.1, 0.5), share=0.5):
     """(B, n) bool, the masks of a view for these `positions` in the global batch.
 

@@ -226,7 +226,7 @@ class Encoder(Transformer):
         edge = edge_coordinates(len(self.registers)).to(**like)  # (R, 2)
         return torch.cat([low + edge * (high - low), coords], 1)  # (N, R + v, 2)
 
-    def forward(self, x, visible=None):
+    def tokens(self, x, visible=None):
         """visible (N, v): indices of the patches that enter, as many of each image; None: all."""
         N, _, H, W = x.shape
         shape = H // self.patch_size, W // self.patch_size
@@ -249,6 +249,8 @@ class Encoder(Transformer):
         x = self.last_norm(x)
         return x[:, :R], x[:, R:]
 
+    forward = tokens
+
 
 class Predictor(Transformer):
     """The tokens of hidden patches, each guessed from the encoder's tokens and from nothing else.
@@ -268,8 +270,8 @@ class Predictor(Transformer):
             self.pos_embed = nn.Parameter(torch.empty(n_patches, dim))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
-    def forward(self, context, context_coords, query_coords, places):
-        """(N, q, dim), after the last norm.
+    def forward(self, context, context_coords, query_coords, places, blocks=None):
+        """(N, q, dim), after the last norm. blocks: only so many of the first ones; None: all.
 
         context (N, T, dim), context_coords (N, T, 2)   the encoder's registers and patches, normed
         query_coords (N, q, 2), places (N, q) int64     where the predicted patches stand, and
@@ -279,7 +281,7 @@ class Predictor(Transformer):
         if self.positions == "learned":
             x = x + self.pos_embed[places]
         x_waves, context_waves = self.waves(query_coords), self.waves(context_coords)
-        for block in self.blocks:
+        for block in self.blocks[:blocks]:
             x = block(x, x_waves, context, context_waves)
         return self.last_norm(x)
 
@@ -293,8 +295,8 @@ class Backbone(Encoder):
     """The encoder as the evaluations want a backbone: images (N, 3, H, W) -> (cls (N, dim),
     patches (N, n, dim)).
 
-    There is no class token. The mean of the patch tokens stands for the image. (CAPI's own code
-    returns the mean of its predictor's first block, which needs the predictor's weights.)
+    There is no class token. The mean of the patch tokens stands for the image. CAPI's own code
+    returns `predicted`, for which a run of ours puts its predictor beside the encoder.
     arch: the name that evaluations show; sizes: the arguments of Encoder.
     """
 
@@ -303,5 +305,16 @@ class Backbone(Encoder):
         self.arch, self.sizes = arch, sizes
 
     def forward(self, x):
-        _, patches = super().forward(x)  # (N, n, dim)
+        _, patches = self.tokens(x)  # (N, n, dim)
         return patches.mean(1), patches
+
+    def predicted(self, x):
+        """(N, dim): what the predictor's first block guesses for the patches, with all of them in
+        sight, as a mean over all places."""
+        registers, patches = self.tokens(x)  # (N, R, dim) (N, n, dim)
+        context = torch.cat([registers, patches], 1)  # (N, R + n, dim)
+        shape = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+        coords = self.coordinates(None, len(x), shape)  # (N, R + n, 2)
+        places = torch.arange(patches.shape[1], device=x.device).expand(len(x), -1)  # (N, n)
+        guesses = self.predictor(context, coords, coords[:, registers.shape[1]:], places, blocks=1)
+        return guesses.mean(1)

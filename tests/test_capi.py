@@ -1,0 +1,456 @@
+"""zoo/capi.py: its equations beside hand-worked cases and plain loops, and as a run."""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import collapse
+import heads
+import models
+from conftest import ROOT, differences, make_folder, read_checkpoint, read_log
+from lab import eval_dense
+from support import backbones, checkpoint, ddp
+from support.features import embed, width
+from zoo import capi
+from zoo.masks import capi_masks
+from zoo.rope_vit import take
+
+pytestmark = pytest.mark.usefixtures("small_shapes")
+
+TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "6", "--num-prototypes", "16",
+        "--arch", "capi_test", "--eval-bank", "60", "--eval-queries", "40", "--log-every", "2",
+        "--eval-every", "6"]
+
+
+@pytest.fixture(autouse=True)
+def small_encoder(monkeypatch):
+    monkeypatch.setitem(capi.ENCODERS, "capi_test", (16, 1, 2, 1))
+    monkeypatch.setitem(capi.CHOICES, "arch", list(capi.ENCODERS))
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def run(out, *flags):
+    return capi.main([*TINY, "--out", str(out), *map(str, flags)])
+
+
+def args_of(*flags):
+    return capi.parse([*TINY, "--out", "nowhere", *map(str, flags)])
+
+
+# ---- which patches ------------------------------------------------------------------------------
+@pytest.mark.parametrize("grid, hidden, visible, predicted", [
+    (16, 166, 90, 8), (14, 127, 69, 6), (8, 41, 23, 2), (6, 23, 13, 1), (4, 10, 6, 1)])
+def test_every_image_has_the_same_numbers_of_patches(grid, hidden, visible, predicted):
+    seen, asked = capi_masks(range(20), grid, grid, seed=0, step=3)
+    assert seen.shape == (20, visible) and asked.shape == (20, predicted)
+    assert hidden + visible == grid ** 2
+    for a, b in zip(seen.tolist(), asked.tolist()):
+        assert a == sorted(set(a)) and not set(a) & set(b) and len(set(b)) == predicted
+        assert set(a + b) <= set(range(grid ** 2))
+
+
+def test_masks_and_guessed_places_are_those_of_the_image_in_the_batch():
+    whole = capi_masks(range(8), 8, 8, seed=1, step=5, predicted_share=0.25)
+    part = capi_masks(range(4, 8), 8, 8, seed=1, step=5, predicted_share=0.25)
+    for a, b in zip(whole, part):
+        assert torch.equal(a[4:], b)
+    other = capi_masks(range(8), 8, 8, seed=1, step=6, predicted_share=0.25)
+    assert not torch.equal(whole[0], other[0])
+
+
+def test_hidden_places_are_guessed_equally_often():
+    _, asked = capi_masks(range(3000), 8, 8, seed=0, step=0, predicted_share=0.25)
+    share = torch.bincount(asked.flatten(), minlength=64) / 3000  # 10 of 64 places an image
+    assert (share - 10 / 64).abs().max() < 0.03
+
+
+# ---- C.2 ----------------------------------------------------------------------------------------
+HAND = torch.tensor([[4.0, 1.0], [1.0, 1.0]]).log()[:, None]  # (2 images, 1 place, 2 clusters)
+
+
+@pytest.mark.parametrize("iters, rows", [
+    (1, [[.6154, .3846], [.2857, .7143]]), (2, [[.6612, .3388], [.3279, .6721]]),
+    (3, [[.66606, .33394], [.33272, .66728]]), (60, [[2 / 3, 1 / 3], [1 / 3, 2 / 3]])])
+def test_two_images_and_two_clusters_by_hand(iters, rows):
+    a = capi.balanced(HAND, tau=1.0, iters=iters)
+    assert torch.allclose(a[:, 0], torch.tensor(rows), atol=6e-5)
+
+
+def test_balancing_as_a_plain_loop_over_places():
+    l = randn(6, 3, 5)
+    expected = torch.empty(6, 3, 5, dtype=torch.float64)
+    for place in range(3):
+        q = (l[:, place].double() / 0.06 - 40).exp()
+        for _ in range(3):
+            q = q / q.sum(0)
+            q = q / q.sum(1, keepdim=True)
+        expected[:, place] = q
+    assert torch.allclose(capi.balanced(l).double(), expected, atol=1e-5)
+
+
+def test_each_place_is_balanced_on_its_own():
+    l = randn(6, 4, 5)
+    a = capi.balanced(l)
+    swapped = [2, 0, 3, 1]
+    assert torch.equal(capi.balanced(l[:, swapped]), a[:, swapped])
+    other = l.clone()
+    other[:, 1:] = randn(6, 3, 5, seed=1)
+    assert torch.equal(capi.balanced(other)[:, 0], a[:, 0])
+    shifted = capi.balanced(l + randn(1, 4, 5, seed=2))  # a constant for each place and cluster
+    assert torch.allclose(shifted, a, atol=1e-4)
+
+
+def test_one_cluster_gets_all_and_equal_images_share_evenly():
+    assert torch.equal(capi.balanced(randn(4, 3, 1)), torch.ones(4, 3, 1))
+    alike = capi.balanced(randn(1, 3, 5).expand(4, -1, -1))
+    assert torch.allclose(alike, torch.full((4, 3, 5), 0.2), atol=1e-5)
+
+
+def test_logits_far_apart_leave_no_row_empty():
+    """At temperature 0.06 they differ by hundreds, and exp of that has no float32."""
+    l = 20 * randn(8, 2, 6)
+    a = capi.balanced(l)
+    assert torch.isfinite(a).all() and torch.allclose(a.sum(-1), torch.ones(8, 2), atol=1e-5)
+
+
+def test_over_all_patches_the_rows_of_a_step_are_balanced_together():
+    l = randn(6, 3, 5)
+    a = capi.targets_of(l, args_of("--sinkhorn", "all"))
+    assert torch.allclose(a, capi.balanced(l.reshape(18, 1, 5)).view(6, 3, 5), atol=1e-5)
+    assert not torch.allclose(a, capi.targets_of(l, args_of()), atol=1e-2)
+
+
+# ---- the losses ---------------------------------------------------------------------------------
+def test_clusters_that_know_nothing_pay_ln_k_and_feel_no_pull():
+    clusters = capi.LinearClusters(8, 4)
+    with torch.no_grad():
+        clusters.W.zero_()
+    l = clusters.logits(randn(6, 3, 4))
+    a = capi.balanced(l.detach())
+    assert torch.allclose(a, torch.full((6, 3, 8), 1 / 8))
+    loss = capi.cross_entropy(a, l)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(math.log(8))
+    assert clusters.W.grad.abs().max() < 1e-7 and clusters.b.grad.abs().max() < 1e-7
+
+
+def test_cross_entropy_as_a_loop():
+    a, l = randn(2, 3, 4).softmax(-1), randn(2, 3, 4, seed=1)
+    total = 0
+    for b in range(2):
+        for i in range(3):
+            z = [float(v) / 0.12 for v in l[b, i]]
+            norm = math.log(sum(math.exp(v) for v in z))
+            total -= sum(float(a[b, i, k]) * (z[k] - norm) for k in range(4))
+    assert float(capi.cross_entropy(a, l)) == pytest.approx(total / 6, rel=1e-5)
+
+
+def test_logits_of_both_sets_as_equations():
+    x = randn(3, 2, 4)
+    clusters, student = capi.LinearClusters(5, 4, seed=1), capi.StudentPrototypes(5, 4, seed=1)
+    clusters.requires_grad_(False), student.requires_grad_(False)
+    with torch.no_grad():
+        clusters.b.copy_(randn(5))
+        student.gain.copy_(1 + randn(5, 1).abs())
+    W, b, V, g = clusters.W, clusters.b, student.weight, student.gain
+    for i in range(3):
+        for j in range(2):
+            u = x[i, j] / x[i, j].norm()
+            for k in range(5):
+                assert float(clusters.logits(x)[i, j, k]) == pytest.approx(
+                    float(W[k] @ u + b[k]), abs=1e-5)
+                assert float(student.logits(x)[i, j, k]) == pytest.approx(
+                    float(g[k, 0] * (V[k] / V[k].norm()) @ u), abs=1e-5)
+
+
+def test_what_both_sets_start_from():
+    clusters, student = capi.LinearClusters(2000, 64), capi.StudentPrototypes(2000, 64)
+    assert float(clusters.W.detach().std()) == pytest.approx(1, abs=0.01)
+    assert not clusters.b.any() and bool((student.gain == 1).all())
+    assert float(student.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    # l has standard deviation 1 for every D, and so have the logits of a set without lengths
+    x = randn(500, 64)
+    assert float(clusters.logits(x).std()) == pytest.approx(1, abs=0.05)
+    args = args_of("--prototypes", "frozen", "--num-prototypes", "2000")
+    of_frozen = capi.teacher_clusters(args).logits(F.normalize(randn(500, 16), dim=1))
+    assert float(of_frozen.std()) == pytest.approx(1, abs=0.05)
+
+
+# ---- who is touched by what ---------------------------------------------------------------------
+def one_step(args):
+    """Networks, sets and losses of one step, before any gradient."""
+    student, teacher = capi.network(args), capi.network(args)
+    clusters, protos = capi.teacher_clusters(args), capi.student_prototypes(args)
+    image = randn(8, 3, 32, 32)
+    visible, predicted = capi.masks(args, 8, 0, 8, torch.device("cpu"))
+    x = F.normalize(teacher.backbone(image)[1], dim=-1)
+    l = clusters.logits(x.detach())
+    a = capi.targets_of(l.detach(), args)
+    z = student(image, visible, predicted)
+    of_student = capi.cross_entropy(take(a, predicted), protos.logits(z))
+    return student, teacher, clusters, protos, capi.cross_entropy(a, l), of_student
+
+
+def has_gradient(module):
+    return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def test_each_loss_trains_its_own_set():
+    student, teacher, clusters, protos, of_clusters, of_student = one_step(args_of())
+    of_clusters.backward()
+    assert has_gradient(clusters) == {"W", "b"}
+    assert not has_gradient(student) | has_gradient(teacher) | has_gradient(protos)
+    clusters.zero_grad()
+    of_student.backward()
+    assert has_gradient(protos) == {"weight", "gain"}
+    assert {"predictor.mask_token", "backbone.registers"} < has_gradient(student)
+    assert not has_gradient(teacher) | has_gradient(clusters)
+
+
+def test_guesses_do_not_depend_on_one_another_nor_on_hidden_pixels():
+    args = args_of()
+    net = capi.network(args).eval()
+    image = randn(2, 3, 32, 32)
+    visible, predicted = capi.masks(args, 2, 0, 8, torch.device("cpu"))
+    z = net(image, visible, predicted)
+    one = net(image, visible, predicted[:, 3:4])
+    assert torch.allclose(z[:, 3:4], one, atol=1e-6)
+    hidden = torch.ones(2, 64, dtype=torch.bool).scatter(1, visible, False)
+    pixels = hidden.view(2, 8, 8).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    other = torch.where(pixels, randn(2, 3, 32, 32, seed=1), image)
+    assert torch.equal(net(other, visible, predicted), z)
+    seen, _ = capi.masks(args, 2, 1, 8, torch.device("cpu"))
+    assert not torch.allclose(net(image, seen, predicted), z, atol=1e-3)
+
+
+def test_the_student_meets_the_clusters_of_the_step_before(tmp_path, monkeypatch):
+    """With clusters that learn a thousand times faster the first loss is the same, and the second
+    is another: they move after the student."""
+    def losses(rate, name):
+        monkeypatch.setattr(capi, "CLUSTER_RATE", rate)
+        run(tmp_path / name, "--log-every", "1", "--stop-at", "3")
+        return [float(row["cross_entropy"]) for row in read_log(tmp_path / name)[1:]]
+    # the first step has the learning rate 0: the second is the first that moves anything
+    slow, fast = losses(0.5, "slow"), losses(500.0, "fast")
+    assert slow[:2] == fast[:2] and abs(slow[2] - fast[2]) > 1e-3
+
+
+# ---- schedules ----------------------------------------------------------------------------------
+def test_learning_rate_and_momentum_at_the_three_points_of_the_official_run():
+    total, peak = 500_000, 1e-3
+    assert capi.rate_at(0, total, peak) == 0
+    assert 1 - capi.rate_at(25_000, total, peak) == pytest.approx(0.9995)
+    assert capi.rate_at(50_000, total, peak) == pytest.approx(peak)
+    assert capi.rate_at(total, total, peak) == pytest.approx(9.549e-5, rel=1e-4)
+    assert 1 - capi.rate_at(total, total, peak) == pytest.approx(0.9999045, abs=1e-7)
+    mean = sum(capi.rate_at(step, total, peak) for step in range(50_000, total, 1000)) / 450
+    assert mean / peak == pytest.approx(0.617, abs=2e-3)
+
+
+def test_the_rates_and_decays_of_the_parameters(tmp_path):
+    args = args_of()
+    student, protos = capi.network(args), capi.student_prototypes(args)
+    optimizer, factors = capi.optimizer_of(student, protos, torch.device("cpu"))
+    of = {id(p): factor for group, factor in zip(optimizer.param_groups, factors)
+          for p in group["params"]}
+    names = dict(student.named_parameters()) | dict(protos.named_parameters())
+    assert of[id(names["backbone.patch_embed.weight"])] == (0.2, 1.0)
+    assert of[id(names["backbone.patch_embed.bias"])] == (0.2, 0.0)
+    assert of[id(names["predictor.blocks.0.norm1.weight"])] == (1.0, 0.1)
+    for name in ("backbone.registers", "predictor.mask_token", "weight", "gain",
+                 "backbone.blocks.0.attn.q.weight"):
+        assert of[id(names[name])] == (1.0, 1.0)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    run(tmp_path, "--weight-decay", "0.3", "--weight-decay-end", "0.3")
+    saved = read_checkpoint(tmp_path)
+    lr = capi.rate_at(5, 6, 0.008 * 8 / 256)
+    assert [(group["lr"], group["weight_decay"]) for group in saved["optimizer"]["param_groups"]
+            ] == [pytest.approx((lr * a, 0.3 * b)) for a, b in factors]
+    of_clusters, = saved["cluster_optimizer"]["param_groups"]
+    assert (of_clusters["lr"], of_clusters["weight_decay"]) == pytest.approx((lr / 2, 0.01))
+
+
+def test_the_teacher_keeps_one_minus_c_times_the_learning_rate(tmp_path):
+    for c in (0, 10):
+        run(tmp_path / str(c), "--ema-per-lr", c, "--stop-at", "2", "--lr", "0.1")
+    start, moved = (read_checkpoint(tmp_path / str(c)) for c in (0, 10))
+    key = "backbone.registers"
+    share = 10 * capi.rate_at(1, 6, 0.1 * 8 / 256)
+    expected = start["teacher"][key] + share * (moved["student"][key] - start["teacher"][key])
+    assert torch.allclose(moved["teacher"][key], expected, atol=1e-7)
+    assert not torch.equal(moved["teacher"][key], start["teacher"][key])
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+KINDS = [[], ["--sinkhorn", "all", "--positions", "learned", "--drop-path", "0.2"],
+         ["--prototypes", "frozen"], ["--prototypes", "decoupled", "--forgetting", "sample"],
+         ["--student-prototypes", "frozen"]]
+NAMES = ["published", "all", "frozen", "mixture", "frozen student"]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_a_run_that_was_stopped_ends_at_the_bits_of_one_that_was_not(tmp_path, kind):
+    metrics = run(tmp_path / "whole", *kind)
+    run(tmp_path / "parts", *kind, "--stop-at", "3")
+    run(tmp_path / "parts", *kind, "--resume")
+    assert not differences(*(read_checkpoint(tmp_path / name) for name in ("whole", "parts")))
+    log = read_log(tmp_path / "whole")
+    assert read_log(tmp_path / "parts") == log
+    for name in ("student_unique_0.5", "place_nats", "target_entropy", "entropy_floor"):
+        assert float(log[-1][name]) == pytest.approx(metrics[name], rel=1e-4)
+    assert ("cluster_length_sd" in log[-1]) == ("--prototypes" not in kind)
+
+
+@pytest.mark.parametrize("kind, moves", [(KINDS[0], True), (KINDS[2], False), (KINDS[3], True),
+                                         (KINDS[4], True)])
+def test_both_sets_are_counted_by_name(tmp_path, kind, moves):
+    run(tmp_path, *kind, "--lr", "0.5", "--ema-per-lr", "1")
+    sets = collapse.load_prototypes(str(tmp_path))
+    names = ["prototypes", "student_prototypes", "student_average_prototypes"]
+    assert list(sets) == names[:2 if "--student-prototypes" in kind else 3]  # equal ones are one
+    ckpt = read_checkpoint(tmp_path)
+    assert torch.equal(sets["prototypes"], ckpt["prototypes"]["vectors"])
+    assert torch.equal(sets["prototypes"], ckpt["prototypes"]["start"]) != moves
+    log = read_log(tmp_path)
+    assert (float(log[-1]["drift"]) > 0) == moves
+    assert (float(log[-1]["student_drift"]) > 0) == ("--student-prototypes" not in kind)
+    assert float(log[-1]["student_unique_0.5"]) == len(
+        collapse.unique_prototypes(sets["student_prototypes"], 0.5)) / 16
+
+
+def test_the_evaluations_read_a_run(tmp_path):
+    run(tmp_path / "run", "--registers", "8")
+    backbone, args, words = backbones.load_backbone(str(tmp_path / "run"))
+    assert "zoo/capi.py" in words and backbone.registers.shape == (8, 16)
+    image = randn(2, 3, 32, 32)
+    cls, patches = backbone(image)
+    assert torch.allclose(cls, patches.mean(1)) and patches.shape == (2, 64, 16)
+    state = read_checkpoint(tmp_path / "run")["teacher"]
+    assert torch.equal(backbone.patch_embed.weight, state["backbone.patch_embed.weight"])
+    net, clusters, loss, _ = checkpoint.load_run(str(tmp_path / "run"))
+    h = net([image])
+    assert torch.allclose(h, F.normalize(cls, dim=1)) and loss.tau == 0.12
+    assert clusters.assign(h, tau=loss.tau).shape == (2, 16)
+    assert torch.allclose(embed(backbone, image, pool="mean"), cls)
+    # the predictor's first block, with all patches in sight; its one block is all it has here
+    whole = capi.network(capi.completed(args))
+    whole.load_state_dict(state)
+    everywhere = torch.arange(64).expand(2, -1)
+    guesses = whole(image, everywhere, everywhere)  # (2, 64, 16)
+    assert torch.allclose(embed(backbone, image, pool="predictor"), guesses.mean(1), atol=1e-6)
+    with pytest.raises(ValueError, match="a vit_micro has no predictor beside it"):
+        width(models.build("vit_micro", patch_size=4, img_size=32), pool="predictor")
+    untrained = [eval_dense.untrained(backbone, args, seed) for seed in (0, 1)]
+    assert torch.equal(untrained[0].registers, capi.network(capi.completed(args)).backbone.registers)
+    assert not torch.equal(untrained[1].registers, untrained[0].registers)
+    student, _, _ = backbones.load_backbone(str(tmp_path / "run"), "student")
+    assert not torch.equal(student.patch_embed.weight, backbone.patch_embed.weight)
+
+
+TWO = """
+import sys
+sys.path.insert(0, {root!r})
+from support import ddp
+from zoo import capi
+capi.ENCODERS["capi_test"] = (16, 1, 2, 1)
+capi.CHOICES["arch"].append("capi_test")
+leave_group = ddp.cleanup
+ddp.cleanup = lambda: None
+runs = {runs!r}
+for flags in runs[:-1]:
+    capi.main(flags)
+ddp.cleanup = leave_group
+capi.main(runs[-1])
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    images = make_folder(tmp_path / "set", 32)
+    kinds = [KINDS[0], KINDS[1][:2], KINDS[3]]
+
+    def flags(processes):
+        return [[*TINY, "--log-every", "1", "--lr", "0.05", "--ema-per-lr", "1", "--data", images,
+                 "--out", str(tmp_path / f"{i}-{processes}"), *kind]
+                for i, kind in enumerate(kinds)]
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(root=ROOT, runs=flags(2)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+              "--master_port", str(29_300 + os.getpid() % 90), str(script)]
+    done = subprocess.run(launch, text=True, timeout=240, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for one in flags(1):
+            capi.main(one)
+    finally:
+        torch.set_num_threads(threads)
+    for i in range(len(kinds)):
+        one, two = (read_log(tmp_path / f"{i}-{n}")[1:] for n in (1, 2))
+        for row_1, row_2 in zip(one, two, strict=True):
+            for term in ("cross_entropy", "clustering_loss", "target_entropy"):
+                assert float(row_2[term]) == pytest.approx(float(row_1[term]), rel=1e-3, abs=1e-5)
+        a, b = (read_checkpoint(tmp_path / f"{i}-{n}")["prototypes"] for n in (1, 2))
+        for name in [name for name in a if name.endswith("vectors")]:
+            assert torch.allclose(a[name], b[name], atol=1e-3), name
+
+
+def test_a_step_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
+    original, calls = capi.cross_entropy, []
+
+    def broken_at_the_third_step(a, logits):
+        calls.append(1)
+        value = original(a, logits)
+        return value * math.nan if len(calls) == 6 else value  # the student's, of step 3
+    run(tmp_path / "two", "--stop-at", "2", "--lr", "0.1")
+    monkeypatch.setattr(capi, "cross_entropy", broken_at_the_third_step)
+    run(tmp_path / "three", "--stop-at", "3", "--lr", "0.1")
+    two, three = (read_checkpoint(tmp_path / name) for name in ("two", "three"))
+    assert not differences(two, three, "student", "teacher", "prototypes", "student_average")
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--momentum", "0.9"], "--momentum has no effect in zoo/capi.py, got 0.9"),
+    (["--targets", "sinkhorn"], "--targets has no effect"),
+    (["--local-crops", "2"], "--local-crops has no effect in zoo/capi.py, got 2"),
+    (["--accum", "2"], "--accum has no effect"),
+    (["--export", "a.pt"], "--export has no effect"),
+    (["--hidden-share", "0"], "--hidden-share must lie in (0, 1], got 0"),
+    (["--hidden-share", "1"], "--hidden-share 1.0 of 64 patches hides none or all of them"),
+    (["--registers", "6"], "--registers must be a multiple of 4"),
+    (["--ema-per-lr", "9999"], "C.7 would give the teacher a negative momentum"),
+    (["--img-size", "30"], "--img-size 30 must be a multiple of --patch-size 4"),
+    (["--prototypes", "joint"], "--prototypes"),
+    (["--arch", "vit_tiny"], "--arch")])
+def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as refusal:
+        run(tmp_path / "run", *flags)
+    assert refusal.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_more_clusters_than_patches_can_fill_are_named(tmp_path, capsys):
+    run(tmp_path / "many", "--num-prototypes", "64", "--stop-at", "1")
+    assert ("warning: C.2 shares 8 patches among --num-prototypes 64, so the entropy of a target "
+            "is at least 2.1 nats" in capsys.readouterr().out)
+    run(tmp_path / "few", "--num-prototypes", "32", "--stop-at", "1")
+    run(tmp_path / "all", "--num-prototypes", "64", "--sinkhorn", "all", "--stop-at", "1")
+    assert "warning: C.2" not in capsys.readouterr().out
+
+
+def test_the_preset_holds_the_numbers_of_the_official_recipe():
+    args = capi.parse(["--preset", "paper-capi-vitl", "--device", "cpu", "--data", "shapes"])
+    assert capi.ENCODERS[args.arch] == (1024, 24, 16, 12)
+    assert (args.patch_size, args.registers, args.num_prototypes) == (14, 16, 16384)
+    assert (args.hidden_share, args.predicted_share, args.drop_path) == (0.65, 0.05, 0.2)
+    assert args.lr * args.batch_size / 256 == pytest.approx(1e-3)
+    assert args.global_scale == [0.6, 1.0] and args.weight_decay == 0.1 and args.clip_grad == 0
+    assert heads.prototype_class(args.prototypes) and ddp.WORLD == 1

@@ -1,0 +1,644 @@
+"""CAPI (Darcet et al. 2025): the clusters of hidden patches are guessed from the visible ones.
+
+    python -m zoo.capi                              CAPI at a size for a small machine
+    python -m zoo.capi --prototypes frozen          control: the teacher's clusters never move
+    python -m zoo.capi --prototypes decoupled       the mixture of Appendix A in their place
+    python -m zoo.capi --student-prototypes frozen  control: the student's prototypes never move
+
+This is where the paper's idea comes from (Sec. 2.2). There is one view of an image. The teacher
+sees all of it, and its patches are clustered. The student sees a part of the patches, the encoder's
+alone, and a predictor has to guess the clusters of some of the others.
+
+There are two sets of K prototypes, which the targets tie together, index by index:
+
+    the teacher's clusters    W (K, D) and b (K,); C.3 alone trains them, with an optimiser of its
+                              own, so the encoder's loss never touches them
+    the student's prototypes  V (K, D) and their lengths g (K,); C.5 trains them with the student.
+                              They are what the paper counted, in their running average: the
+                              released files do not hold the teacher's clusters
+
+    C.1  l = W x/|x| + b                       for each patch token x of the teacher
+    C.2  a = Sinkhorn-Knopp of l / 0.06        at each place of the grid on its own: over the images
+                                               of a step every cluster gets the same total there
+    C.3  L_clusters = mean over images and places of -sum_k a_k log softmax(l / 0.12)_k
+    C.4  s_k = g_k <v_k/|v_k|, z/|z|>          for each guess z of the student
+    C.5  L_student = mean over images and hidden places of -sum_k a_k log softmax(s / 0.12)_k
+    C.6  learning rate: a line up to its peak r over a tenth of the run, then
+         r (1 + cos(0.8 pi u)) / 2 with u from 0 to 1; half of it for the clusters
+    C.7  momentum of the teacher: 1 - c times the student's learning rate
+
+Equation 5 of CAPI's paper has target and guess the other way round; its code is as here.
+
+The loop is that of train.py; what differs from it is marked. The prototypes move last, in the order
+of CAPI's code, so the student meets the clusters of the step before.
+
+    B images on this process; n patches of an image, v of them visible, q to be guessed; R registers
+    D dimensions of a token; K prototypes
+"""
+import copy
+import math
+import os
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import config
+import data
+import heads
+import views
+from losses import Loss, sinkhorn
+from support import checkpoint, checkpoints, ddp, measures, optim
+from support.errors import one_sentence
+from support.files import locked
+from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
+from support.monitor import Monitor
+from support.signals import stop_requests
+from train import amp, cosine
+from zoo.ibot import mutual_information
+from zoo.masks import capi_masks
+from zoo.rope_vit import Backbone, Predictor, take
+
+ROOT = os.path.dirname(os.path.abspath(config.__file__))
+SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
+TAU_TARGETS, TAU = 0.06, 0.12
+CLUSTER_RATE, CLUSTER_DECAY = 0.5, 0.01  # C.6; of AdamW, torch's default in CAPI's code
+PLACES = 6  # first number of a seed, beside those of views.py, masks.py and ibot.py
+OF_STUDENT = 1_000_003  # added to the seed of what the student starts from
+
+ENCODERS = {  # --arch: (dim, depth, heads, depth of the predictor)
+    "capi_micro": (96, 3, 3, 2),
+    "capi_small": (384, 12, 6, 6),
+    "capi_base": (768, 12, 12, 6),
+    "capi_large": (1024, 24, 16, 12),
+}
+
+# The official recipe, for 32 GPUs; it was not run. lr is 1e-3 at 16,384 images
+PRESETS = {}
+PRESETS["paper-capi-vitl"] = dict(
+    data="imagenet", arch="capi_large", patch_size=14, img_size=224, drop_path=0.2, registers=16,
+    predicted_share=0.05, num_prototypes=16384, batch_size=16384, epochs=6400, lr=1.5625e-5,
+    ema_per_lr=1.0, workers=10, log_every=100, eval_every=5000, eval_bank=50000,
+    eval_queries=10000)
+
+
+# ---- what CAPI adds to the command line --------------------------------------------------------
+def flags(parser):
+    flag = parser.add_argument_group("CAPI (results)").add_argument
+    flag("--hidden-share", type=float, default=0.65,
+         help="share of the patches that the student does not see")
+    flag("--predicted-share", type=float, default=0.25,
+         help="share of the hidden patches that are guessed (0.05 in CAPI's code)")
+    flag("--sinkhorn", default="place", choices=["place", "all"],
+         help="C.2: at each place on its own, as published, or over all patches of a step at once")
+    flag("--positions", default="rope", choices=["rope", "learned"],
+         help="how a token knows its place: turned by it, or a learned vector for each")
+    flag("--registers", type=int, default=4, metavar="R",
+         help="learned tokens beside the patches, a multiple of 4 (16 in CAPI)")
+    flag("--ema-per-lr", type=float, default=10.0, metavar="C",
+         help="C.7: the teacher's momentum is 1 - C times the learning rate (1 in CAPI's long "
+         "runs); a short run needs a teacher that follows faster")
+    flag("--patch-rows", type=int, default=4, metavar="S",
+         help="places of each image whose tokens move the mixture of --prototypes decoupled")
+    for action in parser._actions:
+        if action.dest in CHOICES:
+            action.choices = CHOICES[action.dest]
+    parser.set_defaults(
+        method="capi", prototypes="clustered", student_prototypes="joint", arch="capi_micro",
+        patch_size=4, num_prototypes=256, local_crops=0, global_scale=[0.6, 1.0], jitter_p=0.0,
+        gray=0.0, head_bn=False, lr=0.008, weight_decay=0.1, weight_decay_end=0.1, clip_grad=0.0,
+        epochs=8.0)
+    parser.presets.update(PRESETS)
+
+
+CHOICES = {"method": ["capi"], "arch": list(ENCODERS), "student_prototypes": ["joint", "frozen"],
+           "prototypes": ["clustered", "frozen", "decoupled"]}
+
+# Flags of train.py that nothing here reads
+NOT_READ = """init export compile accum local_size local_crops head_hidden bottleneck_dim head_bn
+    head_norm partition_size kp_weight norm_last_layer freeze_prototypes uniformity logit_scale
+    proto_norm student_temp teacher_temp teacher_temp_epochs targets live_eta live_patience
+    live_apart queue memory neighbours optimizer warmup_epochs momentum momentum_end""".split()
+
+
+def parse(argv=None):
+    """argv -> checked Namespace; bad input is one sentence and exit code 2."""
+    args = config.parse(argv, SCRIPT, flags)
+    with one_sentence(SCRIPT, args.out):
+        check(args)
+    args.bottleneck_dim = ENCODERS[args.arch][0]  # D: there is no head behind the tokens
+    args.logit_scale = args.bottleneck_dim ** 0.5  # see teacher_clusters
+    return args
+
+
+def check(args):
+    """ValueError for values that cannot run, and for flags that would change nothing."""
+    parser = config.parser()
+    flags(parser)
+    default = parser.parse_args(["--prototypes", args.prototypes])
+    config.complete(default)
+    for name in NOT_READ:
+        # a run that goes on has the two that `parse` sets
+        if name not in ("bottleneck_dim", "logit_scale") or not args.resume:
+            if getattr(args, name) != getattr(default, name):
+                raise ValueError(f"--{name.replace('_', '-')} has no effect in {SCRIPT}, got "
+                                 f"{getattr(args, name)}")
+    for name in ("hidden_share", "predicted_share"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in (0, 1], got "
+                             f"{getattr(args, name)}")
+    if args.registers < 4 or args.registers % 4:
+        raise ValueError(f"--registers must be a multiple of 4, the sides of an image, and not 0, "
+                         f"got {args.registers}")
+    if not args.ema_per_lr >= 0:
+        raise ValueError(f"--ema-per-lr must not be negative, got {args.ema_per_lr}")
+    if not args.ema_per_lr * args.lr * args.batch_size / 256 <= 1:
+        raise ValueError(f"--ema-per-lr {args.ema_per_lr} times the peak learning rate "
+                         f"{args.lr * args.batch_size / 256:g} is above 1, and C.7 would give the "
+                         "teacher a negative momentum")
+    if args.patch_rows < 1:
+        raise ValueError(f"--patch-rows must be at least 1, got {args.patch_rows}")
+    if args.img_size % args.patch_size:
+        raise ValueError(f"--img-size {args.img_size} must be a multiple of --patch-size "
+                         f"{args.patch_size}")
+    n = (args.img_size // args.patch_size) ** 2
+    if not 0 < math.floor(args.hidden_share * n) < n:
+        raise ValueError(f"--hidden-share {args.hidden_share} of {n} patches hides none or all of "
+                         "them")
+
+
+def warn_of_flat_targets(args, n):
+    """C.2 shares the rows of a step among K clusters: with many more clusters than rows, a row
+    belongs to many of them."""
+    rows = args.batch_size * (n if args.sinkhorn == "all" else 1)
+    if args.num_prototypes > 4 * rows:
+        ddp.print0(f"warning: C.2 shares {rows} patches among --num-prototypes "
+                   f"{args.num_prototypes}, so the entropy of a target is at least "
+                   f"{math.log(args.num_prototypes / rows):.1f} nats; at most four times "
+                   "--batch-size is better")
+
+
+# ---- networks ----------------------------------------------------------------------------------
+class Network(nn.Module):
+    """Encoder and predictor. The teacher is a running average of both, and uses the encoder."""
+
+    def __init__(self, args, drop_path=0.0):
+        super().__init__()
+        dim, depth, n_heads, predictor_depth = ENCODERS[args.arch]
+        self.backbone = Backbone(
+            args.arch, dim=dim, depth=depth, heads=n_heads, patch_size=args.patch_size,
+            img_size=args.img_size, registers=args.registers, positions=args.positions,
+            drop_path=drop_path)
+        self.predictor = Predictor(dim, predictor_depth, n_heads, self.backbone.grid ** 2,
+                                   args.positions, drop_path)
+
+    def forward(self, x, visible, predicted):
+        """x (B, 3, s, s), visible (B, v), predicted (B, q): places -> guesses z (B, q, D)."""
+        registers, patches = self.backbone.tokens(x, visible)  # (B, R, D) (B, v, D)
+        context = torch.cat([registers, patches], 1)  # (B, R + v, D)
+        coords = self.backbone.coordinates(visible, len(x))  # (B, R + v, 2)
+        of_all = self.backbone.coordinates(None, len(x))[:, registers.shape[1]:]  # (B, n, 2)
+        return self.predictor(context, coords, take(of_all, predicted), predicted)
+
+
+def network(args, drop_path=0.0):
+    """Encoder and predictor as the flags say, a function of the seed."""
+    torch.manual_seed(args.seed)
+    return Network(args, drop_path)
+
+
+def optimizer_of(student, protos_s, device):
+    """(AdamW, [(factor of the learning rate, factor of the weight decay) of each group]).
+
+    The projection of patches learns at a fifth of the rate; the gains of norms decay at a tenth,
+    and biases not at all. All else decays, one-dimensional or not.
+    """
+    groups = {}
+    for name, p in [*student.named_parameters(), *protos_s.named_parameters()]:
+        rate = 0.2 if "patch_embed" in name else 1.0
+        decay = 0.0 if name.endswith("bias") else 0.1 if "norm" in name else 1.0
+        groups.setdefault((rate, decay), []).append(p)
+    adamw = torch.optim.AdamW([{"params": params} for params in groups.values()], lr=0.0,
+                              betas=(0.9, 0.95), fused=device.type != "mps")
+    return adamw, list(groups)
+
+
+# ---- the teacher's clusters --------------------------------------------------------------------
+class LinearClusters(heads.Frozen):
+    """W (K, D) from N(0, 1) and b (K,) from 0, which C.3 trains.
+
+    Rows of W are about sqrt(D) long, so that l has standard deviation 1 at the start for every D.
+    """
+
+    def __init__(self, K, D, seed=0):
+        super().__init__(K, D, 1.0, seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.W = nn.Parameter(torch.randn(K, D, generator=generator))  # (K, D)
+        self.b = nn.Parameter(torch.zeros(K))
+        self.start.copy_(F.normalize(self.W.detach(), dim=1))
+
+    def vectors(self):
+        # Def. 2.1 compares directions; lengths and biases stand beside it in the log
+        return F.normalize(self.W.detach(), dim=1)
+
+    def logits(self, h, ks=None):
+        # C.1; float32 also under autocast
+        with torch.autocast(h.device.type, enabled=False):
+            l = F.linear(F.normalize(h.float(), dim=-1), self.W, self.b)  # (..., K)
+        return l if ks is None else l[..., ks]
+
+
+def teacher_clusters(args, begin=0):
+    """The set that --prototypes names.
+
+    A frozen set or a mixture has directions alone. --logit-scale is sqrt(D) here, which makes their
+    rows as long as those of W are at the start.
+    """
+    if args.prototypes == "clustered":
+        return LinearClusters(args.num_prototypes, args.bottleneck_dim, args.seed)
+    return heads.prototypes(args, begin)
+
+
+def log_sum(x, dim, reduce):
+    """log of the sum of exp(x) along a dimension, which stays; reduce: as in `balanced`."""
+    largest = reduce(x.amax(dim, keepdim=True), "max")
+    return largest + reduce((x - largest).exp().sum(dim, keepdim=True), "sum").log()
+
+
+@torch.no_grad()
+def balanced(l, tau=TAU_TARGETS, iters=3, all_reduce=None):
+    """C.2: logits l (B, n, K) of this process -> a (B, n, K), whose rows sum to 1.
+
+    Each round scales every cluster, at every place, to the same total over the images of all
+    processes, and then every row to 1. all_reduce(x, op): sums ("sum") or takes the maximum ("max")
+    over the processes.
+    """
+    # differs: in the log domain. CAPI's code takes off each cluster's maximum, adds 50 and
+    # exponentiates, which comes to the same.
+    over_all, here = all_reduce or (lambda x, op: x), lambda x, op: x
+    log_a = l.float() / tau  # (B, n, K)
+    for _ in range(iters):
+        log_a = log_a - log_sum(log_a, 0, over_all)  # clusters: equal totals at each place
+        log_a = log_a - log_sum(log_a, 2, here)  # patches: one each
+    return log_a.exp()
+
+
+def targets_of(l, args):
+    """a (B, n, K) of logits l (B, n, K), by the rule of --sinkhorn."""
+    if args.sinkhorn == "place":
+        return balanced(l, all_reduce=ddp.all_reduce)
+    return sinkhorn(l.flatten(0, 1), TAU_TARGETS, all_reduce=ddp.all_reduce).view_as(l)
+
+
+def cross_entropy(a, logits):
+    """C.3 and C.5: a (..., K) and logits (..., K) -> a scalar, the mean over rows."""
+    return -(a * (logits.float() / TAU).log_softmax(-1)).sum(-1).mean()
+
+
+# ---- the student's prototypes ------------------------------------------------------------------
+class StudentPrototypes(heads.Joint):
+    """V (K, D) from a normal distribution of deviation .02, cut off at 2; lengths g (K, 1) from 1.
+    """
+
+    def __init__(self, K, D, seed=0):
+        super().__init__(K, D, 1.0, seed, gain=True)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.trunc_normal_(self.weight, std=0.02, generator=generator)
+        self.start.copy_(F.normalize(self.weight.detach(), dim=1))
+
+    def logits(self, h, ks=None):
+        return super().logits(F.normalize(h.float(), dim=-1), ks)  # C.4
+
+
+def student_prototypes(args):
+    """The set that --student-prototypes names."""
+    K, D, seed = args.num_prototypes, args.bottleneck_dim, args.seed + OF_STUDENT
+    if args.student_prototypes == "joint":
+        return StudentPrototypes(K, D, seed)
+    return StudentPrototypes(K, D, seed).requires_grad_(False)
+
+
+# ---- schedules ---------------------------------------------------------------------------------
+def rate_at(step, total, peak, end=0.0):
+    """C.6: the learning rate of a step."""
+    warmup = total / 10
+    if step < warmup:
+        return peak * step / warmup
+    u = (step - warmup) / (total - warmup)
+    return end + (peak - end) * (1 + math.cos(0.8 * math.pi * u)) / 2
+
+
+# ---- images ------------------------------------------------------------------------------------
+class OneView(views.Recipe):
+    """One crop of an image, the same pixels for teacher and student."""
+
+    def views(self):
+        return super().views()[:1]
+
+
+def one_view(args):
+    return OneView(**vars(config.recipe(args)))
+
+
+def masks(args, B, step, grid, device):
+    """(visible (B, v), predicted (B, q)): places of this process's B images."""
+    positions = range(ddp.RANK * B, (ddp.RANK + 1) * B)
+    chosen = capi_masks(positions, grid, grid, args.seed, step, args.hidden_share,
+                        args.predicted_share)
+    return [places.to(device) for places in chosen]
+
+
+def sampled_places(args, step, n):
+    """(batch_size, S): the places whose tokens move a mixture, for all processes."""
+    return torch.randint(n, (args.batch_size, args.patch_rows),
+                         generator=views.generator(PLACES, args.seed, step))
+
+
+def main(argv=None):
+    """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
+    args = parse(argv)
+    keep_freed_memory()
+    with one_sentence(SCRIPT, args.out):
+        device = ddp.setup(args.device)
+        with locked(args.out), stop_requests() as stop_request:
+            return train(args, device, stop_request)
+
+
+def train(args, device, stop_request):
+    # ---- images, networks, prototypes ----------------------------------------------------------
+    images, test = ddp.first_process_first(lambda: data.load(
+        args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
+        imbalance=args.imbalance, imbalance_law=args.imbalance_law))
+    bank = data.subset(images, args.eval_bank)
+    queries = test and data.subset(test, args.eval_queries)
+    recipe = one_view(args)
+    steps_per_epoch, total, stop = config.lengths(args, len(images))
+    args.data_seen = data.identity(images, args.data) | {"steps": total}  # compared by --resume
+    gmm_start = args.gmm_start * total if args.gmm_start < 1 else args.gmm_start
+
+    # differs from train.py: two sets of prototypes, and two optimisers
+    student = network(args, args.drop_path).to(device)
+    teacher = network(args).to(device).requires_grad_(False)
+    clusters = teacher_clusters(args, int(gmm_start)).to(device)
+    protos_s = student_prototypes(args).to(device)
+    average_s = copy.deepcopy(protos_s).requires_grad_(False)  # what the paper counted
+    trained = [*student.parameters(), *protos_s.parameters()]  # theta
+    averaged = [*teacher.parameters(), *average_s.parameters()]  # phi
+    optimizer, factors = optimizer_of(student, protos_s, device)
+    parts = {"student": student, "teacher": teacher, "loss": OfLoss(), "optimizer": optimizer,
+             "student_average": average_s}
+    moves_clusters = isinstance(clusters, LinearClusters)
+    if moves_clusters:
+        of_clusters = torch.optim.AdamW(clusters.parameters(), lr=0.0, betas=(0.9, 0.95),
+                                        fused=device.type != "mps")
+        take_cluster_step = optim.CheckedStep(of_clusters, [], factors=[(1.0, 1.0)])
+        parts["cluster_optimizer"] = of_clusters
+
+    # ---- start or go on ------------------------------------------------------------------------
+    start, record = checkpoint.start_or_resume(args, parts, protos_s, clusters)
+    if start >= stop:
+        ddp.print0(f"nothing left to do: step {stop} of {total} is done")
+        return {}
+    take_step = optim.CheckedStep(optimizer, [student, teacher], args.clip_grad, factors=factors)
+    lr_peak = args.lr * args.batch_size / 256
+    grid = student.backbone.grid
+    n = grid ** 2
+    rows = args.batch_size * (n if args.sinkhorn == "all" else 1)  # that C.2 balances together
+    entropy_floor = max(0.0, math.log(args.num_prototypes / rows))
+
+    log, monitor, metrics = Log(args, start, bool(record.rows)), Monitor(args.num_prototypes), {}
+    ddp.print0(config.describe(args, images, student, total, lr_peak, device))
+    warn_of_flat_targets(args, n)
+    if start == 0 and ddp.RANK == 0:
+        log.row(0, measures.controls(bank, queries, args, teacher, device))
+    batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start,
+                            stop=stop, rank=ddp.RANK, world=ddp.WORLD, device=device,
+                            workers=args.workers)
+    bar = tqdm(total=total, initial=start, disable=None if ddp.RANK == 0 else True, unit="step",
+               dynamic_ncols=True)
+    clock = Clock()
+
+    # ==== training ==============================================================================
+    for step in range(start, stop):
+        image, = clock.next(batches)  # (B, 3, s, s)
+        B = len(image)
+        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))  # of drop path
+        lr = rate_at(step, total, lr_peak, args.min_lr)  # C.6
+        m = 1 - args.ema_per_lr * lr  # C.7
+        weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
+        # differs from train.py: what the student sees, and what it has to guess
+        visible, predicted = masks(args, B, step, grid, device)  # (B, v) (B, q)
+
+        # ---- 1. teacher: the tokens of whole images, no gradient
+        with torch.no_grad(), amp(args, device):
+            _, x = teacher.backbone(image)  # (B, n, D)
+            x = F.normalize(x.float(), dim=-1)  # (B, n, D)
+
+        # ---- 2. clusters of the step before: which of them is each patch?
+        l = clusters.logits(x)  # (B, n, K), C.1
+        a = targets_of(l.detach(), args)  # (B, n, K), C.2
+        clustering_loss = cross_entropy(a, l)  # C.3
+        if moves_clusters:
+            clustering_loss.backward()
+
+        # ---- 3. student: guess it for hidden patches, one step of the optimiser
+        target = take(a, predicted)  # (B, q, K)
+        with amp(args, device):
+            z = student(image, visible, predicted)  # (B, q, D)
+        terms = {"cross_entropy": cross_entropy(target, protos_s.logits(z))}  # C.4 and C.5
+        terms["loss"] = terms["cross_entropy"]
+        terms["loss"].backward()
+        record.add(terms, 1.0)
+        # if a value is not finite, all processes skip this step
+        values, taken = take_step(record.take(), step, lr, weight_decay)
+
+        # ---- 4. teacher: phi = m phi + (1 - m) theta
+        with torch.no_grad():
+            for phi, theta in zip(averaged, trained):
+                phi.lerp_(theta, taken * (1 - m))
+
+        # ---- 5. clusters: one step of an optimiser of their own, or of online EM       Eq. 3
+        if moves_clusters:
+            both = torch.stack([clustering_loss.detach(), values.sum()])  # skipped with the student
+            take_cluster_step(both, step, CLUSTER_RATE * lr, CLUSTER_DECAY)
+            report = {}
+        else:
+            places = sampled_places(args, step, n).to(device).chunk(ddp.WORLD)[ddp.RANK]  # (B, S)
+            vectors = ddp.all_gather(take(x, places))  # (batch_size, S, D)
+            report = clusters.step(vectors.flatten(0, 1), step, beta)
+
+        # ---- 6. everything below is logging, evaluation, saving ---------------------------------
+        done = step + 1
+        bar.update()
+        record.append(done, lr, values)
+        leaving = ddp.largest(stop_request.number)  # a signal that any process received, or 0
+        now = due(args, done, stop, total, leaving)
+        if device.type == "cpu" or now.row or now.checkpoint:
+            record.read()
+        if now.row:
+            row = record.means() | report | clock.speed(args.batch_size)
+            row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
+                    "memory_mb": peak_memory(device), "entropy_floor": entropy_floor,
+                    "clustering_loss": ddp.mean_over_ranks(clustering_loss.detach()),
+                    "target_entropy": ddp.mean_over_ranks(torch.special.entr(a).sum(-1).mean())
+                    } | spread(clusters)
+            row["loss_over_ln_k"] = row["cross_entropy"] / math.log(args.num_prototypes)
+            if now.evaluation:
+                h, at, h_s = coming_tokens(student, teacher, images, recipe, done, args, device)
+                if ddp.RANK == 0:
+                    metrics = measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta,
+                                               args.seed)
+                    metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
+                    row |= metrics
+                    metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
+                    metrics |= {name: float(row[name])
+                                for name in ("target_entropy", "entropy_floor")}
+            if ddp.RANK == 0:
+                log.row(done, row, terms)
+                tqdm.write(printed(done, total, row, "cross_entropy"))
+                if now.evaluation:
+                    tqdm.write(printed_student(row))
+                for sentence in monitor.warnings(row | {"progress": done / total}):
+                    tqdm.write(f"warning, step {done}: {sentence}")
+                for sentence in monitor.remarks(row):
+                    tqdm.write(f"remark, step {done}: {sentence}")
+        if now.regular:
+            record.clear()
+            clock.restart()
+        if now.checkpoint:
+            checkpoint.save(args, done, record, parts, protos_s, clusters,
+                            {"student_average": average_s})
+        if leaving:
+            ddp.print0(f"step {done} is saved in {args.out}; go on with --resume")
+            raise SystemExit(128 + leaving)  # 130 and 143, as a shell reports these signals
+    bar.close()
+    if ddp.RANK:
+        return {}
+    print(f"targets: entropy {metrics['target_entropy']:.2f} nats, at least "
+          f"{metrics['entropy_floor']:.2f} by C.2, of {math.log(args.num_prototypes):.2f}")
+    return measures.summary(args, log, metrics, bank, queries, stop)
+
+
+# ---- what an evaluation measures ---------------------------------------------------------------
+class OfLoss(Loss):
+    """What the measures ask of a loss: the temperature of the softmax over prototypes."""
+    tau = TAU
+
+
+def spread(clusters):
+    """{column: number}: how unequal lengths and biases of linear clusters are; {} of others."""
+    if not isinstance(clusters, LinearClusters):
+        return {}
+    length = clusters.W.detach().norm(dim=1)  # (K,)
+    return {"cluster_length": length.mean(), "cluster_length_sd": length.std(correction=0),
+            "cluster_bias_sd": clusters.b.detach().std(correction=0)}
+
+
+@torch.no_grad()
+def coming_tokens(student, teacher, images, recipe, step, args, device):
+    """(h (N, D), places (N,), h_s (N, D)) of the images of the next steps, of all processes.
+
+    h: the teacher's token of one place of each image, drawn evenly over the grid. h_s: the
+    student's guess of one hidden place. Both of length one. N is about --eval-bank.
+    """
+    was_training = student.training
+    student.eval()  # no drop path
+    steps = max(1, min(args.eval_bank, len(images)) // args.batch_size)
+    crops = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=step,
+                          stop=step + steps, rank=ddp.RANK, world=ddp.WORLD, device=device,
+                          workers=args.workers)
+    n = teacher.backbone.grid ** 2
+    h, at, h_s = [], [], []
+    for coming, (image,) in enumerate(crops, step):
+        places = sampled_places(args, coming, n).chunk(ddp.WORLD)[ddp.RANK][:, :1].to(device)
+        visible, predicted = masks(args, len(image), coming, teacher.backbone.grid, device)
+        with amp(args, device):
+            x = take(teacher.backbone(image)[1], places)  # (B, 1, D)
+            z = student(image, visible, predicted[:, :1])  # (B, 1, D)
+        h.append(F.normalize(x[:, 0].float(), dim=1))
+        h_s.append(F.normalize(z[:, 0].float(), dim=1))
+        at.append(places[:, 0])
+    student.train(was_training)
+    return tuple(ddp.all_gather(torch.cat(part)) for part in (h, at, h_s))
+
+
+@torch.no_grad()
+def measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta, seed):
+    """{NAME: value} of the teacher's clusters, for its tokens h (N, D) at places at (N,), and
+    {student_NAME: value} of the student's prototypes, for its guesses h_s (N, D).
+
+    place_nats: mutual information of a patch's cluster and its place. As it is above 0 for any
+    finite N, place_nats_shuffled stands beside it: the same with the places shuffled.
+    """
+    found = measures.prototype_measures(clusters, OfLoss(), h, beta, seed)
+    of_student = measures.prototype_measures(protos_s, OfLoss(), h_s, beta, seed)
+    names = ("unique_0.025", "unique_0.5", "ceiling_0.5", "used", "perplexity", "drift", "h_rank")
+    found |= {f"student_{name}": of_student[name] for name in names}
+    of_average = measures.prototype_measures(average_s, OfLoss(), h_s, beta, seed)
+    found["student_average_unique_0.025"] = of_average["unique_0.025"]
+    winner = torch.cat([clusters.assign(part, beta, TAU).argmax(1)
+                        for part in h.split(128)])  # (N,)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = at[torch.randperm(len(at), generator=generator).to(at.device)]
+    return found | {"place_nats": mutual_information(winner, at),
+                    "place_nats_shuffled": mutual_information(winner, shuffled)}
+
+
+def printed_student(row):
+    return (f"     student: unique(.025) {row['student_unique_0.025']:.3f}  "
+            f"unique(.5) {row['student_unique_0.5']:.3f} "
+            f"(ceiling {row['student_ceiling_0.5']:.3f})  used {row['student_used']:.3f}  "
+            f"perplexity {row['student_perplexity']:.3f}  drift {row['student_drift']:.3f}\n"
+            f"     targets: {row['target_entropy']:.2f} nats, at least {row['entropy_floor']:.2f}; "
+            f"place {row['place_nats']:.3f} nats ({row['place_nats_shuffled']:.3f} shuffled)")
+
+
+# ---- for the evaluation tools ------------------------------------------------------------------
+def load_backbone(state, args):
+    """The encoder of a run of this script, with the predictor beside it for --pool predictor.
+
+    state: state dict of the student or the teacher; None: weights as they are before training.
+    args: of the run, a dict.
+    """
+    net = network(completed(args))
+    if state is not None:
+        net.load_state_dict(state)
+    net.backbone.predictor = net.predictor
+    return net.backbone
+
+
+def completed(args):
+    """The flags of a run, a dict, as a Namespace; those that are newer have their defaults."""
+    parser = config.parser()
+    flags(parser)
+    namespace = parser.parse_args([])
+    vars(namespace).update(args)
+    config.complete(namespace)
+    return namespace
+
+
+class MeanToken(nn.Module):
+    """net([x]) of `load_run`: images x (N, 3, s, s) -> their mean patch tokens (N, D)."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, crops):
+        return F.normalize(self.backbone(torch.cat(crops))[0], dim=-1)
+
+
+def load_run(path):
+    """As checkpoint.load_run: an image is assigned to the cluster of its mean patch token."""
+    ckpt = checkpoints.read(path)
+    args = completed(ckpt["args"])
+    clusters = teacher_clusters(args)
+    checkpoint.restore(clusters, ckpt)
+    net = MeanToken(load_backbone(ckpt["teacher"], ckpt["args"]))
+    return net.eval(), clusters, OfLoss(), vars(args)
+
+
+if __name__ == "__main__":
+    main()
