@@ -405,7 +405,7 @@ def test_the_attentive_probe_holds_out_the_same_tenth_and_trains_on_the_rest(tmp
 def test_more_patches_than_memory_may_hold_are_refused(tmp_path, monkeypatch, small, capsys):
     monkeypatch.setattr(eval_linear, "MOST", 54 * 16 * 96 - 1)
     with pytest.raises(SystemExit) as stop:
-        go(checkpoint(tmp_path / "run"), "--protocol", "attentive")
+        go(checkpoint(tmp_path / "run"), "--protocol", "attentive", "--steps", "1")
     assert stop.value.code == 2
     assert "54 images of 16 patches of 96 numbers" in capsys.readouterr().err
     monkeypatch.setattr(eval_linear, "MOST", 54 * 16 * 96)
@@ -418,7 +418,7 @@ def test_patches_that_are_not_finite_are_refused(tmp_path, small, capsys):
     stored["teacher"]["backbone.norm.bias"][0] = math.nan
     torch.save(stored, tmp_path / "run" / "ckpt.pt")
     with pytest.raises(SystemExit):
-        go(run, "--protocol", "attentive")
+        go(run, "--protocol", "attentive", "--steps", "1")
     assert "gives patches that are not finite" in capsys.readouterr().err
 
 

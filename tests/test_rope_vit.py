@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
+import data
+import eval_knn
+import eval_linear
 import models
+from lab import eval_dense
 from support import backbones, features
 from zoo import rope_vit
 from zoo.rope_vit import Backbone, Encoder, Predictor
@@ -437,3 +441,23 @@ def test_a_backbone_is_an_encoder_with_the_mean_of_its_patches():
     x = torch.randn(2, 3, 32, 32)
     cls, patches = net(x)
     assert torch.equal(patches, Encoder.forward(net, x)[1]) and torch.equal(cls, patches.mean(1))
+
+
+def test_the_evaluations_take_a_released_file(tmp_path, monkeypatch, capsys):
+    torch.save(released_file(dim=32, depth=1), tmp_path / "capi.pth")
+    y = torch.arange(30) % 3
+    x = torch.randint(90, (30, 3, 28, 28), generator=torch.Generator().manual_seed(0))
+    x[torch.arange(30), y] += 160  # the colour tells the class
+    images = data.Images(x.to(torch.uint8), y, list("abc"), "colours")
+    monkeypatch.setattr(data, "load", lambda name, **settings: (images, images))
+    words = [str(tmp_path / "capi.pth"), "--arch", "capi", "--data", "shapes", "--img-size", "28",
+             "--device", "cpu"]
+    assert eval_knn.main([*words, "--k", "1", "--patch-size", "7"])["knn"] == {1: 100}
+    for protocol, pool in (("lbfgs", "cls"), ("grid", "cls"), ("attentive", "patches")):
+        steps = [] if protocol == "lbfgs" else ["--steps", "30"]
+        out = eval_linear.main([*words, "--protocol", protocol, *steps])
+        assert (out["layers"], out["pool"]) == (1, pool)
+        assert "(32-d" in capsys.readouterr().out
+    net, args, _ = backbones.load_backbone(words[0], arch="capi")
+    twin = eval_dense.untrained(net, args["img_size"], seed=0)
+    assert twin.sizes == net.sizes and not torch.equal(twin.registers, net.registers)
