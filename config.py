@@ -318,6 +318,7 @@ def parse(argv=None, script="train.py", add_flags=None):
     add_flags(parser): adds the flags that this script has on top, or changes defaults.
     """
     p = parser()
+    p.prog = script
     if add_flags:
         add_flags(p)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

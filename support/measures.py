@@ -1,4 +1,5 @@
 """What an evaluation during training measures: k-NN beside its controls, and the prototype set."""
+import math
 from dataclasses import replace
 
 import torch
@@ -62,8 +63,11 @@ def prototype_measures(protos, loss, h, beta, seed):
 
 
 def mean_cosine(h):
-    """Mean cosine of two different vectors of h (N, D): 1 if all lie in one direction."""
+    """Mean cosine of two different vectors of h (N, D): 1 if all lie in one direction; NaN of one
+    vector."""
     u, N = F.normalize(h.double(), dim=1), len(h)
+    if N < 2:
+        return math.nan
     return float((u.sum(0).square().sum() - N) / (N * (N - 1)))
 
 

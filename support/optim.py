@@ -77,7 +77,7 @@ class CheckedStep:
         norm = clip([p.grad for p in self.params if p.grad is not None], self.clip_grad)  # ()
         values = torch.cat([values, norm[None]])  # (n + 1,), the same on all processes
         finite = values.isfinite().all()
-        for group, (of_lr, of_decay) in zip(self.optimizer.param_groups, self.factors):
+        for group, (of_lr, of_decay) in zip(self.optimizer.param_groups, self.factors, strict=True):
             group["lr"], group["weight_decay"] = lr * of_lr, weight_decay * of_decay
         if step < self.still_steps:  # after the clipping, as in DINO's code
             for p in self.still:

@@ -178,9 +178,12 @@ def test_what_both_sets_start_from():
     # l has standard deviation 1 for every D, and so have the logits of a set without lengths
     x = randn(500, 64)
     assert float(clusters.logits(x).std()) == pytest.approx(1, abs=0.05)
-    args = args_of("--prototypes", "frozen", "--num-prototypes", "2000")
-    of_frozen = capi.teacher_clusters(args).logits(F.normalize(randn(500, 16), dim=1))
-    assert float(of_frozen.std()) == pytest.approx(1, abs=0.05)
+    args = args_of("--prototypes", "decoupled", "--num-prototypes", "2000")
+    of_mixture = capi.teacher_clusters(args).logits(F.normalize(randn(500, 16), dim=1))
+    assert float(of_mixture.std()) == pytest.approx(1, abs=0.05)
+    # the control starts where the clusters of a published run start
+    both = [capi.teacher_clusters(args_of("--prototypes", k)) for k in ("clustered", "frozen")]
+    assert torch.equal(both[0].W, both[1].W) and not both[1].W.requires_grad
 
 
 # ---- who is touched by what ---------------------------------------------------------------------
@@ -257,7 +260,7 @@ def test_learning_rate_and_momentum_at_the_three_points_of_the_official_run():
 def test_the_rates_and_decays_of_the_parameters(tmp_path):
     args = args_of()
     student, protos = capi.network(args), capi.student_prototypes(args)
-    optimizer, factors = capi.optimizer_of(student, protos, torch.device("cpu"))
+    optimizer, factors = capi.optimizer_of([student, protos], torch.device("cpu"))
     of = {id(p): factor for group, factor in zip(optimizer.param_groups, factors)
           for p in group["params"]}
     names = dict(student.named_parameters()) | dict(protos.named_parameters())
@@ -305,7 +308,8 @@ def test_a_run_that_was_stopped_ends_at_the_bits_of_one_that_was_not(tmp_path, k
     assert read_log(tmp_path / "parts") == log
     for name in ("student_unique_0.5", "place_nats", "target_entropy", "entropy_floor"):
         assert float(log[-1][name]) == pytest.approx(metrics[name], rel=1e-4)
-    assert ("cluster_length_sd" in log[-1]) == ("--prototypes" not in kind)
+    assert ("cluster_length_sd" in log[-1]) == ("decoupled" not in kind)
+    assert float(log[-1]["momentum"]) == pytest.approx(1 - 10 * float(log[-1]["lr"]))
 
 
 @pytest.mark.parametrize("kind, moves", [(KINDS[0], True), (KINDS[2], False), (KINDS[3], True),
@@ -348,7 +352,8 @@ def test_the_evaluations_read_a_run(tmp_path):
     with pytest.raises(ValueError, match="a vit_micro has no predictor beside it"):
         width(models.build("vit_micro", patch_size=4, img_size=32), pool="predictor")
     untrained = [eval_dense.untrained(backbone, args, seed) for seed in (0, 1)]
-    assert torch.equal(untrained[0].registers, capi.network(capi.completed(args)).backbone.registers)
+    fresh = capi.network(capi.completed(args)).backbone
+    assert torch.equal(untrained[0].registers, fresh.registers)
     assert not torch.equal(untrained[1].registers, untrained[0].registers)
     student, _, _ = backbones.load_backbone(str(tmp_path / "run"), "student")
     assert not torch.equal(student.patch_embed.weight, backbone.patch_embed.weight)
@@ -405,9 +410,9 @@ def test_two_processes_equal_one(tmp_path):
 def test_a_step_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     original, calls = capi.cross_entropy, []
 
-    def broken_at_the_third_step(a, logits):
+    def broken_at_the_third_step(a, logits, bias):
         calls.append(1)
-        value = original(a, logits)
+        value = original(a, logits, bias)
         return value * math.nan if len(calls) == 6 else value  # the student's, of step 3
     run(tmp_path / "two", "--stop-at", "2", "--lr", "0.1")
     monkeypatch.setattr(capi, "cross_entropy", broken_at_the_third_step)
@@ -425,6 +430,10 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     (["--hidden-share", "0"], "--hidden-share must lie in (0, 1], got 0"),
     (["--hidden-share", "1"], "--hidden-share 1.0 of 64 patches hides none or all of them"),
     (["--registers", "6"], "--registers must be a multiple of 4"),
+    (["--num-prototypes", "1"], "--num-prototypes 1 leaves nothing to guess"),
+    (["--local-scale", "0.1", "0.2"], "--local-scale has no effect"),
+    (["--min-lr", "1"], "C.7 would give the teacher a negative momentum"),
+    (["--preset", "cifar10-cpu"], "--preset"),
     (["--ema-per-lr", "9999"], "C.7 would give the teacher a negative momentum"),
     (["--img-size", "30"], "--img-size 30 must be a multiple of --patch-size 4"),
     (["--prototypes", "joint"], "--prototypes"),
@@ -438,11 +447,49 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
 
 def test_more_clusters_than_patches_can_fill_are_named(tmp_path, capsys):
     run(tmp_path / "many", "--num-prototypes", "64", "--stop-at", "1")
+    printed = capsys.readouterr().out
     assert ("warning: C.2 shares 8 patches among --num-prototypes 64, so the entropy of a target "
-            "is at least 2.1 nats" in capsys.readouterr().out)
+            "is about 2.1 nats or more; at most 32 prototypes are better" in printed)
     run(tmp_path / "few", "--num-prototypes", "32", "--stop-at", "1")
     run(tmp_path / "all", "--num-prototypes", "64", "--sinkhorn", "all", "--stop-at", "1")
     assert "warning: C.2" not in capsys.readouterr().out
+
+
+def test_an_added_term_and_a_penalty_reach_the_gradient(tmp_path, monkeypatch):
+    run(tmp_path / "plain", "--lr", "0.1")
+    monkeypatch.setattr(capi.StudentPrototypes, "penalty", lambda self: self.gain.square().sum())
+    run(tmp_path / "penalty", "--lr", "0.1")
+    plain, penalty = (read_checkpoint(tmp_path / name) for name in ("plain", "penalty"))
+    assert differences(plain, penalty, "prototypes")
+    assert float(read_log(tmp_path / "penalty")[-1]["penalty"]) > 0
+
+
+def test_any_set_with_parameters_is_trained_by_the_clusters_own_loss(tmp_path, monkeypatch):
+    """A forker's clusters of length one: no line of the loop names a class."""
+    class Cosine(heads.Joint):
+        def __init__(self, K, D, seed):
+            super().__init__(K, D, D ** 0.5, seed)
+    monkeypatch.setattr(capi, "LinearClusters", Cosine)
+    run(tmp_path, "--lr", "0.1")
+    saved = read_checkpoint(tmp_path)
+    assert saved["cluster_optimizer"]["state"]
+    assert not torch.equal(saved["prototypes"]["vectors"], saved["prototypes"]["start"])
+
+
+def test_the_students_measures_look_at_all_of_the_image():
+    args = args_of()
+    top = [float((capi.masks(args, 8, step, 8, "cpu")[1][:, 0] < 32).float().mean())
+           for step in range(100)]
+    assert 0.4 < sum(top) / 100 < 0.6
+
+
+def test_a_collapse_of_the_students_set_is_named_once():
+    monitor = capi.Monitor(16)
+    assert not monitor.new(capi.troubles({"student_unique_0.025": 0.5}))
+    first, = monitor.new(capi.troubles({"student_unique_0.025": 0.25}))
+    assert "25 % of its prototypes are unique" in first
+    assert not monitor.new(capi.troubles({"student_unique_0.025": 0.2}))
+    assert not capi.troubles({"loss": 1.0})  # a row without an evaluation
 
 
 def test_the_preset_holds_the_numbers_of_the_official_recipe():

@@ -3,34 +3,39 @@
     python -m zoo.capi                              CAPI at a size for a small machine
     python -m zoo.capi --prototypes frozen          control: the teacher's clusters never move
     python -m zoo.capi --prototypes decoupled       the mixture of Appendix A in their place
-    python -m zoo.capi --student-prototypes frozen  control: the student's prototypes never move
+    python -m zoo.capi --student-prototypes frozen --out runs/capi-frozen-student
+                                                    control: the student's prototypes never move
 
-This is where the paper's idea comes from (Sec. 2.2). There is one view of an image. The teacher
-sees all of it, and its patches are clustered. The student sees a part of the patches, the encoder's
-alone, and a predictor has to guess the clusters of some of the others.
+This is where the idea of "Why Prototypes Collapse" comes from (its Sec. 2.2). There is one view of
+an image. The teacher sees all of it, and its patches are clustered. The student's encoder sees only
+some of the patches. From these a predictor guesses the clusters of some of the hidden patches.
 
 There are two sets of K prototypes, which the targets tie together, index by index:
 
-    the teacher's clusters    W (K, D) and b (K,); C.3 alone trains them, with an optimiser of its
-                              own, so the encoder's loss never touches them
-    the student's prototypes  V (K, D) and their lengths g (K,); C.5 trains them with the student.
-                              They are what the paper counted, in their running average: the
-                              released files do not hold the teacher's clusters
+    the teacher's clusters    W (K, D) and b (K,). C.3 alone trains them, with an optimiser of its
+                              own, so the student's loss never touches them: they are decoupled
+    the student's prototypes  V (K, D) and their lengths g (K,). C.5 trains them with the student,
+                              so they are joint. "Why Prototypes Collapse" counted the running
+                              average of this set, as the released files lack the clusters
+
+The numbers of the equations are ours:
 
     C.1  l = W x/|x| + b                       for each patch token x of the teacher
     C.2  a = Sinkhorn-Knopp of l / 0.06        at each place of the grid on its own: over the images
-                                               of a step every cluster gets the same total there
+                                               of a step all clusters get about the same total there
     C.3  L_clusters = mean over images and places of -sum_k a_k log softmax(l / 0.12)_k
     C.4  s_k = g_k <v_k/|v_k|, z/|z|>          for each guess z of the student
-    C.5  L_student = mean over images and hidden places of -sum_k a_k log softmax(s / 0.12)_k
+    C.5  L_student = mean over images and guessed places of -sum_k a_k log softmax(s / 0.12)_k
     C.6  learning rate: a line up to its peak r over a tenth of the run, then
-         r (1 + cos(0.8 pi u)) / 2 with u from 0 to 1; half of it for the clusters
+         r_end + (r - r_end) (1 + cos(0.8 pi u)) / 2 with u from 0 to 1. The clusters learn at half
+         of it, with a weight decay of 0.01 and without clipping
     C.7  momentum of the teacher: 1 - c times the student's learning rate
 
 Equation 5 of CAPI's paper has target and guess the other way round; its code is as here.
 
-The loop is that of train.py; what differs from it is marked. The prototypes move last, in the order
-of CAPI's code, so the student meets the clusters of the step before.
+The loop has the shape of train.py's; a comment `differs from train.py` stands where it does
+something else. The clusters move last, as in CAPI's code, so the targets of a step come from
+clusters that last moved in the step before.
 
     B images on this process; n patches of an image, v of them visible, q to be guessed; R registers
     D dimensions of a token; K prototypes
@@ -48,7 +53,7 @@ import config
 import data
 import heads
 import views
-from losses import Loss, sinkhorn
+from losses import Loss
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
@@ -62,10 +67,10 @@ from zoo.rope_vit import Backbone, Predictor, take
 
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
 SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
-TAU_TARGETS, TAU = 0.06, 0.12
-CLUSTER_RATE, CLUSTER_DECAY = 0.5, 0.01  # C.6; of AdamW, torch's default in CAPI's code
+TAU_TARGETS, TAU = 0.06, 0.12  # temperatures: of C.2, and of the softmax in C.3 and C.5
+CLUSTER_RATE, CLUSTER_DECAY = 0.5, 0.01  # C.6; CAPI's code leaves the decay at AdamW's default
 PLACES = 6  # first number of a seed, beside those of views.py, masks.py and ibot.py
-OF_STUDENT = 1_000_003  # added to the seed of what the student starts from
+OF_STUDENT = 1_000_003  # added to the seed, so that the student's prototypes start elsewhere
 
 ENCODERS = {  # --arch: (dim, depth, heads, depth of the predictor)
     "capi_micro": (96, 3, 3, 2),
@@ -93,31 +98,52 @@ def flags(parser):
     flag("--sinkhorn", default="place", choices=["place", "all"],
          help="C.2: at each place on its own, as published, or over all patches of a step at once")
     flag("--positions", default="rope", choices=["rope", "learned"],
-         help="how a token knows its place: turned by it, or a learned vector for each")
+         help="rope: queries and keys are rotated by a patch's place; learned: a learned vector "
+         "for each place is added")
     flag("--registers", type=int, default=4, metavar="R",
-         help="learned tokens beside the patches, a multiple of 4 (16 in CAPI)")
+         help="learned tokens beside the patches: a multiple of 4, as equally many stand along "
+         "each of the four sides (16 in CAPI)")
     flag("--ema-per-lr", type=float, default=10.0, metavar="C",
          help="C.7: the teacher's momentum is 1 - C times the learning rate (1 in CAPI's long "
-         "runs); a short run needs a teacher that follows faster")
+         "runs), so --lr and --batch-size change it too; a short run needs a teacher that follows "
+         "faster")
     flag("--patch-rows", type=int, default=4, metavar="S",
-         help="places of each image whose tokens move the mixture of --prototypes decoupled")
+         help="patches of each image, drawn at random, that --prototypes decoupled takes in; other "
+         "sets do not read it")
     for action in parser._actions:
-        if action.dest in CHOICES:
-            action.choices = CHOICES[action.dest]
+        action.choices = CHOICES.get(action.dest, action.choices)
+        action.help = HELP.get(action.dest, action.help)
     parser.set_defaults(
         method="capi", prototypes="clustered", student_prototypes="joint", arch="capi_micro",
         patch_size=4, num_prototypes=256, local_crops=0, global_scale=[0.6, 1.0], jitter_p=0.0,
         gray=0.0, head_bn=False, lr=0.008, weight_decay=0.1, weight_decay_end=0.1, clip_grad=0.0,
         epochs=8.0)
+    for name in [*parser.presets]:  # those of other methods
+        if name != "tiny":
+            del parser.presets[name]
     parser.presets.update(PRESETS)
 
 
 CHOICES = {"method": ["capi"], "arch": list(ENCODERS), "student_prototypes": ["joint", "frozen"],
            "prototypes": ["clustered", "frozen", "decoupled"]}
+HELP = {
+    "method": "no other is read",
+    "arch": "dim, depth and heads of the encoder, and depth of the predictor: see ENCODERS",
+    "prototypes": "the teacher's clusters: clustered, as published; frozen: those that a clustered "
+                  "run starts from, never moved; decoupled: means of the mixture of Appendix A",
+    "student_prototypes": "joint: trained by the student's loss, as published; frozen: never moved",
+    "drop_path": "share of the images for which the student skips a branch of a block, the same in "
+                 "all blocks",
+    "weight_decay": "start of its cosine; gains of norms have a tenth of it, biases none",
+    "min_lr": "r_end of C.6, which is reached at a full half cosine; a run ends before it",
+    "img_size": "side of the view, pixels",
+    "global_scale": "share of the image that the view covers",
+}
 
 # Flags of train.py that nothing here reads
-NOT_READ = """init export compile accum local_size local_crops head_hidden bottleneck_dim head_bn
-    head_norm partition_size kp_weight norm_last_layer freeze_prototypes uniformity logit_scale
+NOT_READ = """init export compile accum local_size local_crops local_scale head_hidden
+    bottleneck_dim head_bn head_norm partition_size kp_weight norm_last_layer freeze_prototypes
+    uniformity logit_scale
     proto_norm student_temp teacher_temp teacher_temp_epochs targets live_eta live_patience
     live_apart queue memory neighbours optimizer warmup_epochs momentum momentum_end""".split()
 
@@ -148,15 +174,19 @@ def check(args):
         if not 0 < getattr(args, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} must lie in (0, 1], got "
                              f"{getattr(args, name)}")
-    if args.registers < 4 or args.registers % 4:
-        raise ValueError(f"--registers must be a multiple of 4, the sides of an image, and not 0, "
-                         f"got {args.registers}")
+    if args.registers < 0 or args.registers % 4:
+        raise ValueError(f"--registers must be a multiple of 4, as equally many stand along each "
+                         f"of the four sides of an image, got {args.registers}")
+    if args.num_prototypes < 2:
+        raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
+                         "or more")
     if not args.ema_per_lr >= 0:
         raise ValueError(f"--ema-per-lr must not be negative, got {args.ema_per_lr}")
-    if not args.ema_per_lr * args.lr * args.batch_size / 256 <= 1:
-        raise ValueError(f"--ema-per-lr {args.ema_per_lr} times the peak learning rate "
-                         f"{args.lr * args.batch_size / 256:g} is above 1, and C.7 would give the "
-                         "teacher a negative momentum")
+    largest_lr = max(args.lr * args.batch_size / 256, args.min_lr)
+    if not args.ema_per_lr * largest_lr <= 1:
+        raise ValueError(f"--ema-per-lr {args.ema_per_lr} times the largest learning rate "
+                         f"{largest_lr:g} is above 1, and C.7 would give the teacher a negative "
+                         "momentum")
     if args.patch_rows < 1:
         raise ValueError(f"--patch-rows must be at least 1, got {args.patch_rows}")
     if args.img_size % args.patch_size:
@@ -169,14 +199,14 @@ def check(args):
 
 
 def warn_of_flat_targets(args, n):
-    """C.2 shares the rows of a step among K clusters: with many more clusters than rows, a row
-    belongs to many of them."""
+    """C.2 shares patches among K clusters: with many more clusters than patches, the target of a
+    patch is spread over many of them. n: patches of an image."""
     rows = args.batch_size * (n if args.sinkhorn == "all" else 1)
     if args.num_prototypes > 4 * rows:
         ddp.print0(f"warning: C.2 shares {rows} patches among --num-prototypes "
-                   f"{args.num_prototypes}, so the entropy of a target is at least "
-                   f"{math.log(args.num_prototypes / rows):.1f} nats; at most four times "
-                   "--batch-size is better")
+                   f"{args.num_prototypes}, so the entropy of a target is about "
+                   f"{math.log(args.num_prototypes / rows):.1f} nats or more; at most {4 * rows} "
+                   "prototypes are better")
 
 
 # ---- networks ----------------------------------------------------------------------------------
@@ -208,14 +238,15 @@ def network(args, drop_path=0.0):
     return Network(args, drop_path)
 
 
-def optimizer_of(student, protos_s, device):
+def optimizer_of(modules, device):
     """(AdamW, [(factor of the learning rate, factor of the weight decay) of each group]).
 
-    The projection of patches learns at a fifth of the rate; the gains of norms decay at a tenth,
-    and biases not at all. All else decays, one-dimensional or not.
+    The projection of patches learns at a fifth of the rate. Parameters with "norm" in their name,
+    the gains of norms, decay at a tenth, and biases not at all. All else decays, one-dimensional or
+    not.
     """
     groups = {}
-    for name, p in [*student.named_parameters(), *protos_s.named_parameters()]:
+    for name, p in [named for module in modules for named in module.named_parameters()]:
         rate = 0.2 if "patch_embed" in name else 1.0
         decay = 0.0 if name.endswith("bias") else 0.1 if "norm" in name else 1.0
         groups.setdefault((rate, decay), []).append(p)
@@ -250,24 +281,23 @@ class LinearClusters(heads.Frozen):
 
 
 def teacher_clusters(args, begin=0):
-    """The set that --prototypes names.
+    """The set that --prototypes names; begin: the step at which a mixture starts.
 
-    A frozen set or a mixture has directions alone. --logit-scale is sqrt(D) here, which makes their
-    rows as long as those of W are at the start.
+    The means of a mixture are directions. --logit-scale is sqrt(D) here, which makes the rows that
+    tokens are multiplied with as long as those of W are at the start.
     """
-    if args.prototypes == "clustered":
-        return LinearClusters(args.num_prototypes, args.bottleneck_dim, args.seed)
-    return heads.prototypes(args, begin)
-
-
-def log_sum(x, dim, reduce):
-    """log of the sum of exp(x) along a dimension, which stays; reduce: as in `balanced`."""
-    largest = reduce(x.amax(dim, keepdim=True), "max")
-    return largest + reduce((x - largest).exp().sum(dim, keepdim=True), "sum").log()
+    if args.prototypes == "decoupled":
+        of_mixture = copy.copy(args)
+        # it chooses its form by the vectors of a step, 2 batch_size in train.py
+        of_mixture.batch_size = math.ceil(args.batch_size * args.patch_rows / 2)
+        return heads.prototypes(of_mixture, begin)
+    # not the set of zoo/clustered.py, which is this rule in the loop of train.py
+    clusters = LinearClusters(args.num_prototypes, args.bottleneck_dim, args.seed)
+    return clusters.requires_grad_(args.prototypes != "frozen")
 
 
 @torch.no_grad()
-def balanced(l, tau=TAU_TARGETS, iters=3, all_reduce=None):
+def balanced(l, tau=TAU_TARGETS, iters=3, all_reduce=lambda x, op: x):
     """C.2: logits l (B, n, K) of this process -> a (B, n, K), whose rows sum to 1.
 
     Each round scales every cluster, at every place, to the same total over the images of all
@@ -276,30 +306,35 @@ def balanced(l, tau=TAU_TARGETS, iters=3, all_reduce=None):
     """
     # differs: in the log domain. CAPI's code takes off each cluster's maximum, adds 50 and
     # exponentiates, which comes to the same.
-    over_all, here = all_reduce or (lambda x, op: x), lambda x, op: x
     log_a = l.float() / tau  # (B, n, K)
     for _ in range(iters):
-        log_a = log_a - log_sum(log_a, 0, over_all)  # clusters: equal totals at each place
-        log_a = log_a - log_sum(log_a, 2, here)  # patches: one each
-    return log_a.exp()
+        # clusters: equal totals at each place
+        largest = all_reduce(log_a.amax(0), "max")  # (n, K)
+        total = all_reduce((log_a - largest).exp().sum(0), "sum")  # (n, K)
+        log_a = log_a - largest - total.log()
+        # patches: one each
+        log_a = log_a.log_softmax(-1)
+    return log_a.softmax(-1)
 
 
 def targets_of(l, args):
     """a (B, n, K) of logits l (B, n, K), by the rule of --sinkhorn."""
-    if args.sinkhorn == "place":
-        return balanced(l, all_reduce=ddp.all_reduce)
-    return sinkhorn(l.flatten(0, 1), TAU_TARGETS, all_reduce=ddp.all_reduce).view_as(l)
+    if args.sinkhorn == "all":  # all patches of a step as if they stood at one place
+        return balanced(l.flatten(0, 1)[:, None], all_reduce=ddp.all_reduce).view_as(l)
+    return balanced(l, all_reduce=ddp.all_reduce)
 
 
-def cross_entropy(a, logits):
-    """C.3 and C.5: a (..., K) and logits (..., K) -> a scalar, the mean over rows."""
-    return -(a * (logits.float() / TAU).log_softmax(-1)).sum(-1).mean()
+def cross_entropy(a, logits, bias=0.0):
+    """C.3 and C.5: a (..., K) and logits (..., K) -> a scalar, the mean over rows.
+
+    bias: `bias(TAU)` of a prototype set.
+    """
+    return -(a * (logits.float() / TAU + bias).log_softmax(-1)).sum(-1).mean()
 
 
 # ---- the student's prototypes ------------------------------------------------------------------
 class StudentPrototypes(heads.Joint):
-    """V (K, D) from a normal distribution of deviation .02, cut off at 2; lengths g (K, 1) from 1.
-    """
+    """V (K, D) from a normal distribution of standard deviation .02; lengths g (K, 1) from 1."""
 
     def __init__(self, K, D, seed=0):
         super().__init__(K, D, 1.0, seed, gain=True)
@@ -313,10 +348,8 @@ class StudentPrototypes(heads.Joint):
 
 def student_prototypes(args):
     """The set that --student-prototypes names."""
-    K, D, seed = args.num_prototypes, args.bottleneck_dim, args.seed + OF_STUDENT
-    if args.student_prototypes == "joint":
-        return StudentPrototypes(K, D, seed)
-    return StudentPrototypes(K, D, seed).requires_grad_(False)
+    protos = StudentPrototypes(args.num_prototypes, args.bottleneck_dim, args.seed + OF_STUDENT)
+    return protos.requires_grad_(args.student_prototypes != "frozen")
 
 
 # ---- schedules ---------------------------------------------------------------------------------
@@ -380,20 +413,22 @@ def train(args, device, stop_request):
     # differs from train.py: two sets of prototypes, and two optimisers
     student = network(args, args.drop_path).to(device)
     teacher = network(args).to(device).requires_grad_(False)
+    teacher.load_state_dict(student.state_dict())
     clusters = teacher_clusters(args, int(gmm_start)).to(device)
     protos_s = student_prototypes(args).to(device)
     average_s = copy.deepcopy(protos_s).requires_grad_(False)  # what the paper counted
     trained = [*student.parameters(), *protos_s.parameters()]  # theta
     averaged = [*teacher.parameters(), *average_s.parameters()]  # phi
-    optimizer, factors = optimizer_of(student, protos_s, device)
-    parts = {"student": student, "teacher": teacher, "loss": OfLoss(), "optimizer": optimizer,
+    optimizer, factors = optimizer_of([student, protos_s], device)
+    parts = {"student": student, "teacher": teacher, "loss": Temperature(), "optimizer": optimizer,
              "student_average": average_s}
-    moves_clusters = isinstance(clusters, LinearClusters)
-    if moves_clusters:
-        of_clusters = torch.optim.AdamW(clusters.parameters(), lr=0.0, betas=(0.9, 0.95),
-                                        fused=device.type != "mps")
-        take_cluster_step = optim.CheckedStep(of_clusters, [], factors=[(1.0, 1.0)])
-        parts["cluster_optimizer"] = of_clusters
+    trained_clusters = [p for p in clusters.parameters() if p.requires_grad]  # [] of a mixture
+    if trained_clusters:
+        # its learning rate and weight decay are those that take_cluster_step is called with
+        cluster_optimizer = torch.optim.AdamW(trained_clusters, lr=0.0, betas=(0.9, 0.95),
+                                              fused=device.type != "mps")
+        take_cluster_step = optim.CheckedStep(cluster_optimizer, [], factors=[(1.0, 1.0)])
+        parts["cluster_optimizer"] = cluster_optimizer
 
     # ---- start or go on ------------------------------------------------------------------------
     start, record = checkpoint.start_or_resume(args, parts, protos_s, clusters)
@@ -424,10 +459,11 @@ def train(args, device, stop_request):
         image, = clock.next(batches)  # (B, 3, s, s)
         B = len(image)
         torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))  # of drop path
+        # differs from train.py: both schedules
         lr = rate_at(step, total, lr_peak, args.min_lr)  # C.6
         m = 1 - args.ema_per_lr * lr  # C.7
         weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
-        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1 of the mixture
         # differs from train.py: what the student sees, and what it has to guess
         visible, predicted = masks(args, B, step, grid, device)  # (B, v) (B, q)
 
@@ -436,38 +472,41 @@ def train(args, device, stop_request):
             _, x = teacher.backbone(image)  # (B, n, D)
             x = F.normalize(x.float(), dim=-1)  # (B, n, D)
 
-        # ---- 2. clusters of the step before: which of them is each patch?
+        # ---- 2. assign each patch to the clusters, which have not moved yet in this step
+        # differs from train.py: they have a loss of their own, whose gradient reaches them alone
         l = clusters.logits(x)  # (B, n, K), C.1
         a = targets_of(l.detach(), args)  # (B, n, K), C.2
-        clustering_loss = cross_entropy(a, l)  # C.3
-        if moves_clusters:
+        clustering_loss = cross_entropy(a, l, clusters.bias(TAU))  # C.3
+        if trained_clusters:
             clustering_loss.backward()
 
-        # ---- 3. student: guess it for hidden patches, one step of the optimiser
+        # ---- 3. student: guess the clusters of hidden patches, one step of the optimiser
         target = take(a, predicted)  # (B, q, K)
         with amp(args, device):
             z = student(image, visible, predicted)  # (B, q, D)
-        terms = {"cross_entropy": cross_entropy(target, protos_s.logits(z))}  # C.4 and C.5
-        terms["loss"] = terms["cross_entropy"]
+        s = protos_s.logits(z)  # (B, q, K), C.4
+        terms = {"cross_entropy": cross_entropy(target, s, protos_s.bias(TAU))}  # C.5
+        terms["penalty"] = protos_s.penalty()
+        terms["loss"] = sum(terms.values())
         terms["loss"].backward()
-        record.add(terms, 1.0)
-        # if a value is not finite, all processes skip this step
+        of_targets = {"clustering_loss": clustering_loss,
+                      "target_entropy": torch.special.entr(a).sum(-1).mean()}
+        record.add(terms | of_targets, 1.0)
+        # if a value is not finite, all processes skip this step; only a mixture moves
         values, taken = take_step(record.take(), step, lr, weight_decay)
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
         with torch.no_grad():
-            for phi, theta in zip(averaged, trained):
+            for phi, theta in zip(averaged, trained, strict=True):
                 phi.lerp_(theta, taken * (1 - m))
 
-        # ---- 5. clusters: one step of an optimiser of their own, or of online EM       Eq. 3
-        if moves_clusters:
-            both = torch.stack([clustering_loss.detach(), values.sum()])  # skipped with the student
-            take_cluster_step(both, step, CLUSTER_RATE * lr, CLUSTER_DECAY)
-            report = {}
-        else:
-            places = sampled_places(args, step, n).to(device).chunk(ddp.WORLD)[ddp.RANK]  # (B, S)
-            vectors = ddp.all_gather(take(x, places))  # (batch_size, S, D)
-            report = clusters.step(vectors.flatten(0, 1), step, beta)
+        # ---- 5. clusters: one step of an optimiser of their own, or of online EM (Eq. 3 of the
+        # paper about collapse)
+        if trained_clusters:  # skipped where the student's step was: the sum is then not finite
+            take_cluster_step(values.sum()[None], step, CLUSTER_RATE * lr, CLUSTER_DECAY)
+        places = sampled_places(args, step, n).to(device).chunk(ddp.WORLD)[ddp.RANK]  # (B, S)
+        vectors = ddp.all_gather(take(x, places))  # (batch_size, S, D)
+        report = clusters.step(vectors.flatten(0, 1), step, beta)
 
         # ---- 6. everything below is logging, evaluation, saving ---------------------------------
         done = step + 1
@@ -480,10 +519,8 @@ def train(args, device, stop_request):
         if now.row:
             row = record.means() | report | clock.speed(args.batch_size)
             row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
-                    "memory_mb": peak_memory(device), "entropy_floor": entropy_floor,
-                    "clustering_loss": ddp.mean_over_ranks(clustering_loss.detach()),
-                    "target_entropy": ddp.mean_over_ranks(torch.special.entr(a).sum(-1).mean())
-                    } | spread(clusters)
+                    "memory_mb": peak_memory(device), "momentum": m,
+                    "entropy_floor": entropy_floor} | spread(clusters)
             row["loss_over_ln_k"] = row["cross_entropy"] / math.log(args.num_prototypes)
             if now.evaluation:
                 h, at, h_s = coming_tokens(student, teacher, images, recipe, done, args, device)
@@ -496,11 +533,11 @@ def train(args, device, stop_request):
                     metrics |= {name: float(row[name])
                                 for name in ("target_entropy", "entropy_floor")}
             if ddp.RANK == 0:
-                log.row(done, row, terms)
+                log.row(done, row, terms | of_targets)
                 tqdm.write(printed(done, total, row, "cross_entropy"))
                 if now.evaluation:
                     tqdm.write(printed_student(row))
-                for sentence in monitor.warnings(row | {"progress": done / total}):
+                for sentence in monitor.new(troubles(row)):
                     tqdm.write(f"warning, step {done}: {sentence}")
                 for sentence in monitor.remarks(row):
                     tqdm.write(f"remark, step {done}: {sentence}")
@@ -516,15 +553,25 @@ def train(args, device, stop_request):
     bar.close()
     if ddp.RANK:
         return {}
-    print(f"targets: entropy {metrics['target_entropy']:.2f} nats, at least "
-          f"{metrics['entropy_floor']:.2f} by C.2, of {math.log(args.num_prototypes):.2f}")
+    print(f"targets: entropy {metrics['target_entropy']:.2f} nats; C.2 allows about "
+          f"{metrics['entropy_floor']:.2f}, and even ones have {math.log(args.num_prototypes):.2f}")
     return measures.summary(args, log, metrics, bank, queries, stop)
 
 
 # ---- what an evaluation measures ---------------------------------------------------------------
-class OfLoss(Loss):
+class Temperature(Loss):
     """What the measures ask of a loss: the temperature of the softmax over prototypes."""
     tau = TAU
+
+
+def troubles(row):
+    """{kind: sentence} of what goes wrong, for a row of the log; see Monitor.new."""
+    share = row.get("student_unique_0.025")
+    if share is None or share >= 0.5:
+        return {}
+    return {"collapse": f"partial prototype collapse of the student's set: {100 * share:.0f} % of "
+                        "its prototypes are unique at eps 0.025. --student-prototypes frozen keeps "
+                        "them apart, as a control"}
 
 
 def spread(clusters):
@@ -569,14 +616,15 @@ def measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta, seed):
     """{NAME: value} of the teacher's clusters, for its tokens h (N, D) at places at (N,), and
     {student_NAME: value} of the student's prototypes, for its guesses h_s (N, D).
 
-    place_nats: mutual information of a patch's cluster and its place. As it is above 0 for any
-    finite N, place_nats_shuffled stands beside it: the same with the places shuffled.
+    place_nats: mutual information of a patch's most probable cluster, before C.2 balances, and its
+    place. As it is above 0 for any finite N, place_nats_shuffled stands beside it: the same with
+    the places shuffled.
     """
-    found = measures.prototype_measures(clusters, OfLoss(), h, beta, seed)
-    of_student = measures.prototype_measures(protos_s, OfLoss(), h_s, beta, seed)
+    found = measures.prototype_measures(clusters, Temperature(), h, beta, seed)
+    of_student = measures.prototype_measures(protos_s, Temperature(), h_s, beta, seed)
     names = ("unique_0.025", "unique_0.5", "ceiling_0.5", "used", "perplexity", "drift", "h_rank")
     found |= {f"student_{name}": of_student[name] for name in names}
-    of_average = measures.prototype_measures(average_s, OfLoss(), h_s, beta, seed)
+    of_average = measures.prototype_measures(average_s, Temperature(), h_s, beta, seed)
     found["student_average_unique_0.025"] = of_average["unique_0.025"]
     winner = torch.cat([clusters.assign(part, beta, TAU).argmax(1)
                         for part in h.split(128)])  # (N,)
@@ -591,7 +639,8 @@ def printed_student(row):
             f"unique(.5) {row['student_unique_0.5']:.3f} "
             f"(ceiling {row['student_ceiling_0.5']:.3f})  used {row['student_used']:.3f}  "
             f"perplexity {row['student_perplexity']:.3f}  drift {row['student_drift']:.3f}\n"
-            f"     targets: {row['target_entropy']:.2f} nats, at least {row['entropy_floor']:.2f}; "
+            f"     targets: {row['target_entropy']:.2f} nats (C.2 allows about "
+            f"{row['entropy_floor']:.2f}); "
             f"place {row['place_nats']:.3f} nats ({row['place_nats_shuffled']:.3f} shuffled)")
 
 
@@ -637,7 +686,7 @@ def load_run(path):
     clusters = teacher_clusters(args)
     checkpoint.restore(clusters, ckpt)
     net = MeanToken(load_backbone(ckpt["teacher"], ckpt["args"]))
-    return net.eval(), clusters, OfLoss(), vars(args)
+    return net.eval(), clusters, Temperature(), vars(args)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def rng_of(seed, step, view, position):
 
 
 def block_mask(H, W, most, rng):
-    """iBOT's mask, (H, W) bool: rectangles until `most` patches are covered, or none more fits.
+    """iBOT's mask, (H, W) bool: rectangles until `most` patches are covered, or until ten in a row
+    did not fit.
 
     most: a real number, and the mask never covers more. A rectangle is drawn up to ten times: its
     area between a ninth of the grid and the room that is left, its height over width between .3
@@ -34,7 +35,7 @@ def block_mask(H, W, most, rng):
     while covered < most:
         room = most - covered
         for _ in range(10):
-            area = rng.uniform(least_area, room)  # if room is less, backwards, as in the code
+            area = rng.uniform(least_area, room)  # as in iBOT's code, also if room is less
             ratio = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if not (h < H and w < W):
@@ -52,7 +53,8 @@ def block_mask(H, W, most, rng):
 
 def inverse_block_mask(H, W, visible, rng):
     """CAPI's mask, (H, W) bool: all is hidden but one rectangle of exactly `visible` patches, which
-    is rolled around the edges, so that every place is hidden equally often."""
+    is shifted cyclically by random rows and columns, so that every place is hidden equally
+    often."""
     low = max(math.log(0.5), math.log(visible / W ** 2))
     high = min(math.log(2), math.log(H ** 2 / (visible + 1e-5)))
     ratio = math.exp(rng.uniform(low, high))
@@ -62,7 +64,7 @@ def inverse_block_mask(H, W, visible, rng):
     shown = torch.zeros(H, W, dtype=torch.bool)
     shown[top:top + h, left:left + w] = True
     shown = shown.flatten()
-    shown[shown.nonzero().squeeze(1)[visible:]] = False  # what is too much goes at the lower end
+    shown[shown.nonzero().squeeze(1)[visible:]] = False  # surplus ones of its last rows
     shown = shown.view(H, W).roll((rng.randrange(H), rng.randrange(W)), (0, 1))
     return ~shown
 
@@ -71,8 +73,8 @@ def capi_masks(positions, H, W, seed, step, hidden_share=0.65, predicted_share=0
     """(visible (B, v), predicted (B, q)) int64: places for these `positions` in the global batch.
 
     visible: the patches that the student sees, in row-major order. predicted: those of the hidden
-    ones that it has to guess, drawn evenly. Both numbers are the same for every image, so that
-    tensors stay rectangular.
+    ones that it has to guess, drawn evenly, in random order. Both numbers are the same for every
+    image, so that tensors stay rectangular.
     """
     n = H * W
     n_hidden = math.floor(hidden_share * n)
@@ -84,7 +86,7 @@ def capi_masks(positions, H, W, seed, step, hidden_share=0.65, predicted_share=0
         hidden = inverse_block_mask(H, W, n - n_hidden, rng).flatten()  # (n,)
         visible.append((~hidden).nonzero()[:, 0])
         places = hidden.nonzero()[:, 0].tolist()
-        predicted.append(torch.tensor(sorted(rng.sample(places, n_predicted))))
+        predicted.append(torch.tensor(rng.sample(places, n_predicted)))
     return torch.stack(visible), torch.stack(predicted)
 
 

@@ -19,7 +19,8 @@ positions, in Encoder and Predictor:
     "rope"      as above: channel m turns with channel m + d/4, which has the same angle
     "learned"   no rotation; a learned vector for each patch of the grid is added
     "released"  as CAPI's released code: channel m is paired with channel m + d/2, which turns by
-                the other coordinate. That is no rotation, and only their weights need it.
+                the other coordinate. That does not preserve lengths; it is there to read the
+                released weights.
 
 Letters: N images, n patches of an image, v of them visible, R registers, T = R + v tokens,
 q patches to predict, dim the width, d = dim / heads channels of a head, p pixels of a patch's side.
@@ -37,7 +38,8 @@ EPS = 1e-5  # of every RMSNorm
 # ---- places --------------------------------------------------------------------------------------
 
 def frequencies(d):
-    """(2, d): radians by which the channels of a head turn for a step of 1 down and of 1 right."""
+    """(2, d): radians by which the channels of a head turn along the whole height, and the whole
+    width, of an image."""
     count = d // 4
     m = torch.arange(count, dtype=torch.double)
     turns = 7 * (7e-4 / 7) ** (m / max(1, count - 1))  # (d/4,)
@@ -138,9 +140,9 @@ class Block(nn.Module):
         return branch * (kept / kept_share)
 
     def forward(self, x, x_waves=None, context=None, context_waves=None):
-        """Tokens x (N, T, dim) -> (N, T, dim). context (N, S, dim): what they look at, which is not
-        normed here; None: themselves. The waves are those of the tokens' places; None: no
-        rotation."""
+        """Tokens x (N, T, dim) -> (N, T, dim). context (N, S, dim): the tokens that they attend to,
+        which this block does not normalise; None: self-attention. The waves are those of the
+        tokens' places; None: no rotation."""
         normed = self.norm1(x)  # (N, T, dim)
         if context is None:
             context, context_waves = normed, x_waves
@@ -172,7 +174,7 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
 
     def waves(self, coords):
-        """Those of tokens at coords (N, T, 2), or None where positions are learned."""
+        """Cosines and sines for tokens at coords (N, T, 2); None where positions are learned."""
         return None if self.freqs is None else waves(coords, self.freqs)
 
     def last_norm(self, x):
@@ -227,7 +229,8 @@ class Encoder(Transformer):
         return torch.cat([low + edge * (high - low), coords], 1)  # (N, R + v, 2)
 
     def tokens(self, x, visible=None):
-        """visible (N, v): indices of the patches that enter, as many of each image; None: all."""
+        """visible (N, v): indices of the patches that enter, the same number of each image; None:
+        all."""
         N, _, H, W = x.shape
         shape = H // self.patch_size, W // self.patch_size
         if H % self.patch_size or W % self.patch_size:
@@ -295,8 +298,8 @@ class Backbone(Encoder):
     """The encoder as the evaluations want a backbone: images (N, 3, H, W) -> (cls (N, dim),
     patches (N, n, dim)).
 
-    There is no class token. The mean of the patch tokens stands for the image. CAPI's own code
-    returns `predicted`, for which a run of ours puts its predictor beside the encoder.
+    There is no class token. The mean of the patch tokens stands for the image. CAPI's code can also
+    give `predicted`; zoo/capi.py's load_backbone attaches the predictor that it needs.
     arch: the name that evaluations show; sizes: the arguments of Encoder.
     """
 
