@@ -576,7 +576,7 @@ def troubles(row):
 
 def spread(clusters):
     """{column: number}: how unequal lengths and biases of linear clusters are; {} of others."""
-    if not isinstance(clusters, LinearClusters):
+    if not hasattr(clusters, "W"):
         return {}
     length = clusters.W.detach().norm(dim=1)  # (K,)
     return {"cluster_length": length.mean(), "cluster_length_sd": length.std(correction=0),
