@@ -63,10 +63,14 @@ def typed(args):
     return words
 
 
+def has_own_flags(args):
+    """Whether the script of a run has flags that train.py lacks, so that its command line cannot be
+    read or written here."""
+    return not computed(args).keys() <= vars(config.parser().parse_args([])).keys()
+
+
 def command(args):
-    """The command line of a run's control, or how to find it for a script with flags of its own."""
-    if not computed(args).keys() <= vars(config.parser().parse_args([])).keys():
-        return "the same command with --prototypes frozen and another --out"
+    """The command line of a run's control, for a script without flags of its own."""
     script = "train.py" if args.script == "train.py" else "-m " + args.script[:-3].replace("/", ".")
     return shlex.join(["python", *script.split(), *typed(args), "--prototypes", "frozen"])
 
@@ -106,6 +110,9 @@ def sentence(args, folder=os.path.join(ROOT, "results")):
     if only_with:
         return (f"It has no control with frozen prototypes, as --method {args.method} takes its "
                 f"targets from --prototypes {only_with}.")
+    if has_own_flags(args):
+        return ("Its control, the same run with random prototypes, is the same command with "
+                "--prototypes frozen\nand another --out.")
     found = rows(args, folder)
     if not found:
         return ("Its control, the same run with random prototypes, is not in results/:\n"
