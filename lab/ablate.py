@@ -159,6 +159,7 @@ SEEDS = [0, 1, 2]
 FIVE_SEEDS = [f"{system}, default length" for system in SYSTEMS]
 # a third of CIFAR-10's classes each, at 5,000 to 50 images
 GROUP_LIMITS = ["--head", "1000", "--tail", "200"]
+PROBED = ["--steps", "100"]  # steps of the attentive probe
 SEGMENTED = ["--train-images", "500", "--test-images", "250"]  # half of what lab.eval_dense takes
 
 # (column of the file, its title in the table, digits)
@@ -174,7 +175,7 @@ PATCHES = [("miou", "mIoU", 1),
            *[(f"patch_{column}", title, digits) for column, title, digits in MEASURES[2:]],
            ("patch_place_nats", "place", 2), ("patch_place_nats_shuffled", "shuffled", 2)]
 # of CAPI: its features and targets, and its second set of prototypes
-TARGETS = [("target_entropy", "entropy of targets", 2), ("entropy_floor", "at least", 2),
+TARGETS = [("attentive", "attentive", 1), ("target_entropy", "entropy of targets", 2), ("entropy_floor", "at least", 2),
            ("place_nats", "place", 2), ("place_nats_shuffled", "shuffled", 2)]
 STUDENTS = [(f"student_{column}", title, digits) for column, title, digits in MEASURES[1:]]
 # what untrained weights and raw pixels reach
@@ -194,7 +195,7 @@ def parts(name):
         of_class = [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS[:1]
         return [("class tokens", of_class), ("patches", PATCHES)]
     if name == "capi":
-        return [("features and targets", [MEASURES[0], PATCHES[0], *TARGETS]),
+        return [("features", [MEASURES[0], PATCHES[0], TARGETS[0]]), ("targets", TARGETS[1:]),
                 ("teacher's clusters", MEASURES[1:]), ("student's set", STUDENTS)]
     if name == "space":
         return [("", [m for m in MEASURES if m[0] != "unique_0.025"]), ("vectors", VECTORS)]
@@ -263,6 +264,8 @@ def train(args, run, out, block):
         result |= accuracy_of_groups(out)
     if args.table in ("dense", "capi") and read_args(out)["data"] in eval_dense.IMAGES:
         result |= segmentation(out)
+    if args.table == "capi":
+        result["attentive"] = attentive_accuracy(out)
     return result | {"command": shlex.join([run.script, *run.flags]), "hardware": hardware(),
                      "date": datetime.date.today().isoformat()}
 
@@ -338,6 +341,15 @@ def segmentation(out):
     found = {row["result"]: row["miou"] for row in read(file, ["result", "miou"])}
     return {"miou": found["backbone knn"], "untrained_miou": found["untrained knn"],
             "raw_miou": found["pixels knn"]}
+
+
+def attentive_accuracy(out):
+    """Percent of the test images that an attentive probe classifies rightly, by eval_linear.py."""
+    command = [sys.executable, "eval_linear.py", out, "--protocol", "attentive", *PROBED]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError(f"eval_linear.py of {out} failed")
+    rows = read(os.path.join(out, "results.csv"), ["protocol", "result", "all"])
+    return [row["all"] for row in rows if row["protocol"].endswith(" attentive")][-1]
 
 
 def hardware():

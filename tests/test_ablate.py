@@ -375,6 +375,22 @@ def test_the_dense_table_measures_both_kinds_of_prototypes(tmp_path, capfd, monk
     assert f"* mIoU of raw pixels {float(row['raw_miou']):.1f}, " in text
 
 
+def test_the_table_of_capi_measures_both_sets(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(ablate, "PROBED", ["--steps", "2"])
+    flags = ["--device", "cpu", "--batch-size", "8", "--steps", "4", "--num-prototypes", "16",
+             "--eval-bank", "16", "--eval-queries", "8", "--data", make_images(tmp_path / "set")]
+    row, = ablate.main(["capi", "--rows", "frozen clusters, all patches", "--seeds", "0",
+                        "--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--", *flags])
+    text = capfd.readouterr().out
+    for heading in ("features", "targets", "teacher's clusters", "student's set"):
+        assert f"| {heading} | runs | " in text
+    out, = (tmp_path / "runs" / "capi").iterdir()
+    log = ablate.read(str(out / "log.csv"), ["student_used"])
+    for column in ("student_used", "target_entropy", "entropy_floor", "place_nats", "used"):
+        assert row[column] == log[-1][column] != ""
+    assert 0 <= float(row["attentive"]) <= 100 and not row["miou"]  # a folder has no label maps
+
+
 # ---- the table "instrument" --------------------------------------------------------------------
 def rows_of_instrument(**changes):
     """{row: [result]} of a default run that can tell much; changes: {row: [k-NN]}."""
