@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import collapse
 import heads
 import models
-from conftest import ROOT, differences, make_folder, read_checkpoint, read_log
+import views
+from conftest import ROOT, differences, make_folder, read_checkpoint, read_log, small_sets
 from lab import eval_dense
 from support import backbones, checkpoint, ddp
 from support.features import embed, width
@@ -243,6 +244,60 @@ def test_the_student_meets_the_clusters_of_the_step_before(tmp_path, monkeypatch
     # the first step has the learning rate 0: the second is the first that moves anything
     slow, fast = losses(0.5, "slow"), losses(500.0, "fast")
     assert slow[:2] == fast[:2] and abs(slow[2] - fast[2]) > 1e-3
+
+
+def test_the_predictor_gets_all_visible_tokens_and_where_they_stand():
+    args = args_of("--registers", "4")
+    net = capi.network(args).eval()
+    image = randn(2, 3, 32, 32)
+    visible, predicted = capi.masks(args, 2, 0, 8, torch.device("cpu"))
+    seen = []
+    net.predictor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    net(image, visible, predicted)
+    context, coords, query_coords, places = seen[0]
+    registers, patches = net.backbone.tokens(image, visible)
+    assert torch.equal(context, torch.cat([registers, patches], 1)) and places is predicted
+    for b in range(2):
+        for coordinates, of in ((coords[b, 4:], visible[b]), (query_coords[b], predicted[b])):
+            for (row, column), place in zip(coordinates.tolist(), of.tolist()):
+                assert (row, column) == pytest.approx((place // 8 / 7, place % 8 / 7))
+        # four registers stand on the corners of the rectangle of visible patches
+        low, high = coords[b, 4:].amin(0).tolist(), coords[b, 4:].amax(0).tolist()
+        corners = {(r, c) for r in (low[0], high[0]) for c in (low[1], high[1])}
+        assert {tuple(corner) for corner in coords[b, :4].tolist()} == corners
+
+
+@pytest.mark.parametrize("rule", ["place", "all"])
+def test_the_losses_of_a_run_as_loops_over_images_and_places(tmp_path, rule):
+    """At step 0 teacher and student are the same network, and nothing has moved."""
+    run(tmp_path, "--sinkhorn", rule, "--stop-at", "1", "--log-every", "1")
+    args = args_of("--sinkhorn", rule)
+    image, = next(views.batches(small_sets()[0], capi.one_view(args), batch_size=8, seed=0, start=0,
+                                stop=1))
+    visible, predicted = capi_masks(range(8), 8, 8, 0, 0, 0.65, 0.25)
+    net, clusters = capi.network(args), capi.teacher_clusters(args)
+    protos = capi.student_prototypes(args)
+    with torch.no_grad():
+        x = F.normalize(net.backbone.tokens(image)[1], dim=-1)  # (8, 64, D)
+        l = x @ clusters.W.T
+        q = (l.double() / 0.06).exp()
+        q = q if rule == "place" else q.view(512, 1, -1)
+        for _ in range(3):
+            q = q / q.sum(0)
+            q = q / q.sum(-1, keepdim=True)
+        q = q.view(8, 64, -1)
+        z = F.normalize(net(image, visible, predicted), dim=-1)
+        s = z @ F.normalize(protos.weight, dim=1).T
+        of_student = [-(q[b, predicted[b, j]] * (s[b, j].double() / 0.12).log_softmax(0)).sum()
+                      for b in range(8) for j in range(predicted.shape[1])]
+        of_clusters = [-(q[b, i] * (l[b, i].double() / 0.12).log_softmax(0)).sum()
+                       for b in range(8) for i in range(64)]
+        entropy = [-(q[b, i] * q[b, i].clamp_min(1e-300).log()).sum()
+                   for b in range(8) for i in range(64)]
+    row = read_log(tmp_path)[-1]
+    for column, values in (("cross_entropy", of_student), ("clustering_loss", of_clusters),
+                           ("target_entropy", entropy)):
+        assert float(row[column]) == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
 
 
 # ---- schedules ----------------------------------------------------------------------------------
