@@ -133,8 +133,8 @@ def parser():
          help="steps between checkpoints; those at evaluations and at the end come on top")
     flag("--keep-every", type=int, help="steps between checkpoints that stay, as OUT/ckpt-STEP.pt")
     flag("--timeout", type=float, default=600,
-         help="seconds after which one of several processes leaves if it hears nothing from another; "
-         "longer than what the first one does alone, such as a download or an evaluation")
+         help="seconds after which one of several processes leaves if it hears nothing from "
+         "another; longer than what the first one does alone, such as a download or an evaluation")
     flag("--export", metavar="FILE",
          help="write the teacher's backbone of the run in OUT under timm's names and leave; FILE "
          "ends in .pt, .pth or .safetensors (which needs that library)")

@@ -124,15 +124,17 @@ def expect_success(name, processes, base):
                              f"{end_of(output_of(base, i))}")
 
 
-def largest_difference(a, b):
-    """Of the losses in log.csv of two runs, as a share of the loss."""
+def loss_differences(a, b):
+    """[difference of the losses in log.csv of two runs, as a share of the loss], row by row."""
     logs = []
     for out in (a, b):
         with open(os.path.join(out, "log.csv"), newline="") as f:
-            logs.append([float(row["loss"]) for row in csv.DictReader(f) if row["loss"]])
-    if len(logs[0]) != len(logs[1]) or not logs[0]:
-        raise ValueError(f"the logs of {a} and {b} have {len(logs[0])} and {len(logs[1])} losses")
-    return max(abs(x - y) / abs(x) for x, y in zip(*logs))
+            logs.append({row["step"]: float(row["loss"]) for row in csv.DictReader(f)
+                         if row["loss"]})
+    if logs[0].keys() != logs[1].keys() or len(logs[0]) < 2:
+        raise ValueError(f"the logs have rows of the steps {', '.join(logs[0])} and "
+                         f"{', '.join(logs[1])}")
+    return [abs(loss - logs[1][step]) / abs(loss) for step, loss in logs[0].items()]
 
 
 # ---- the experiment ----------------------------------------------------------------------------
@@ -182,10 +184,13 @@ def experiment(args):
         print("2. two hosts", flush=True)
         processes = start_on_both(hosts, [*flags, "--out", two], base)
         expect_success("run 2", processes, base)
-        difference = largest_difference(one, two)
-        print(f"   the losses of one process up to {difference:.1e} of them", flush=True)
-        if difference > 1e-3:
-            failures.append(f"the losses on two hosts differ by {difference:.1e} of them")
+        apart = loss_differences(one, two)
+        first = max(apart[:2])  # two rows of the log
+        print(f"   the losses of one process to {first:.1e} of them in the first 14 steps, and to "
+              f"{max(apart):.1e} in all, as the rounding of each step grows in the next",
+              flush=True)
+        if first > 1e-4 or max(apart) > 1e-2:
+            failures.append("the losses on two hosts are not those of one process")
 
         print("3. two hosts, and the cable is cut", flush=True)
         flags += ["--out", disturbed, "--timeout", f"{args.timeout:g}"]
