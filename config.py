@@ -101,6 +101,7 @@ PRESETS["paper-deepcluster"] = dict(
 # printed, and not what is computed
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank",
         "eval_queries", "data", "data_root", "amp", "compile", "save_every", "keep_every", "export",
+        "timeout",
         "script", "data_version", "data_seen"}  # support/checkpoint.py compares the data itself
 
 
@@ -131,6 +132,9 @@ def parser():
     flag("--save-every", type=int,
          help="steps between checkpoints; those at evaluations and at the end come on top")
     flag("--keep-every", type=int, help="steps between checkpoints that stay, as OUT/ckpt-STEP.pt")
+    flag("--timeout", type=float, default=600,
+         help="seconds after which one of several processes leaves if it hears nothing from "
+         "another; longer than what the first one does alone, such as a download or an evaluation")
     flag("--export", metavar="FILE",
          help="write the teacher's backbone of the run in OUT under timm's names and leave; FILE "
          "ends in .pt, .pth or .safetensors (which needs that library)")
@@ -443,7 +447,8 @@ RANGES = [
     ("be at least 1", lambda v: v >= 1,
      ["num_prototypes", "partition_size", "batch_size", "bottleneck_dim", "head_hidden",
       "patch_size", "img_size", "local_size", "accum", "log_every", "eval_every", "eval_bank",
-      "eval_queries", "steps", "stop_at", "save_every", "keep_every", "memory", "neighbours"]),
+      "eval_queries", "steps", "stop_at", "save_every", "keep_every", "memory", "neighbours",
+      "timeout"]),
     ("be positive", lambda v: v > 0,
      ["epochs", "lr", "logit_scale", "var_floor", "student_temp", "teacher_temp", "live_patience",
       "std"]),

@@ -7,9 +7,12 @@ split over N.
 The losses, the batch norms and the mixture see the global batch, so that the number of processes
 changes nothing.
 """
+import contextlib
 import datetime
 import os
 import re
+import socket
+import struct
 import sys
 
 import torch
@@ -50,9 +53,10 @@ except ValueError as error:  # every command imports this file, and none of them
     sys.exit(2)
 
 
-def setup(device):
+def setup(device, timeout=600):
     """Join the process group if torchrun started us; returns this rank's torch.device.
 
+    timeout: seconds after which a process that hears nothing from another one gives up.
     ValueError where there is no GPU for this rank, or the processes do not find each other.
     """
     if device == "cuda" and WORLD > 1:
@@ -62,21 +66,53 @@ def setup(device):
         device = f"cuda:{LOCAL_RANK}"
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        # gloo for tensors on the CPU also beside nccl: `largest` then waits for no GPU, and a rank
-        # that died closes its connections, which the others notice at once; a machine that
-        # vanished, after the timeout
+        timeout = datetime.timedelta(seconds=timeout)
         try:
-            store = next(dist.rendezvous("env://"))[0]
+            store = next(dist.rendezvous("env://", timeout=timeout))[0]
         except dist.DistError as error:  # the port is taken, or nobody answers
             raise ValueError(f"process {RANK} of {WORLD} cannot meet the others at MASTER_ADDR and "
                              f"MASTER_PORT: {str(error).splitlines()[0]}") from None
         # torchrun keeps its store over a restart, and the addresses in it are then those of dead
         # processes
         store = dist.PrefixStore(f"restart {RESTARTS}", store)
+        # gloo for tensors on the CPU also beside nccl: `largest` then waits for no GPU, and a rank
+        # that died closes its connections, which the others notice at once; a machine that
+        # vanished, or a cable that was cut, after the timeout
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD,
-                                timeout=datetime.timedelta(minutes=10))
+        if name := interface_towards(os.environ["MASTER_ADDR"]):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        try:
+            dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD,
+                                    timeout=timeout)
+        except RuntimeError as error:
+            chosen = os.environ.get("GLOO_SOCKET_IFNAME", "not set")
+            raise ValueError(
+                f"process {RANK} of {WORLD} cannot connect to the others, though they met at "
+                "MASTER_ADDR: the hosts must reach each other at every port, over the network "
+                f"interface that GLOO_SOCKET_IFNAME names ({chosen}): "
+                f"{str(error).splitlines()[0]}") from None
     return torch.device(device)
+
+
+def interface_towards(address):
+    """Name of the network interface over which this host reaches another one, as in eth0; None
+    where it is the host itself, or the system does not tell.
+
+    Gloo would take the interface of this host's name, and many systems give their name the address
+    127.0.0.1, which no other host can reach.
+    """
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl  # not on Windows
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.connect((address, 9))  # sends nothing: it chooses a way
+            own = s.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # an interface without an address
+                    request = struct.pack("256s", name.encode())
+                    reply = fcntl.ioctl(s.fileno(), 0x8915, request)  # SIOCGIFADDR of Linux
+                    if socket.inet_ntoa(reply[20:24]) == own and not own.startswith("127."):
+                        return name
+    return None
 
 
 def cleanup():
@@ -86,7 +122,9 @@ def cleanup():
 
 def lost_contact(error):
     """Whether a RuntimeError says that another process is gone in the words of gloo or nccl."""
-    return WORLD > 1 and any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+    words = ("gloo", "nccl", "connection")
+    return WORLD > 1 and (isinstance(error, dist.DistError)
+                          or any(word in str(error).lower() for word in words))
 
 
 def print0(*args):

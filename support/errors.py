@@ -37,8 +37,11 @@ def one_sentence(script, out=None):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             leave(f"--compile does not work here: {str(error).splitlines()[0]}", 2)
         if ddp.lost_contact(error):
-            leave(f"process {ddp.RANK} lost its connection to another one and leaves; the last "
-                  "checkpoint is whole, go on with --resume", 1)
+            silent = "timed out" in str(error).lower()  # a cable that is cut sends no word
+            how = ("heard nothing from another one for the seconds of --timeout" if silent else
+                   "lost its connection to another one")
+            leave(f"process {ddp.RANK} {how} and leaves; the last checkpoint is whole, go on with "
+                  "--resume", 1)
         if is_lack_of_memory(error):
             leave(f"there is not enough memory ({str(error).splitlines()[0]})", 2)
         raise

@@ -393,7 +393,7 @@ def main(argv=None):
     args = parse(argv)
     keep_freed_memory()
     with one_sentence(SCRIPT, args.out):
-        device = ddp.setup(args.device)
+        device = ddp.setup(args.device, args.timeout)
         with locked(args.out), stop_requests() as stop_request:
             return train(args, device, stop_request)
 

@@ -353,7 +353,7 @@ def main(argv=None):
     args = parse(argv)
     keep_freed_memory()
     with one_sentence(SCRIPT, args.out):
-        device = ddp.setup(args.device)
+        device = ddp.setup(args.device, args.timeout)
         if args.export:
             from support.export import export
             return export(args.out, args.export)

@@ -1,0 +1,70 @@
+"""Two hosts: lab/hosts.py at its smallest, where the system lets us make them."""
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from lab import hosts
+from support import ddp
+
+
+@pytest.fixture
+def can_make_hosts():
+    try:
+        with hosts.two_hosts():
+            pass
+    except ValueError as reason:
+        pytest.skip(str(reason))
+
+
+def lab_hosts(*flags):
+    return subprocess.Popen([sys.executable, "-m", "lab.hosts", *flags], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_hosts_train_as_one_process_and_survive_a_cut_cable(can_make_hosts):
+    """The losses of one process; both leave with a sentence; the run that goes on has the bits of
+    one that nobody disturbed."""
+    process = lab_hosts("--steps", "40", "--timeout", "5")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, printed + errors
+    assert printed.count("and leaves; the last checkpoint is whole, go on with --resume") == 2
+    assert "values that differ from those of run 2: 0\n" in printed
+    assert f"nanoproto-{process.pid}-" not in hosts.ip("netns", "list")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_hosts_are_removed_after_a_signal(can_make_hosts, number):
+    process = lab_hosts()
+    assert process.stdout.readline() == "1. one process\n"
+    time.sleep(0.5)  # the run has begun
+    assert hosts.ip("netns", "list").count(f"nanoproto-{process.pid}-") == 2
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and errors == ""
+    assert f"nanoproto-{process.pid}-" not in hosts.ip("netns", "list")
+
+
+def test_without_the_rights_there_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            hosts.main([])
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("lab.hosts: error: this needs Linux and its command ip, of "
+                                       "the package iproute2\n")
+
+
+def test_gloo_takes_the_interface_that_leads_to_the_first_host():
+    assert ddp.interface_towards("127.0.0.1") is None  # the host itself: gloo may choose
+    assert ddp.interface_towards("no.such.host.invalid") is None
+    names = [name for _, name in socket.if_nameindex()]
+    assert ddp.interface_towards("192.0.2.1") in [None, *names]  # None without a network
