@@ -20,9 +20,9 @@ import contextlib
 from unittest import mock
 
 import torch
+from torch._decomp import decomposition_table
 from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
 GPU = torch.device("cuda:0")
@@ -72,12 +72,7 @@ class OnGPU(torch.Tensor):
 
 
 class PretendedGPU(TorchDispatchMode):
-    """watch: function(func, tensors), called with each operation on the pretended GPU and with
-    the CPU tensors that it takes and gives; None: nobody watches."""
-
-    def __init__(self, watch=None):
-        super().__init__()
-        self.watch = watch
+    """Inside of it, "cuda" is there."""
 
     def __enter__(self):
         torch._C._ensureCUDADeviceGuardSet()  # which device "cuda" is: as FakeTensorMode does
@@ -104,47 +99,55 @@ class PretendedGPU(TorchDispatchMode):
         self.stack.close()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        flat, spec = tree_flatten((args, kwargs or {}))
-        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-        device = device_of_result(func, tensors, flat)
-        refuse_mixed_devices(func, tensors, flat, device)
-        outer = {id(x.on_cpu): x for x in tensors if isinstance(x, OnGPU)}
-        cpu_args, cpu_kwargs = tree_unflatten([on_cpu(x) for x in flat], spec)
-        result = func(*cpu_args, **cpu_kwargs)
-        if self.watch and (outer or device == GPU):
-            self.watch(func, [x for x in tree_flatten((cpu_args, cpu_kwargs, result))[0]
-                              if isinstance(x, torch.Tensor)])
+        given = []  # what the operation gets, without the lists around it
+
+        def on_cpu(x):
+            given.append(x)
+            if isinstance(x, OnGPU):
+                return x.on_cpu
+            return CPU if isinstance(x, torch.device) else x
+        cpu_args, cpu_kwargs = each(on_cpu, args), each(on_cpu, kwargs or {})
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        device = device_of_result(func, tensors, given)
+        refuse_mixed_devices(func, tensors, given, device)
+        try:
+            result = func(*cpu_args, **cpu_kwargs)
+        except NotImplementedError:  # CUDA alone has it; PyTorch also has it in terms of others
+            result = decomposition_table[func](*cpu_args, **cpu_kwargs)
         if device == CPU:
             return result
+        of_cpu = {id(x.on_cpu): x for x in tensors if isinstance(x, OnGPU)}
 
         def on_gpu(x):
             if not isinstance(x, torch.Tensor):
                 return x
             # an operation in place returns the tensor that it was given
-            return outer[id(x)] if id(x) in outer else OnGPU(x)
-        return tree_map(on_gpu, result)
+            return of_cpu[id(x)] if id(x) in of_cpu else OnGPU(x)
+        return each(on_gpu, result)
 
 
-def on_cpu(x):
-    """An argument of an operation as it is on the CPU."""
-    if isinstance(x, OnGPU):
-        return x.on_cpu
-    return CPU if isinstance(x, torch.device) else x
+def each(function, tree):
+    """The function of everything in nested tuples, lists and dicts."""
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([each(function, x) for x in tree])
+    if isinstance(tree, dict):
+        return {key: each(function, x) for key, x in tree.items()}
+    return function(tree)
 
 
-def device_of_result(func, tensors, flat):
+def device_of_result(func, tensors, given):
     """Where the result of an operation lies: where it is asked for, else where its tensors lie."""
     if func is aten.copy_.default:
         tensors = tensors[:1]  # it is copied to where the first one lies
-    for x in flat:
+    for x in given:
         if isinstance(x, torch.device):
             return CPU if x.type == "cpu" else GPU  # meta: C++ code repeats what it was told
     return GPU if any(isinstance(x, OnGPU) for x in tensors) else CPU
 
 
-def refuse_mixed_devices(func, tensors, flat, device):
+def refuse_mixed_devices(func, tensors, given, device):
     """RuntimeError for what a GPU refuses, and for what it does only after waiting."""
-    for x in flat:
+    for x in given:
         if isinstance(x, torch.Generator) and x.device.type != device.type:
             raise RuntimeError(f"{func}: a generator of {x.device} for numbers on {device}")
     on_cpu = [x for x in tensors if not isinstance(x, OnGPU)]

@@ -14,11 +14,14 @@ and no values.
 import pytest
 import torch
 
+import collapse
 import eval_knn
 import heads
 import losses
 from conftest import TINY, read_log, small_sets, train_tiny
+from fast.gmm import FastGMM
 from pretended_gpu import PretendedGPU
+from zoo import capi, ibot, msn, sop
 
 pytestmark = [
     pytest.mark.usefixtures("small_shapes"),
@@ -28,6 +31,8 @@ TWO_STEPS = ["--steps", "2", "--log-every", "1", "--eval-every", "2"]
 METHOD = {"joint": "dino", "kp": "carl", "vmf": "dino", "frozen": "supervised",
           "decoupled": "carp", "live": "carp-uniform", "kmeans": "deepcluster",
           "clustered": "dino", "bank": "sop"}
+OF_CAPI = ["--batch-size", "8", "--num-prototypes", "16", "--arch", "capi_test", "--gmm-start", "1",
+           "--eval-bank", "60", "--eval-queries", "40"]
 SPECIAL = {"vmf": ["--targets", "prob"]}
 
 
@@ -69,7 +74,7 @@ def test_what_a_gpu_takes_is_computed():
 
 # ---- runs --------------------------------------------------------------------------------------
 def same_logs(tmp_path, run, *flags):
-    """run(out, *flags) on the pretended GPU and on the CPU; their logs are equal up to rounding."""
+    """run(out, *flags) on the CPU and on the pretended GPU; their logs are equal up to rounding."""
     run(tmp_path / "cpu", *flags)
     with PretendedGPU():
         run(tmp_path / "cuda", *flags, "--device", "cuda")
@@ -87,3 +92,41 @@ def same_logs(tmp_path, run, *flags):
 def test_train(tmp_path, prototypes):
     same_logs(tmp_path, train_tiny, *TWO_STEPS, "--prototypes", prototypes,
               "--method", METHOD[prototypes], *SPECIAL.get(prototypes, []))
+
+
+@pytest.mark.parametrize("flags", [
+    ["--optimizer", "lars", "--clip-grad", "0.3", "--accum", "2"],
+    ["--optimizer", "sgd", "--student-prototypes", "joint"],
+    ["--method", "swav", "--prototypes", "joint", "--queue", "16"],
+    ["--method", "dino", "--targets", "sinkhorn", "--drop-path", "0.1", "--gmm-init", "random"],
+], ids=["lars", "sgd", "swav", "sinkhorn"])
+def test_other_parts_of_train(tmp_path, flags):
+    same_logs(tmp_path, train_tiny, *TWO_STEPS, *flags)
+
+
+def test_the_files_of_fast(tmp_path, monkeypatch):
+    """The same runs, with sizes above the limits at which fast/ takes over."""
+    monkeypatch.setattr(losses, "MOST_LOGITS", 0)
+    monkeypatch.setattr(eval_knn, "PLAIN_UP_TO", 0)
+    monkeypatch.setattr(collapse, "PLAIN_UP_TO", 0)
+    monkeypatch.setattr(heads, "OnlineGMM", FastGMM)
+    for flags in (["--method", "carp"], ["--method", "dino", "--prototypes", "vmf"]):
+        same_logs(tmp_path / flags[1], train_tiny, *TWO_STEPS, *flags)
+
+
+@pytest.mark.parametrize("script, flags", [
+    (ibot, ["--place-mean", "--targets", "sinkhorn", "--prototypes", "decoupled"]),
+    (ibot, ["--patch-prototypes", "vmf", "--patch-targets", "prob", "--no-shared-head"]),
+    (capi, ["--student-prototypes", "joint"]),
+    (capi, ["--prototypes", "decoupled", "--sinkhorn", "all", "--positions", "learned"]),
+    (msn, ["--prior", "0.25"]),
+    (sop, ["--patch-neighbours", "2"]),
+], ids=["ibot", "ibot-vmf", "capi", "capi-decoupled", "msn", "sop"])
+def test_scripts_of_zoo(tmp_path, monkeypatch, script, flags):
+    monkeypatch.setitem(capi.ENCODERS, "capi_test", (16, 1, 2, 1))
+    monkeypatch.setitem(capi.CHOICES, "arch", list(capi.ENCODERS))
+    size = OF_CAPI if script is capi else TINY
+
+    def run(out, *flags):
+        script.main([*size, "--out", str(out), *flags])
+    same_logs(tmp_path, run, *TWO_STEPS, *flags)
