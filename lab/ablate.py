@@ -175,8 +175,9 @@ PATCHES = [("miou", "mIoU", 1),
            *[(f"patch_{column}", title, digits) for column, title, digits in MEASURES[2:]],
            ("patch_place_nats", "place", 2), ("patch_place_nats_shuffled", "shuffled", 2)]
 # of CAPI: its features and targets, and its second set of prototypes
-TARGETS = [("attentive", "attentive", 1), ("target_entropy", "entropy of targets", 2), ("entropy_floor", "at least", 2),
-           ("place_nats", "place", 2), ("place_nats_shuffled", "shuffled", 2)]
+TARGETS = [("attentive", "attentive", 1), ("target_entropy", "entropy of targets", 2),
+           ("entropy_floor", "about at least", 2), ("place_nats", "place", 2),
+           ("place_nats_shuffled", "shuffled", 2)]
 STUDENTS = [(f"student_{column}", title, digits) for column, title, digits in MEASURES[1:]]
 # what untrained weights and raw pixels reach
 CONTROLS = ["raw_knn", "untrained_knn", "raw_miou", "untrained_miou"]
