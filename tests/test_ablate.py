@@ -40,7 +40,7 @@ def test_every_row_of_every_table_is_a_command_of_train(name, capsys):
         if run.script != "train.py":
             script = importlib.import_module(ablate.module_of(run.script))
         args = vars(script.parse([*run.flags, "--device", "cpu"]))
-        frozen |= args["prototypes"] == "frozen"
+        frozen |= "frozen" in (args["prototypes"], args.get("patch_prototypes"))
         args.pop("out")
         distinct.add(json.dumps(args, sort_keys=True))
     assert len(distinct) == len(runs)  # no two rows are the same run

@@ -167,6 +167,7 @@ def test_flags_that_a_page_names_exist(page):
     """In its prose; the commands in its blocks are parsed elsewhere."""
     named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", " ".join(code_words(page))))
     there = set(re.findall(r"[\"'](--[A-Za-z][\w-]*)[\"']", "\n".join(CODE.values())))
+    there |= {"--node_rank", "--master_addr"}  # of torchrun
     for parser in (config.parser(), bench.parser()):  # --no-FLAG and sizes are written nowhere
         there |= set(parser._option_string_actions)
     assert named <= there, f"{page}: no flag {' '.join(sorted(named - there))}"

@@ -459,5 +459,5 @@ def test_the_evaluations_take_a_released_file(tmp_path, monkeypatch, capsys):
         assert (out["layers"], out["pool"]) == (1, pool)
         assert "(32-d" in capsys.readouterr().out
     net, args, _ = backbones.load_backbone(words[0], arch="capi")
-    twin = eval_dense.untrained(net, args["img_size"], seed=0)
+    twin = eval_dense.untrained(net, args, seed=0)
     assert twin.sizes == net.sizes and not torch.equal(twin.registers, net.registers)
