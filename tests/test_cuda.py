@@ -1,15 +1,15 @@
-"""Whole runs and evaluations on a pretended GPU (pretended_gpu.py).
+"""Whole runs and evaluations on a pretended GPU, see pretended_gpu.py.
 
-The runs are those that a GPU would run, line by line: its tensors have values, so nothing is left
-out where code branches on them, Def. 2.1's count included. A tensor that was left on the CPU, or a
-generator that draws for another device, ends them with an error. Their logs are those of a CPU, up
-to rounding.
+They go through the lines that a GPU would go through. As the tensors have values, nothing is left
+out where code branches on them, Def. 2.1's count included. A tensor that was left on the CPU ends
+them with an error, and so does a generator that draws for another device. What they give is what
+the CPU gives, up to rounding.
 
-What this cannot see: kernels of CUDA, their rounding and whether they exist; speed and memory, and
-where the CPU waits for the GPU; a number (a tensor without dimensions) left on the CPU where a GPU
-takes it, too; torch.compile; several processes. Autocast does not change the pretended tensors, so
-the dtypes under it have tests of their own below, with PyTorch's FakeTensorMode, which has dtypes
-and no values.
+What they cannot see: whether CUDA has a kernel for an operation, and how it rounds; speed, memory,
+and where the CPU waits for the GPU; two GPUs, nccl and torch.compile; a tensor without dimensions
+that was left on the CPU, where a GPU takes it as a number. Autocast does not change the pretended
+tensors. So the dtypes under it have tests of their own, with the autocast of the CPU, which makes
+about the same operations coarse.
 """
 import pytest
 import torch
@@ -238,21 +238,24 @@ def autocast_of_the_cpu(args, device):
 
 
 @pytest.mark.parametrize("module, flags", [
-    (train, ["--method", METHOD[name], "--prototypes", name, *SPECIAL.get(name, [])])
-    for name in heads.PROTOTYPES] + [
-    (train, ["--method", "dino", "--targets", "sinkhorn"]),
-    (ibot, ["--prototypes", "decoupled", "--targets", "sinkhorn", "--batch-size", "24"]),
-    (capi, []), (msn, [])],
-    ids=lambda x: x[3] if isinstance(x, list) and len(x) > 3 else None)
+    (train, ["--method", "carp", "--prototypes", "decoupled"]),
+    (train, ["--method", "carp", "--prototypes", "live"]),
+    (train, ["--method", "dino", "--prototypes", "vmf", "--targets", "prob"]),
+    (train, ["--method", "dino", "--prototypes", "clustered", "--targets", "sinkhorn"]),
+    (ibot, ["--prototypes", "decoupled", "--targets", "sinkhorn", "--batch-size", "32"]),
+    (capi, []),
+    (msn, []),
+], ids=["decoupled", "live", "vmf", "clustered", "ibot", "capi", "msn"])
 def test_networks_are_in_bfloat16_and_prototypes_are_not(tmp_path, monkeypatch, module, flags):
-    """Whole steps under the autocast of the CPU, in the places of the loop that have CUDA's."""
+    """A step and an evaluation, under the CPU's autocast where the loop has that of CUDA."""
     monkeypatch.setitem(capi.ENCODERS, "capi_test", (16, 1, 2, 1))
     monkeypatch.setitem(capi.CHOICES, "arch", list(capi.ENCODERS))
     monkeypatch.setattr(module, "amp", autocast_of_the_cpu)
     size = OF_CAPI if module is capi else TINY
     sizes = SIZES[:2] if module is capi else SIZES
     with Coarse() as coarse:
-        module.main([*size, *TWO_STEPS, *sizes, "--device", "cpu", "--out", str(tmp_path), *flags])
+        module.main([*size, *sizes, "--steps", "1", "--gmm-start", "0", "--device", "cpu",
+                     "--out", str(tmp_path), *flags])
     assert coarse.products and not coarse.of_prototypes
 
 
