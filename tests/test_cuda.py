@@ -1,24 +1,32 @@
-"""Whole runs and evaluations on a pretended GPU (pretended_gpu.py).
+"""Whole runs and evaluations on a pretended GPU, see pretended_gpu.py.
 
-The runs are those that a GPU would run, line by line: its tensors have values, so nothing is left
-out where code branches on them, Def. 2.1's count included. A tensor that was left on the CPU, or a
-generator that draws for another device, ends them with an error. Their logs are those of a CPU, up
-to rounding.
+They go through the lines that a GPU would go through. As the tensors have values, nothing is left
+out where code branches on them, Def. 2.1's count included. A tensor that was left on the CPU ends
+them with an error, and so does a generator that draws for another device. What they give is what
+the CPU gives, up to rounding.
 
-What this cannot see: kernels of CUDA, their rounding and whether they exist; speed and memory, and
-where the CPU waits for the GPU; a number (a tensor without dimensions) left on the CPU where a GPU
-takes it, too; torch.compile; several processes. Autocast does not change the pretended tensors, so
-the dtypes under it have tests of their own below, with PyTorch's FakeTensorMode, which has dtypes
-and no values.
+What they cannot see: whether CUDA has a kernel for an operation, and how it rounds; speed, memory,
+and where the CPU waits for the GPU; two GPUs, nccl and torch.compile; a tensor without dimensions
+that was left on the CPU, where a GPU takes it as a number. Autocast does not change the pretended
+tensors. So the dtypes under it have tests of their own, with the autocast of the CPU, which makes
+about the same operations coarse.
 """
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import collapse
+import config
+import data
 import eval_knn
+import eval_linear
 import heads
 import losses
-from conftest import TINY, read_log, small_sets, train_tiny
+import train
+import views
+from conftest import TINY, make_folder, read_log, small_sets, train_tiny
 from fast.gmm import FastGMM
 from pretended_gpu import PretendedGPU
 from zoo import capi, ibot, msn, sop
@@ -130,3 +138,164 @@ def test_scripts_of_zoo(tmp_path, monkeypatch, script, flags):
     def run(out, *flags):
         script.main([*size, "--out", str(out), *flags])
     same_logs(tmp_path, run, *TWO_STEPS, *flags)
+
+
+def test_a_set_on_disk_and_resume(tmp_path, monkeypatch):
+    """Images come from a DataLoader; the second half of a run starts from the first one's file."""
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    folder = make_folder(tmp_path / "images")
+
+    def run(out, *flags):
+        train_tiny(out, *flags, "--stop-at", "1")
+        train_tiny(out, *flags, "--resume")
+    same_logs(tmp_path, run, *TWO_STEPS, "--data", folder, "--img-size", "32")
+
+
+def test_pinned_memory_is_asked_for_on_a_gpu_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    images, _ = data.load(make_folder(tmp_path / "images"), img_size=32)
+    asked = []
+
+    class Loader(torch.utils.data.DataLoader):
+        def __init__(self, *args, pin_memory, **settings):
+            asked.append(pin_memory)
+            super().__init__(*args, **settings)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
+    recipe = views.Recipe(global_size=16, local_size=8, n_local=1)
+    with PretendedGPU():
+        for device in ("cuda", "cpu"):
+            crops, = views.batches(images, recipe, batch_size=4, seed=0, start=0, stop=1,
+                                   device=device)
+            assert {crop.device.type for crop in crops} == {device}
+    assert asked == [True, False]
+
+
+# ---- evaluations -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run, on the CPU."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda name, **settings: small_sets())
+        train_tiny(out, *TWO_STEPS)
+    return str(out)
+
+
+@pytest.mark.parametrize("tool, flags", [
+    (eval_knn, ["--k", "5"]),
+    (eval_knn, ["--k", "5", "200", "--leave-one-out", "--pool", "mean"]),
+    (eval_linear, ["--protocol", "lbfgs"]),
+    (eval_linear, ["--protocol", "grid", "--steps", "2"]),
+    (eval_linear, ["--protocol", "attentive", "--steps", "2"]),
+    (eval_linear, ["--protocol", "sgd", "--epochs", "1", "--lr", "0.1"]),
+], ids=lambda x: "-".join(x[:2]).strip("-") if isinstance(x, list) else x.__name__)
+def test_evaluations(trained, monkeypatch, tmp_path, tool, flags):
+    monkeypatch.chdir(tmp_path)  # where results.csv is written
+    on_cpu = tool.main([trained, "--device", "cpu", *flags])
+    with PretendedGPU():
+        on_gpu = tool.main([trained, "--device", "cuda", *flags])
+    assert on_gpu == on_cpu
+
+
+def test_neighbours_on_one_device_of_a_bank_on_the_other(monkeypatch):
+    bank, labels, queries = torch.randn(300, 8), torch.arange(300) % 7, torch.randn(90, 8)
+    expected = eval_knn.knn_scores(bank, labels, queries)
+    for limit in (0, eval_knn.PLAIN_UP_TO):
+        monkeypatch.setattr(eval_knn, "PLAIN_UP_TO", limit)
+        with PretendedGPU():
+            for device in ("cpu", "cuda"):
+                scores = eval_knn.knn_scores(bank.to(device), labels, queries.to("cuda"))
+                assert scores.device.type == "cuda"
+                assert torch.allclose(scores.cpu(), expected, rtol=1e-4)
+
+
+# ---- dtypes under autocast ---------------------------------------------------------------------
+class Coarse(TorchDispatchMode):
+    """Counts products in bfloat16, and remembers operations in it on a tensor with K, or the size
+    of a partition, among its sizes: logits, softmax, Sinkhorn-Knopp and mixture have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.of_prototypes = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for x in tree_leaves((args, kwargs, result)):
+            if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16):
+                self.products += "mm" in str(func)
+                if {OF_K["K"], OF_K["P"]} & set(x.shape):
+                    self.of_prototypes.add(str(func))
+        return result
+
+
+# sizes that nothing else has
+OF_K = {"K": 62, "P": 31}
+SIZES = ["--num-prototypes", str(OF_K["K"]), "--partition-size", str(OF_K["P"])]
+
+
+def autocast_of_the_cpu(args, device):
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("module, flags", [
+    (train, ["--method", "carp", "--prototypes", "decoupled"]),
+    (train, ["--method", "carp", "--prototypes", "live"]),
+    (train, ["--method", "dino", "--prototypes", "vmf", "--targets", "prob"]),
+    (train, ["--method", "dino", "--prototypes", "clustered", "--targets", "sinkhorn"]),
+    (ibot, ["--prototypes", "decoupled", "--targets", "sinkhorn", "--batch-size", "32"]),
+    (capi, []),
+    (msn, []),
+], ids=["decoupled", "live", "vmf", "clustered", "ibot", "capi", "msn"])
+def test_networks_are_in_bfloat16_and_prototypes_are_not(tmp_path, monkeypatch, module, flags):
+    """A step and an evaluation, under the CPU's autocast where the loop has that of CUDA."""
+    monkeypatch.setitem(capi.ENCODERS, "capi_test", (16, 1, 2, 1))
+    monkeypatch.setitem(capi.CHOICES, "arch", list(capi.ENCODERS))
+    monkeypatch.setattr(module, "amp", autocast_of_the_cpu)
+    size = OF_CAPI if module is capi else TINY
+    sizes = SIZES[:2] if module is capi else SIZES
+    with Coarse() as coarse:
+        module.main([*size, *sizes, "--steps", "1", "--gmm-start", "0", "--device", "cpu",
+                     "--out", str(tmp_path), *flags])
+    assert coarse.products and not coarse.of_prototypes
+
+
+@pytest.mark.parametrize("prototypes", heads.PROTOTYPES)
+def test_prototype_sets_do_not_heed_autocast(prototypes):
+    args = config.parse([*TINY, *SIZES, "--prototypes", prototypes, "--gmm-start", "0",
+                         "--method", METHOD[prototypes], *SPECIAL.get(prototypes, [])])
+    args.data_seen = {"images": 100, "steps": 2}
+    h = F.normalize(torch.randn(2, 8, 8), dim=-1)
+    for protos in heads.student_and_teacher(args):
+        protos.step(h.flatten(0, 1), 0)  # a mixture starts
+        with Coarse() as coarse, autocast_of_the_cpu(None, None):
+            if prototypes == "bank":
+                protos.log_probabilities(h, 0.1)
+            else:
+                protos.logits(h)
+                protos.assign(h[0])
+            protos.penalty()
+            protos.bias(0.1)
+            if isinstance(protos, heads.Decoupled):
+                protos.step(h.flatten(0, 1), 1)
+            losses.sinkhorn(torch.randn(8, OF_K["K"]), 0.1)
+            losses.koleo(torch.randn(OF_K["K"], 8))
+        assert not coarse.of_prototypes
+
+
+def test_a_product_in_bfloat16_is_noticed():
+    with Coarse() as coarse, autocast_of_the_cpu(None, None):
+        torch.randn(4, 8) @ torch.randn(8, OF_K["K"])
+    assert coarse.products and coarse.of_prototypes
+
+
+def test_autocast_of_the_loop_is_for_cuda_alone():
+    args = config.parse(["--device", "cpu"])
+    with PretendedGPU():
+        for device in ("cuda", "cuda:1", "cpu"):
+            for args.amp in (True, False):
+                autocast = train.amp(args, torch.device(device))
+                assert autocast.fast_dtype == torch.bfloat16
+                with autocast:
+                    on = torch.is_autocast_enabled("cuda")
+                assert on == (args.amp and device != "cpu")
+                assert not torch.is_autocast_enabled("cpu")

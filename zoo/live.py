@@ -124,7 +124,8 @@ class LiveMixture(nn.Module):
     @torch.no_grad()
     def responsibilities(self, h, beta=None):
         """gamma (N, K) of vectors h (N, D): a single 1 in each row (L.2). beta has no effect."""
-        _, nearest = self.two_nearest(self.from_m(h))  # (N, 2)
+        with torch.autocast(h.device.type, enabled=False):
+            _, nearest = self.two_nearest(self.from_m(h))  # (N, 2)
         return F.one_hot(nearest[:, 0], self.K).float()
 
     @torch.no_grad()
