@@ -93,7 +93,8 @@ def same_logs(tmp_path, run, *flags):
         for column, text in row.items():
             assert bool(text) == bool(other[column])
             if text:
-                assert float(other[column]) == pytest.approx(float(text), rel=1e-3, abs=1e-4), column
+                near = pytest.approx(float(text), rel=1e-3, abs=1e-4)
+                assert float(other[column]) == near, column
 
 
 @pytest.mark.parametrize("prototypes", heads.PROTOTYPES)
