@@ -1,13 +1,14 @@
 """A GPU that is pretended: its tensors say that they lie on cuda:0, and compute on the CPU.
 
     with PretendedGPU():
-        x = torch.ones(3, device="cuda")
+        x = torch.ones(3, device=CUDA)
         x + torch.ones(3)        # RuntimeError, as on a GPU
 
 Every operation of PyTorch passes through PretendedGPU.__torch_dispatch__, which refuses what a GPU
 would refuse because of where tensors lie, and then runs the operation on the CPU. So there are
 values, and a whole run of train.py goes through: `if` on a tensor, nonzero() and .item() included.
-PyTorch's own FakeTensorMode has no values, and without a GPU its tensors have no backward pass.
+PyTorch's own FakeTensorMode has no values, takes indices and generators of any device, and in a
+PyTorch for CUDA without a GPU its backward pass and its autocast end in an error.
 
 Refused are
     * an operation on tensors of both devices. A GPU takes one number (a CPU tensor without
@@ -27,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 GPU = torch.device("cuda:0")
 CPU = torch.device("cpu")
+# without this function of newer versions, C++ code asks the driver which GPU "cuda" is
+CUDA = "cuda" if hasattr(torch._C, "_ensureCUDADeviceGuardSet") else "cuda:0"
 PINS = (aten.pin_memory.default, aten._pin_memory.default)
 COPIES = (aten.copy_.default, aten._to_copy.default, aten._foreach_copy_.default)
 
@@ -37,7 +40,7 @@ class OnGPU(torch.Tensor):
     @staticmethod
     def __new__(cls, on_cpu):
         # PyTorch's C++ code sees a meta tensor, for which nothing needs a driver, with the
-        # dispatch keys of CUDA, from which autocast learns that it is one
+        # dispatch keys of CUDA
         like = torch.empty_strided(on_cpu.shape, on_cpu.stride(), dtype=on_cpu.dtype,
                                    device="meta")
         return torch.Tensor._make_subclass(cls, like, device_for_backend_keys=GPU)
@@ -61,6 +64,9 @@ class OnGPU(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def new_tensor(self, values):
+        return torch.tensor(values, dtype=self.dtype, device=GPU)
+
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             copy = self.detach().clone().requires_grad_(self.requires_grad)
@@ -73,13 +79,15 @@ class OnGPU(torch.Tensor):
 
 
 class PretendedGPU(TorchDispatchMode):
-    """Inside of it, "cuda" is there."""
+    """Inside of it, there is a GPU, whose name is CUDA."""
 
     def __enter__(self):
-        torch._C._ensureCUDADeviceGuardSet()  # which device "cuda" is: as FakeTensorMode does
+        if CUDA == "cuda":
+            torch._C._ensureCUDADeviceGuardSet()
         with contextlib.ExitStack() as stack:
             for name, answer in (("is_available", True), ("is_bf16_supported", True),
-                                 ("_lazy_init", None), ("device_count", 1)):
+                                 ("_lazy_init", None), ("device_count", 1),
+                                 ("is_current_stream_capturing", False)):
                 stack.enter_context(mock.patch.object(
                     torch.cuda, name, lambda *_, _answer=answer, **__: _answer))
             # optimisers take lists of parameters at once on a GPU

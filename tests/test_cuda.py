@@ -11,6 +11,8 @@ that was left on the CPU, where a GPU takes it as a number. Autocast does not ch
 tensors. So the dtypes under it have tests of their own, with the autocast of the CPU, which makes
 about the same operations coarse.
 """
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -28,20 +30,28 @@ import train
 import views
 from conftest import TINY, make_folder, read_log, small_sets, train_tiny
 from fast.gmm import FastGMM
-from pretended_gpu import PretendedGPU
+from lab import eval_dense
+from pretended_gpu import CUDA, GPU, PretendedGPU
+from support import optim, shapes
 from zoo import capi, ibot, msn, sop
 
 pytestmark = [
     pytest.mark.usefixtures("small_shapes"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: none is pretended")]
-TWO_STEPS = ["--steps", "2", "--log-every", "1", "--eval-every", "2"]
+TWO_STEPS = ["--steps", "2", "--log-every", "1", "--eval-every", "2", "--eval-bank", "20",
+             "--eval-queries", "10"]
 # a method for each prototype set, so that each of both has a run
 METHOD = {"joint": "dino", "kp": "carl", "vmf": "dino", "frozen": "supervised",
           "decoupled": "carp", "live": "carp-uniform", "kmeans": "deepcluster",
           "clustered": "dino", "bank": "sop"}
 OF_CAPI = ["--batch-size", "8", "--num-prototypes", "16", "--arch", "capi_test", "--gmm-start", "1",
            "--eval-bank", "60", "--eval-queries", "40"]
-SPECIAL = {"vmf": ["--targets", "prob"]}
+SPECIAL = {
+    "vmf": ["--targets", "prob"],
+    # fewer vectors than components at the start
+    "decoupled": ["--num-prototypes", "40", "--gmm-start", "0", "--gmm-init", "features"],
+    # clusters are made after a pass
+    "kmeans": ["--batch-size", "50", "--steps", "3", "--local-crops", "0", "--img-size", "16"]}
 
 
 # ---- the pretence itself -----------------------------------------------------------------------
@@ -52,16 +62,16 @@ SPECIAL = {"vmf": ["--targets", "prob"]}
     lambda x, y: torch.cat([x, y]),
     lambda x, y: torch.where(x > 0, x, y),
     lambda x, y: x[torch.arange(2)],
-    lambda x, y: y[torch.arange(2, device="cuda")],
+    lambda x, y: y[torch.arange(2, device=CUDA)],
     lambda x, y: x.masked_fill(y > 0, 0.),
     lambda x, y: x.index_add_(0, torch.arange(3), x),
-    lambda x, y: torch.rand(3, device="cuda", generator=torch.Generator()),
+    lambda x, y: torch.rand(3, device=CUDA, generator=torch.Generator()),
     lambda x, y: y.sum().add_(x.sum()),
     lambda x, y: x.numpy(),
 ])
 def test_what_a_gpu_refuses_is_refused(mixed):
     with PretendedGPU():
-        x, y = torch.randn(3, 4, device="cuda"), torch.randn(3, 4)
+        x, y = torch.randn(3, 4, device=CUDA), torch.randn(3, 4)
         with pytest.raises((RuntimeError, TypeError)):
             mixed(x, y)
 
@@ -69,12 +79,12 @@ def test_what_a_gpu_refuses_is_refused(mixed):
 def test_what_a_gpu_takes_is_computed():
     y = torch.randn(3, 4)
     with PretendedGPU():
-        x = y.to("cuda")
+        x = y.to(CUDA)
         assert x.device == torch.device("cuda:0") and x.is_cuda
         assert torch.equal((x * torch.tensor(2.) + 1).cpu(), 2 * y + 1)
         x[1:, 0] = 5
         assert x[:, 0].tolist() == [float(y[0, 0]), 5., 5.]
-        weight = torch.ones(4, device="cuda", requires_grad=True)
+        weight = torch.ones(4, device=CUDA, requires_grad=True)
         (x @ weight).sum().backward()
         assert torch.equal(weight.grad.cpu(), x.cpu().sum(0))
     assert y.device.type == "cpu" and not torch.cuda.is_available()
@@ -85,7 +95,7 @@ def same_logs(tmp_path, run, *flags):
     """run(out, *flags) on the CPU and on the pretended GPU; their logs are equal up to rounding."""
     run(tmp_path / "cpu", *flags)
     with PretendedGPU():
-        run(tmp_path / "cuda", *flags, "--device", "cuda")
+        run(tmp_path / "cuda", *flags, "--device", CUDA)
     on_cpu, on_gpu = read_log(tmp_path / "cpu"), read_log(tmp_path / "cuda")
     assert len(on_cpu) == len(on_gpu) > 1
     for row, other in zip(on_cpu, on_gpu):
@@ -93,8 +103,8 @@ def same_logs(tmp_path, run, *flags):
         for column, text in row.items():
             assert bool(text) == bool(other[column])
             if text:
-                near = pytest.approx(float(text), rel=1e-3, abs=1e-4)
-                assert float(other[column]) == near, column
+                number = pytest.approx(float(text), rel=1e-3, abs=1e-4)
+                assert float(other[column]) == number, column
 
 
 @pytest.mark.parametrize("prototypes", heads.PROTOTYPES)
@@ -104,9 +114,10 @@ def test_train(tmp_path, prototypes):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--optimizer", "lars", "--clip-grad", "0.3", "--accum", "2"],
+    ["--optimizer", "lars", "--clip-grad", "0.3", "--accum", "2", "--blur", "1", "1", "1",
+     "--solarize", "0.5", "0.5", "0.5", "--gray", "0.5"],
     ["--optimizer", "sgd", "--student-prototypes", "joint"],
-    ["--method", "swav", "--prototypes", "joint", "--queue", "16"],
+    ["--method", "swav", "--prototypes", "joint", "--queue", "8"],
     ["--method", "dino", "--targets", "sinkhorn", "--drop-path", "0.1", "--gmm-init", "random"],
 ], ids=["lars", "sgd", "swav", "sinkhorn"])
 def test_other_parts_of_train(tmp_path, flags):
@@ -121,6 +132,22 @@ def test_the_files_of_fast(tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "OnlineGMM", FastGMM)
     for flags in (["--method", "carp"], ["--method", "dino", "--prototypes", "vmf"]):
         same_logs(tmp_path / flags[1], train_tiny, *TWO_STEPS, *flags)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+def test_a_step_that_is_not_finite_is_skipped(optimizer):
+    args = SimpleNamespace(optimizer=optimizer)
+    with PretendedGPU():
+        norm = torch.nn.BatchNorm1d(4).to(CUDA)
+        take_step = optim.CheckedStep(optim.make(args, list(norm.parameters()), GPU), [norm])
+        for number, taken in ((1., 1), (float("nan"), 0)):
+            before = [x.clone() for x in norm.state_dict().values()]
+            loss = (norm(torch.randn(3, 4, device=CUDA)) * number).square().sum()
+            loss.backward()
+            values, moved = take_step(loss.detach()[None], 0, 0.1, 0.)
+            assert values.is_cuda and moved.is_cuda and moved == taken
+            same = [torch.equal(x, y) for x, y in zip(before, norm.state_dict().values())]
+            assert all(same) if not taken else not any(same)
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -164,10 +191,10 @@ def test_pinned_memory_is_asked_for_on_a_gpu_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
     recipe = views.Recipe(global_size=16, local_size=8, n_local=1)
     with PretendedGPU():
-        for device in ("cuda", "cpu"):
+        for device in (CUDA, "cpu"):
             crops, = views.batches(images, recipe, batch_size=4, seed=0, start=0, stop=1,
                                    device=device)
-            assert {crop.device.type for crop in crops} == {device}
+            assert {crop.is_cuda for crop in crops} == {device == CUDA}
     assert asked == [True, False]
 
 
@@ -189,25 +216,56 @@ def trained(tmp_path_factory):
     (eval_linear, ["--protocol", "grid", "--steps", "2"]),
     (eval_linear, ["--protocol", "attentive", "--steps", "2"]),
     (eval_linear, ["--protocol", "sgd", "--epochs", "1", "--lr", "0.1"]),
-], ids=lambda x: "-".join(x[:2]).strip("-") if isinstance(x, list) else x.__name__)
+    (eval_dense, ["--train-images", "20", "--test-images", "10", "--probe", "knn"]),
+], ids=["knn", "knn-one-out", "lbfgs", "grid", "attentive", "sgd", "dense"])
 def test_evaluations(trained, monkeypatch, tmp_path, tool, flags):
+    if tool is eval_dense:  # whose images need label maps
+        x, y, classes, maps = shapes.make(30, 5)
+        whole = data.Images(x, y, classes, "shapes", label_map=maps)
+        sets = data.subset(whole, torch.arange(20)), data.subset(whole, torch.arange(20, 30))
+        monkeypatch.setattr(data, "load", lambda name, **settings: sets)
     monkeypatch.chdir(tmp_path)  # where results.csv is written
     on_cpu = tool.main([trained, "--device", "cpu", *flags])
     with PretendedGPU():
-        on_gpu = tool.main([trained, "--device", "cuda", *flags])
-    assert on_gpu == on_cpu
+        on_gpu = tool.main([trained, "--device", CUDA, *flags])
+    assert repr(on_gpu) == repr(on_cpu)  # a text, as nan differs from nan
+
+
+def test_prototypes_that_win_images(trained):
+    images, _ = small_sets()
+    expected, K = eval_knn.winners(trained, images)
+    with PretendedGPU():
+        won, _ = eval_knn.winners(trained, images, CUDA)
+    assert torch.equal(won, expected) and K == 16
+
+
+def test_a_resnet_takes_a_step():
+    args = config.parse([*TINY, "--arch", "resnet18", "--method", "dino", "--prototypes", "vmf"])
+    with PretendedGPU():
+        student, teacher, protos_s, protos_t = train.networks(args, torch.device(CUDA), 0)
+        x = [torch.rand(2, 3, 8, 8, device=CUDA)] * 2
+        loss = losses.loss(args).to(CUDA)
+        h_s, h_t = student(x).view(2, 2, -1), teacher(x).view(2, 2, -1)
+        terms = loss(h_s, loss.targets(h_t, protos_t, 0), protos_s, protos_t, 0)
+        sum(terms.values()).backward()
+        for p in [*student.parameters(), *protos_s.parameters()]:
+            assert p.is_cuda and p.grad.is_cuda
 
 
 def test_neighbours_on_one_device_of_a_bank_on_the_other(monkeypatch):
     bank, labels, queries = torch.randn(300, 8), torch.arange(300) % 7, torch.randn(90, 8)
     expected = eval_knn.knn_scores(bank, labels, queries)
+    others, = eval_knn.knn_predict(bank, labels, bank, [5], leave_one_out=True).values()
     for limit in (0, eval_knn.PLAIN_UP_TO):
         monkeypatch.setattr(eval_knn, "PLAIN_UP_TO", limit)
         with PretendedGPU():
-            for device in ("cpu", "cuda"):
-                scores = eval_knn.knn_scores(bank.to(device), labels, queries.to("cuda"))
+            for device in ("cpu", CUDA):
+                scores = eval_knn.knn_scores(bank.to(device), labels, queries.to(CUDA))
                 assert scores.device.type == "cuda"
                 assert torch.allclose(scores.cpu(), expected, rtol=1e-4)
+            found, = eval_knn.knn_predict(bank.to(CUDA), labels, bank.to(CUDA), [5],
+                                          leave_one_out=True).values()
+            assert torch.equal(found.cpu(), others)
 
 
 # ---- dtypes under autocast ---------------------------------------------------------------------
@@ -262,8 +320,9 @@ def test_networks_are_in_bfloat16_and_prototypes_are_not(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("prototypes", heads.PROTOTYPES)
 def test_prototype_sets_do_not_heed_autocast(prototypes):
-    args = config.parse([*TINY, *SIZES, "--prototypes", prototypes, "--gmm-start", "0",
-                         "--method", METHOD[prototypes], *SPECIAL.get(prototypes, [])])
+    args = config.parse([*TINY, "--prototypes", prototypes, "--method", METHOD[prototypes],
+                         *SPECIAL.get(prototypes, []), *SIZES, "--batch-size", "8",
+                         "--gmm-start", "0"])
     args.data_seen = {"images": 100, "steps": 2}
     h = F.normalize(torch.randn(2, 8, 8), dim=-1)
     for protos in heads.student_and_teacher(args):
