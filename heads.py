@@ -66,8 +66,8 @@ def short_vectors(K, D, seed):
 class Frozen(nn.Module):
     """Random unit directions that never move: the control that every other set has to beat.
 
-    scale: factor on all logits, an inverse temperature. All sets of one seed start from the same
-    directions. `start` (K, D) is where a set began; its drift is measured from there.
+    scale: factor on all logits, an inverse temperature. All sets in this file start from the same
+    directions, for one seed. `start` (K, D) is where a set began; its drift is measured from there.
     `origin` is the point that h is measured from: 0 for all sets of the paper.
     """
 

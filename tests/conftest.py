@@ -1,7 +1,10 @@
 """What the tests of whole runs share: a run small enough for a test, and readers of its files."""
 import csv
 import functools
+import importlib
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch; two processes share the cores
 
@@ -66,6 +69,57 @@ def sentence_of_refusal(capsys, out, *flags):
         train_tiny(out, *flags)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+TWO = """
+import sys
+sys.path.insert(0, {root!r})
+from support import ddp
+from zoo import {script}
+{prepare}
+leave_group = ddp.cleanup
+ddp.cleanup = lambda: None  # one group for all runs
+for flags in {runs!r}:
+    {script}.main(flags)
+leave_group()
+"""
+
+
+def compare_one_process_with_two(script, kinds, flags, terms, folder, prepare=""):
+    """Each kind of run, [flags], of zoo/SCRIPT.py by one process and by two: their losses are the
+    same, and so are the vectors that their checkpoints keep, up to rounding.
+
+    flags: of all runs; terms: columns of log.csv; prepare: lines of code before the runs of two.
+    """
+    images = make_folder(folder / "set", 32)
+
+    def commands(processes):
+        return [[*flags, *kind, "--log-every", "1", "--data", images,
+                 "--out", str(folder / f"{i}-{processes}")] for i, kind in enumerate(kinds)]
+    both = folder / "two.py"
+    both.write_text(TWO.format(root=ROOT, script=script, prepare=prepare, runs=commands(2)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+              str(both)]  # --standalone: at a port that is free
+    done = subprocess.run(launch, text=True, timeout=240, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for command in commands(1):
+            importlib.import_module(f"zoo.{script}").main(command)
+    finally:
+        torch.set_num_threads(threads)
+    for i in range(len(kinds)):
+        one, two = (read_log(folder / f"{i}-{n}")[1:] for n in (1, 2))
+        for row_1, row_2 in zip(one, two, strict=True):
+            for term in terms:
+                assert float(row_2[term]) == pytest.approx(float(row_1[term]), rel=1e-3, abs=1e-5)
+        one, two = (read_checkpoint(folder / f"{i}-{n}")["prototypes"] for n in (1, 2))
+        kept = [name for name in one if name.endswith(("vectors", "memory"))]
+        assert kept
+        for name in kept:
+            assert torch.allclose(one[name], two[name], atol=1e-3), name
 
 
 # ---- what a run wrote --------------------------------------------------------------------------

@@ -1,8 +1,5 @@
 """zoo/sop.py: memories, anchors and the loss of patches beside hand-worked cases, and as a run."""
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import collapse
-from conftest import ROOT, TINY, differences, make_folder, read_checkpoint, read_log
+from conftest import TINY, compare_one_process_with_two, differences, read_checkpoint, read_log
 from zoo import ibot, sop
 from zoo.bank import Bank
 
@@ -277,49 +274,9 @@ def test_four_micro_batches_are_one_batch(tmp_path, kind):
         assert torch.allclose(one[name], four[name], atol=1e-4)
 
 
-TWO = """
-import sys
-sys.path.insert(0, {root!r})
-from support import ddp
-from zoo import sop
-leave_group = ddp.cleanup
-ddp.cleanup = lambda: None
-runs = {runs!r}
-for flags in runs:
-    sop.main(flags)
-leave_group()
-"""
-
-
 def test_two_processes_equal_one_and_fill_their_memories_in_its_order(tmp_path):
-    images = make_folder(tmp_path / "set", 32)
-
-    def flags(processes):
-        return [[*TINY, "--log-every", "1", "--lr", "1e-3", "--data", images,
-                 "--out", str(tmp_path / f"{i}-{processes}"), *kind]
-                for i, kind in enumerate(KINDS)]
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(root=ROOT, runs=flags(2)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-              "--standalone", str(script)]  # at a port that is free
-    done = subprocess.run(launch, text=True, timeout=240, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for one in flags(1):
-            sop.main(one)
-    finally:
-        torch.set_num_threads(threads)
-    for i in range(len(KINDS)):
-        one, two = (read_log(tmp_path / f"{i}-{n}")[1:] for n in (1, 2))
-        for row_1, row_2 in zip(one, two, strict=True):
-            for term in ("cross_entropy", "patch"):
-                assert float(row_2[term]) == pytest.approx(float(row_1[term]), rel=1e-3, abs=1e-5)
-        a, b = (read_checkpoint(tmp_path / f"{i}-{n}")["prototypes"] for n in (1, 2))
-        for name in ("memory", "patch_memory"):
-            assert torch.allclose(a[name], b[name], atol=1e-3), name
+    compare_one_process_with_two("sop", KINDS, [*TINY, "--lr", "1e-3"], ("cross_entropy", "patch"),
+                                 tmp_path)
 
 
 def test_a_run_in_which_nothing_is_hidden_fills_its_memory_all_the_same(tmp_path):

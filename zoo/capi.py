@@ -141,11 +141,11 @@ HELP = {
 }
 
 # Flags of train.py that nothing here reads
-NOT_READ = """init export compile accum local_size local_crops local_scale head_hidden
-    bottleneck_dim head_bn head_norm partition_size kp_weight norm_last_layer freeze_prototypes
-    uniformity logit_scale
-    proto_norm student_temp teacher_temp teacher_temp_epochs targets live_eta live_patience
-    live_apart queue memory neighbours optimizer warmup_epochs momentum momentum_end""".split()
+NOT_READ = """init export compile accum local_size local_crops local_scale head_hidden head_bn
+    head_norm bottleneck_dim partition_size kp_weight norm_last_layer freeze_prototypes uniformity
+    logit_scale proto_norm student_temp teacher_temp teacher_temp_epochs targets live_eta
+    live_patience live_apart queue memory neighbours optimizer warmup_epochs momentum
+    momentum_end""".split()
 
 
 def parse(argv=None):
