@@ -93,8 +93,9 @@ def check_ours(path, ckpt, which, advice=""):
     if lacking:
         raise ValueError(f"{path} is not a checkpoint of a run of ours: it lacks "
                          f"{', '.join(lacking)}{advice}")
-    kinds = {"arch": str, "patch_size": int, "img_size": int, "data": str, "data_root": str,
-             "seed": int, "imbalance": (int, float), "imbalance_law": str, "data_seen": dict}
+    kinds = {"script": str, "arch": str, "patch_size": int, "img_size": int, "data": str,
+             "data_root": str, "seed": int, "imbalance": (int, float), "imbalance_law": str,
+             "data_seen": dict}
     args = ckpt["args"]
     wrong = [key for key, kind in kinds.items() if key in args and not isinstance(args[key], kind)]
     wrong += [key for key in ("mean", "std") if key in args and not is_colour(args[key])]
@@ -116,7 +117,7 @@ def ours(path, which):
     weights = {key.removeprefix("backbone."): tensor for key, tensor in ckpt[which].items()
                if key.startswith("backbone.")}
     script = args.get("script", "train.py")
-    own = checkpoints.module_of(script)  # its backbone may be one that models.py does not have
+    own = checkpoints.module_of(script, path)  # models.py may not have its backbone
     try:
         if hasattr(own, "load_backbone"):
             backbone = own.load_backbone(ckpt[which], args)

@@ -265,7 +265,7 @@ def load_run(path):
     ckpt = checkpoints.read(path)
     backbones.check_ours(path, ckpt, "teacher")
     try:
-        script = checkpoints.module_of(ckpt["args"].get("script", "train.py"))
+        script = checkpoints.module_of(ckpt["args"].get("script", "train.py"), path)
         if hasattr(script, "load_run"):
             return script.load_run(path)
         net, protos, args = networks_of(ckpt)

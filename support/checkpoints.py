@@ -227,16 +227,22 @@ def split_key(key):
     return rank, ".".join([*leading, last])
 
 
-def module_of(script):
+def module_of(script, path="the checkpoint"):
     """The module of a script of zoo/, "zoo/NAME.py" as a checkpoint of ours names it; None of
     train.py and of anything else.
 
     A script may define `load_run(path)` and `load_backbone(state, args)` where its networks are not
-    those of train.py.
+    those of train.py. ValueError, which names the path, for a script that is not here.
     """
     if not re.fullmatch(r"zoo/\w+\.py", script):
         return None
-    return importlib.import_module(script[:-3].replace("/", "."))
+    name = script[:-3].replace("/", ".")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # it is here, and imports what is not
+            raise
+        raise ValueError(f"{path} holds a run of {script}, which is not here") from None
 
 
 def listing(names, most=5):

@@ -162,13 +162,23 @@ def test_the_check_of_names_knows_right_from_wrong():
     assert all(what_is_missing(word) for word in absent)
 
 
+def parsers_of_scripts():
+    """The command line of train.py, and of each script of zoo/ that adds flags of its own."""
+    parsers = [config.parser()]
+    for path in CODE:
+        if path.startswith("zoo") and re.search(r"^def flags\(", CODE[path], flags=re.M):
+            parsers.append(config.parser())
+            importlib.import_module(path[:-3].replace(os.sep, ".")).flags(parsers[-1])
+    return parsers
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_a_page_names_exist(page):
     """In its prose; the commands in its blocks are parsed elsewhere."""
     named = set(re.findall(r"(?<![\w-])--[A-Za-z][\w-]*", " ".join(code_words(page))))
     there = set(re.findall(r"[\"'](--[A-Za-z][\w-]*)[\"']", "\n".join(CODE.values())))
     there |= {"--node_rank", "--master_addr"}  # of torchrun
-    for parser in (config.parser(), bench.parser()):  # --no-FLAG and sizes are written nowhere
+    for parser in (bench.parser(), *parsers_of_scripts()):  # they know --no-FLAG, and sizes
         there |= set(parser._option_string_actions)
     assert named <= there, f"{page}: no flag {' '.join(sorted(named - there))}"
 

@@ -421,13 +421,15 @@ def test_load_backbone_refuses_in_one_sentence(tmp_path):
     few_args = {"arch": "vit_nano", "patch_size": 8}
     refused(r"lacks args\['img_size'\]", "args.pt", content=good | {"args": few_args})
     for key, value in (("img_size", "32"), ("arch", 3), ("seed", None), ("imbalance", "10"),
-                       ("mean", [0.5]), ("std", "half"), ("data_seen", [])):
+                       ("mean", [0.5]), ("std", "half"), ("data_seen", []), ("script", 3)):
         args = good["args"] | {key: value}
         refused(re.escape(f"type.pt: its args give {key} as {value!r}"), "type.pt",
                 content=good | {"args": args})
     for arch in ("vit_tiny", "vit_none"):
         args = good["args"] | {"arch": arch}
         refused(f"do not fit.*{arch}", "arch.pt", content=good | {"args": args})
+    gone = good | {"args": good["args"] | {"script": "zoo/gone.py"}}
+    refused(r"gone.pt holds a run of zoo/gone.py, which is not here", "gone.pt", content=gone)
     teacher = {key: w for key, w in good["teacher"].items() if key != "backbone.cls_token"}
     refused("do not fit.*cls_token", "keys.pt", content=good | {"teacher": teacher})
     refused("--which ema is neither teacher nor student", "good.pt", "ema")
