@@ -2,19 +2,24 @@
 
     python -m lab.chaos                 50 kills, about 3 minutes on one core
     python -m lab.chaos --kills 500
+    python -m lab.chaos --script zoo/capi.py -- --batch-size 8 --num-prototypes 16
 
-Start it in the folder of train.py. The run saves after every step, so that many kills (SIGKILL,
-which no process can refuse) fall into the writing of a checkpoint. Each attempt is a fork of this
-process, which has imported torch already, and lives from 0.02 to --longest seconds. A run that
-reaches its end before all kills are done is compared too, and the next one begins in a new folder.
+Start it in the folder of train.py. Flags after -- are those of the run, in place of the small ones
+that it has without them; images, length and times of saving are set here. The run saves after every
+step, so that many kills (SIGKILL, which no process can refuse) fall into the writing of a
+checkpoint. Each attempt is a fork of this process, which has imported torch already, and lives from
+0.02 to --longest seconds. A run that reaches its end before all kills are done is compared too, and
+the next one begins in a new folder.
 """
 import argparse
 import contextlib
 import csv
 import datetime
+import importlib
 import os
 import platform
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -29,9 +34,10 @@ from support.errors import one_sentence
 from support.flags import check_values
 
 SPEED = ("images_per_s", "data_share", "memory_mb")  # columns of log.csv that differ between runs
-FLAGS = ["--device", "cpu", "--batch-size", "8", "--num-prototypes", "32", "--partition-size", "8",
-         "--bottleneck-dim", "16", "--head-hidden", "32", "--local-crops", "1",
-         "--eval-bank", "40", "--eval-queries", "6", "--gmm-start", "5",
+SMALL = ["--batch-size", "8", "--num-prototypes", "32", "--partition-size", "8",
+         "--bottleneck-dim", "16", "--head-hidden", "32", "--local-crops", "1", "--gmm-start", "5"]
+# set for every run, by `experiment`: after what the user gives, so that they hold
+OFTEN = ["--device", "cpu", "--eval-bank", "40", "--eval-queries", "6",
          "--log-every", "7", "--eval-every", "25", "--save-every", "1"]
 # (what a value must be, test, flags)
 RANGES = [("not be negative", lambda v: v >= 0, ["kills", "seed"]),
@@ -50,10 +56,11 @@ def make_images(path, n=60):
             save_image(x, os.path.join(path, c, f"{i}.png"))
 
 
-def start(flags, out, output):
+def start(script, flags, out, output):
     """Fork a process that goes on with the run in the folder `out`; returns its id.
 
-    output: the file that what it prints is appended to.
+    script: the module whose `main` makes the run. output: the file that what it prints is appended
+    to.
     """
     sys.stdout.flush()
     pid = os.fork()
@@ -64,7 +71,7 @@ def start(flags, out, output):
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
         try:
-            train.main([*flags, "--out", out, "--resume"])
+            script.main([*flags, "--out", out, "--resume"])
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -149,15 +156,16 @@ class Counts:
         self.failed_resumes = 0
 
 
-def disturb(args, flags, base, undisturbed):
-    """Kill args.kills times, and let the last run reach its end. base: a folder for the runs;
-    undisturbed: the folder of the run to compare with. -> Counts"""
+def disturb(args, script, flags, base, undisturbed):
+    """Kill args.kills times, and let the last run reach its end. script, flags: the run's module
+    and flags; base: a folder for the runs; undisturbed: the folder of the run to compare with.
+    -> Counts"""
     counts, moments = Counts(), random.Random(args.seed)
     out, output = os.path.join(base, "run0"), os.path.join(base, "output")
     finished = False
     while not finished or counts.kills < args.kills:
         before, unfinished_before = saved_step(out), unfinished_checkpoint(out)
-        pid = start(flags, out, output)
+        pid = start(script, flags, out, output)
         if counts.kills < args.kills:
             time.sleep(moments.uniform(0.02, args.longest))
             # in vain if the process has ended; until waitpid its id belongs to nobody else
@@ -188,6 +196,8 @@ def disturb(args, flags, base, undisturbed):
 def parser():
     p = argparse.ArgumentParser("python -m lab.chaos", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--script", default="train.py", metavar="FILE",
+                   help="train.py, or a script of zoo/; train.py by default")
     p.add_argument("--kills", type=int, default=50, help="how often; 50 by default")
     p.add_argument("--steps", type=int, default=300, help="length of the run; 300 by default")
     p.add_argument("--longest", type=float, default=2.0,
@@ -199,29 +209,42 @@ def parser():
 def main(argv=None):
     """Exit code 0 if every run went on and equals the undisturbed one, 1 if not. Bad input: one
     sentence on stderr and exit code 2."""
-    args = parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parser().parse_args(argv[:end]), argv[end + 1:]
     with one_sentence("lab.chaos"):
         check_values(args, RANGES)
-        experiment(args)
+        experiment(args, script_of(args.script), flags or SMALL)
 
 
-def experiment(args):
+def script_of(name):
+    """The module of train.py or of a script of zoo/; ValueError if there is none of this name."""
+    if name == "train.py":
+        return train
+    if re.fullmatch(r"zoo/\w+\.py", name) and os.path.exists(name):
+        script = importlib.import_module(name[:-3].replace("/", "."))
+        if hasattr(script, "main"):
+            return script
+    raise ValueError(f"--script {name} is neither train.py nor a script of zoo/")
+
+
+def experiment(args, script, flags):
     torch.set_num_threads(1)  # before the forks: a fork has none of its parent's threads
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as base:
         images, undisturbed, output = (os.path.join(base, name)
                                        for name in ("images", "undisturbed", "output"))
         make_images(images)
-        flags = ["--data", images, "--steps", str(args.steps), *FLAGS]
-        _, status = os.waitpid(start(flags, undisturbed, output), 0)
+        flags = [*flags, "--data", images, "--steps", str(args.steps), *OFTEN]
+        _, status = os.waitpid(start(script, flags, undisturbed, output), 0)
         if status:
             print(f"lab.chaos: the undisturbed run failed:\n{end_of(output)}", file=sys.stderr)
             raise SystemExit(1)
-        counts = disturb(args, flags, base, undisturbed)
+        counts = disturb(args, script, flags, base, undisturbed)
     resumed = counts.kills - counts.failed_resumes
     print(f"{resumed} of {counts.kills} kills resumed ({counts.while_writing} fell into the "
           f"writing of a checkpoint, {counts.before_checkpoint} before the first); "
-          f"{counts.finished} runs of {args.steps} steps reached their end; "
+          f"{counts.finished} runs of {args.script}, {args.steps} steps, reached their end; "
           f"{len(counts.failures)} failures (lost steps, "
           "and differences to the bit from the undisturbed run in weights, optimiser, mixture and "
           f"log). {datetime.date.today()}, {platform.processor() or platform.machine()}, "

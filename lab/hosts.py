@@ -27,7 +27,7 @@ import time
 
 import torch
 
-from lab.chaos import FLAGS, differences, end_of, make_images, saved_step
+from lab.chaos import OFTEN, SMALL, differences, end_of, make_images, saved_step
 from support.errors import one_sentence
 from support.flags import check_values
 
@@ -175,7 +175,7 @@ def experiment(args):
         images, one, two, disturbed = (os.path.join(base, name) for name in
                                        ("images", "one", "two", "disturbed"))
         make_images(images)
-        flags = ["--data", images, "--steps", str(args.steps), *FLAGS, *LEARNING]
+        flags = ["--data", images, "--steps", str(args.steps), *SMALL, *OFTEN, *LEARNING]
 
         print("1. one process", flush=True)
         process = start(hosts[0], ["train.py", *flags, "--out", one], output_of(base, 0))

@@ -122,6 +122,9 @@ def test_a_folder_that_cannot_be_one(out, words, capsys, tmp_path):
 @pytest.mark.parametrize("given, sentence", [
     ("--kills -1", "--kills must not be negative, got -1"),
     ("--steps 0", "--steps must be at least 1, got 0"),
+    ("--script zoo/gone.py", "--script zoo/gone.py is neither train.py nor a script of zoo/"),
+    ("--script zoo/bank.py", "--script zoo/bank.py is neither train.py nor a script of zoo/"),
+    ("--script gmm.py", "--script gmm.py is neither train.py nor a script of zoo/"),
     ("--longest nan", "--longest must be at least 0.02, got nan"),
     ("--longest inf", "--longest must be a number below 4294967296 in size, got inf")])
 def test_chaos_refuses_numbers_that_cannot_be(given, sentence, capsys):
