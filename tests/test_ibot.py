@@ -30,9 +30,9 @@ def identity_prototypes(K):
 
 
 def weights_of(hidden):
-    """(rows (m, 2), weights (m,)) of masks hidden (crops, n), as in the loop."""
+    """(rows (m, 2), weights (m,)) of masks hidden (crops, n)."""
     rows = hidden.nonzero()
-    return rows, 1 / (hidden.sum(1)[rows[:, 0]] * len(hidden)).float()
+    return rows, ibot.row_weights(hidden, rows)
 
 
 # ---- the loss ----------------------------------------------------------------------------------

@@ -260,6 +260,13 @@ class PatchLoss(DINOLoss):
         return -(weights * (p_t * z.log_softmax(-1)).sum(-1)).sum()
 
 
+def row_weights(hidden, rows):
+    """Masks hidden (2b, n) and their rows (m, 2), as (crop, place) -> (m,), the weights of I.2: a
+    row is one of the hidden patches of its crop, which is one of 2b crops."""
+    n_hidden = hidden.sum(1)[rows[:, 0]]  # (m,)
+    return 1 / (n_hidden * len(hidden)).float()
+
+
 class PlaceMean(nn.Module):
     """The running mean of teacher vectors at each of the n places, taken off patch vectors.
 
@@ -476,8 +483,7 @@ def train(args, device, stop_request, make_streams=streams):
             h_s = h_s.view(len(part), -1, args.bottleneck_dim)  # (V, B/accum, D)
             if args.place_mean:
                 patch_s = place_mean(patch_s, rows[:, 1])
-            n_hidden = hide.sum(1)[rows[:, 0]]  # (m_b,), in the crop of each row
-            weights = 1 / (n_hidden * len(hide)).float()  # (m_b,), I.2
+            weights = row_weights(hide, rows)  # (m_b,), I.2
             terms = cls.loss(h_s, target, cls.student, cls.teacher, step)
             patch_term = patch.loss(patch_s, patch_target, weights, patch.student)
             terms["patch"] = args.patch_weight * patch_term
