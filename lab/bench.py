@@ -164,14 +164,34 @@ def verdict(text, value, limit, at_least=False):
           flush=True)
 
 
-def show(title, measured, unit="MB extra"):
-    """Print what race measured. Returns {way: seconds of each turn} and {way: MB}."""
+def show(options, title, measured, unit="MB extra"):
+    """Print what race measured, and add it to the file --csv. Returns {way: seconds of each turn}
+    and {way: MB}."""
     print(f"\n{title}")
     for way, (seconds, peak) in measured.items():
         print(f"    {way:12} {statistics.median(seconds):9.3f} s {peak:9.0f} {unit}", flush=True)
+        if options.csv:
+            add(options.csv, {"what": title, "way": way, "seconds": statistics.median(seconds),
+                              "mb": peak, "mb_of": unit.removeprefix("MB "),
+                              "device": device_name(options.device), "torch": torch.__version__,
+                              "date": datetime.date.today()})
     times = {way: seconds for way, (seconds, _) in measured.items()}
     peaks = {way: peak for way, (_, peak) in measured.items()}
     return times, peaks
+
+
+def add(file, row):
+    """Add a row {column: value} to a csv file, and its header to a new one."""
+    is_new = not os.path.exists(file)
+    with open(file, "a", newline="") as f:
+        writer = csv.DictWriter(f, row)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def device_name(device):
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 # ---- items that race ---------------------------------------------------------------------------
@@ -179,7 +199,7 @@ def bench_gmm(options):
     ways = ("ours", "streaming", "readable", "plain", "floor")
     for N in options.N:
         measured = race("gmm", ways, with_sizes(options, N=N))
-        times, peaks = show(f"gmm: K {options.K}, D {options.D}, N {N}", measured)
+        times, peaks = show(options, f"gmm: K {options.K}, D {options.D}, N {N}", measured)
         verdict("ours / floor", ratio(times, "ours", "floor"), 1.3)
         verdict("streaming / floor", ratio(times, "streaming", "floor"), 1.9)
         verdict("streaming, MB", peaks["streaming"], 1024)
@@ -195,8 +215,9 @@ def bench_loss(options):
 def bench_one_loss(item, name, ways, options):
     for joint in (False, True):
         measured = race(item, ways, with_sizes(options, joint=joint))
-        times, peaks = show(f"{name} loss, {'joint' if joint else 'decoupled'} prototypes: "
-                            f"K {options.K}, {options.V} views x {options.B}", measured)
+        title = (f"{name} loss, {'joint' if joint else 'decoupled'} prototypes: K {options.K}, "
+                 f"{options.V} views x {options.B}")
+        times, peaks = show(options, title, measured)
         verdict("time, ours / plain", ratio(times, "ours", "plain"), 1)
         share = peaks["ours"] / peaks["plain"] if peaks["plain"] else math.inf
         if joint:
@@ -210,20 +231,22 @@ def bench_one_loss(item, name, ways, options):
 def bench_unique(options):
     reps = 1 if options.unique > 20000 else None  # the plain way then takes minutes
     measured = race("unique", ("ours", "plain", "floor"), options, reps)
-    times, _ = show(f"unique: {options.unique} x {options.D}, all distinct", measured)
+    times, _ = show(options, f"unique: {options.unique} x {options.D}, all distinct", measured)
     verdict("ours / floor", ratio(times, "ours", "floor"), 2)
     verdict("plain / ours", ratio(times, "plain", "ours"), 20, at_least=True)
 
 
 def bench_knn(options):
     measured = race("knn", ("ours", "plain", "floor"), options)
-    times, peaks = show(f"knn: bank {options.bank} x 384, {options.queries} queries", measured)
+    title = f"knn: bank {options.bank} x 384, {options.queries} queries"
+    times, peaks = show(options, title, measured)
     verdict("ours / floor", ratio(times, "ours", "floor"), 1.5)
     verdict("ours, MB", peaks["ours"], 1024)
 
 
 def bench_data(options):
-    times, _ = show("data: 32 images, 2 + 4 crops", race("data", ("ours", "plain"), options))
+    measured = race("data", ("ours", "plain"), options)
+    times, _ = show(options, "data: 32 images, 2 + 4 crops", measured)
     verdict("plain / ours", ratio(times, "plain", "ours"), 5, at_least=True)
 
 
@@ -271,7 +294,7 @@ def bench_step(options):
             seconds.append(statistics.median(of_steps))
             measured[kind] = seconds, max(peak, *(float(row["memory_mb"]) for row in rows))
     title = f"step: K {options.K}, D {options.D}, 12 crops, batch {options.batch}"
-    times, peaks = show(title, measured, "MB in all")
+    times, peaks = show(options, title, measured, "MB in all")
     verdict("decoupled / joint, time", ratio(times, "decoupled", "joint"), 1.0)
     verdict("decoupled / joint, memory", peaks["decoupled"] / peaks["joint"], 1.0)
 
@@ -289,11 +312,12 @@ def bench_ibot(options):
             rows, _ = train(*flags, *method, script=script)
             seconds.append(statistics.median(32 / float(row["images_per_s"]) for row in rows[1:]))
             measured[kind] = seconds, max(peak, *(float(row["memory_mb"]) for row in rows))
-    times, _ = show("ibot: a step of 32 images, 64 patches in a crop", measured, "MB in all")
+    title = "ibot: a step of 32 images, 64 patches in a crop"
+    times, _ = show(options, title, measured, "MB in all")
     verdict("iBOT / DINO, time", ratio(times, "iBOT", "DINO"), 1.25)
     sizes = with_sizes(options, K=options.K // 2, B=options.B // 2, joint=True)
     title = f"ibot: loss of the hidden patches, K {sizes.K}, {2 * sizes.B} crops of 64 patches"
-    times, peaks = show(title, race("patches", ("ours", "plain"), sizes))
+    times, peaks = show(options, title, race("patches", ("ours", "plain"), sizes))
     verdict("ours / all patches, time", ratio(times, "ours", "plain"), 0.5)
     verdict("ours / all patches, memory", peaks["ours"] / peaks["plain"], 0.5)
 
@@ -359,6 +383,7 @@ def parser():
     p.add_argument("--paper", action="store_true", help="the paper's sizes")
     p.add_argument("--reps", type=int, default=3, help="turns of each contestant; 3 by default")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
+    p.add_argument("--csv", metavar="FILE", help="add times and memory to this file as they come")
     p.add_argument("--step-flags", nargs=argparse.REMAINDER, default=[],
                    help="all that follows goes to train.py (step, ranks)")
     for name, (default, _) in SIZES.items():

@@ -68,6 +68,9 @@ def test_the_patch_loss_beside_a_loop_in_float64(crops, n, K, kind):
     rows, weights = weights_of(hidden)
     make = heads.Joint if kind == "joint" else heads.VMF
     protos_s, protos_t = make(K, D, seed=1), make(K, D, seed=2)
+    lengths = torch.linspace(0.5, 3, K)[:, None] if kind == "vmf" else torch.ones(K, 1)
+    if kind == "vmf":  # lengths that differ, so that the biases do
+        protos_s.gain.data, protos_t.gain.data = lengths.clone(), lengths.flip(0)
     h_t = F.normalize(randn(len(rows), D, seed=4), dim=1)
     h_s = F.normalize(randn(len(rows), D, seed=5), dim=1).requires_grad_()
     loss = ibot.PatchLoss(K, 1, "prob" if kind == "vmf" else "center", (tau_t, tau_t), tau=tau)
@@ -87,7 +90,7 @@ def test_the_patch_loss_beside_a_loop_in_float64(crops, n, K, kind):
         for r in [r for r in range(len(rows)) if rows[r, 0] == crop]:
             z_t = h_t[r].double() @ protos_t.directions().double().T / tau_t + bias_t
             q = (z_t - (centre if kind == "vmf" else centre / tau_t)).softmax(0)
-            z_s = h[r] @ F.normalize(weight, dim=1).T / tau + bias
+            z_s = h[r] @ (lengths * F.normalize(weight, dim=1)).T / tau + bias
             log_p = z_s - z_s.logsumexp(0)
             for k in range(K):
                 total = total - q[k].detach() * log_p[k] / max(n_hidden, 1) / crops

@@ -1,0 +1,398 @@
+"""All that a GPU can tell about this project, by one command and in the minutes that you have.
+
+    python -m lab.gpu --minutes 8 --out gpu --data images/cifar10
+    python -m lab.gpu --minutes 3 --out gpu --device cpu --toy      a rehearsal on a CPU
+
+Start it in the folder of train.py. Three parts, each with a file in --out that grows as results
+come, so that a run that is cut short keeps what it has:
+
+    checks.csv   values on the device beside those of a CPU: mixture, losses, counts, crops, a run
+    bench.csv    time and memory at the paper's sizes, by lab.bench: its items gmm, loss, unique and
+                 knn, and the whole step of ViT-S/16 with joint and with decoupled prototypes
+    runs.csv     evaluations of runs with joint, frozen and decoupled prototypes. They train in
+                 turns, --turn steps at a time, so that they are equally far when the time is over
+
+What did not fit into the minutes is named at the end. The exit code is 1 if a value differs or a
+command failed.
+"""
+import argparse
+import contextlib
+import csv
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+from torch.nn import functional as F
+
+import collapse
+import data
+import eval_knn
+import losses
+import models
+import views
+from fast.gmm import FastGMM
+from gmm import OnlineGMM, eta_at
+from lab import contestants
+from lab.bench import add, device_name
+from support.backbones import choose_device
+from support.errors import one_sentence
+from support.files import locked
+from support.flags import check_values
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+KINDS = ("joint", "frozen", "decoupled")
+VIT_S = ["--arch", "vit_small", "--patch-size", "16", "--img-size", "224", "--local-size", "96"]
+# each is a call of lab.bench: its items and sizes; the step comes first, as it says most
+PAPER_SIZES = [["step", "--paper", "--step-flags", *VIT_S],
+               ["gmm", "loss", "--paper"], ["unique", "knn", "--paper"]]
+TOY_SIZES = [["step", "--K", "64", "--P", "16", "--D", "8", "--batch", "4", "--steps", "2"],
+             ["gmm", "loss", "--K", "64", "--P", "16", "--D", "8", "--N", "20", "--B", "3"],
+             ["unique", "knn", "--unique", "60", "--bank", "50", "--queries", "7"]]
+TOY_RUN = ["--batch-size", "16", "--num-prototypes", "32", "--partition-size", "8",
+           "--eval-bank", "200", "--eval-queries", "50", "--eval-every", "10", "--steps", "30"]
+LEAST_LEFT = 20  # seconds; with less a command is not started
+# (what a value must be, test, flags)
+RANGES = [("be positive", lambda v: v > 0, ["minutes"]),
+          ("be at least 1", lambda v: v >= 1, ["turn"])]
+
+
+# ---- values on the device beside those of a CPU ------------------------------------------------
+# {name: (function, most allowed)}. The function takes a device and returns how far its values lie
+# from a CPU's, as a share of the largest one
+CHECKS = {}
+
+
+def check(name, allowed):
+    def register(function):
+        CHECKS[name] = function, allowed
+        return function
+    return register
+
+
+def apart(values, expected):
+    """The largest difference of two lists of tensors, as a share of the largest value of each."""
+    shares = []
+    for x, y in zip(values, expected, strict=True):
+        x, y = x.detach().cpu().double(), y.detach().cpu().double()
+        if x.shape != y.shape or not torch.isfinite(x).all():
+            return float("inf")
+        shares.append(float((x - y).abs().max() / y.abs().max().clamp_min(1e-30)))
+    return max(shares)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def six_updates(mixture, device):
+    """Means, variances and weights after six updates with 64 vectors each."""
+    mixture = mixture.to(device)
+    mixture.init_from((randn(64, 24) * 0.5).to(device))
+    for t in range(6):
+        mixture.update(randn(64, 24, seed=t).to(device), 0.3, eta_at(t))
+    return [mixture.mu, mixture.var, mixture.log_pi]
+
+
+@check("mixture of gmm.py", 1e-4)
+def mixture_check(device):
+    expected = six_updates(OnlineGMM(96, 24), "cpu")
+    return apart(six_updates(OnlineGMM(96, 24), device), expected)
+
+
+@check("mixture of fast/gmm.py, beside gmm.py", 1e-4)
+def fast_mixture_check(device):
+    expected = six_updates(OnlineGMM(96, 24), "cpu")
+    return apart(six_updates(FastGMM(96, 24), device), expected)
+
+
+def gradients(loss, way, device):
+    sizes = SimpleNamespace(K=256, D=32, V=4, B=16, P=64, joint=True, device=device)
+    return loss(way, sizes)()
+
+
+@check("CARP's loss of losses.py: gradients", 1e-4)
+def carp_check(device):
+    return apart(gradients(contestants.loss, "plain", device),
+                 gradients(contestants.loss, "plain", "cpu"))
+
+
+@check("CARP's loss of fast/losses.py, beside losses.py", 1e-4)
+def fast_carp_check(device):
+    return apart(gradients(contestants.loss, "ours", device),
+                 gradients(contestants.loss, "plain", "cpu"))
+
+
+@check("DINO's loss of fast/losses.py, beside losses.py", 1e-4)
+def fast_dino_check(device):
+    return apart(gradients(contestants.dino, "ours", device),
+                 gradients(contestants.dino, "plain", "cpu"))
+
+
+@check("Sinkhorn-Knopp at temperature .025", 1e-3)
+def sinkhorn_check(device):
+    z = F.normalize(randn(64, 48), dim=1)  # (64, 48)
+    return apart([losses.sinkhorn(z.to(device), 0.025)], [losses.sinkhorn(z, 0.025)])
+
+
+@check("unique prototypes: share of indices that differ", 0.0)
+def unique_check(device):
+    """Def. 2.1 with near-copies on both sides of eps, at the sizes of both implementations."""
+    wrong = 0.0
+    for K in (300, 3000):
+        C = F.normalize(randn(K // 3, 64), dim=1).repeat(3, 1)  # (K, 64)
+        C = C + randn(K, 64, seed=1) * torch.linspace(0, 0.06, K)[:, None]
+        here = set(collapse.unique_prototypes(C.to(device), 0.025).tolist())
+        there = set(collapse.unique_prototypes(C, 0.025).tolist())
+        wrong = max(wrong, len(here ^ there) / K)
+    return wrong
+
+
+@check("k-NN: scores", 1e-3)
+def knn_check(device):
+    x, q = randn(3000, 48), randn(100, 48, seed=1)
+    y = torch.arange(3000) % 10
+    scores = eval_knn.knn_scores(x.to(device), y.to(device), q.to(device))
+    return apart([scores], [eval_knn.knn_scores(x, y, q)])
+
+
+@check("crops", 1e-4)
+def crops_check(device):
+    recipe = views.Recipe(global_size=32, local_size=16, n_local=2, global_scale=(0.4, 1.0),
+                          local_scale=(0.15, 0.5), jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=0.8,
+                          gray_p=0.3, blur_p=(0.5, 0.1, 0.5), solarize_p=(0, 0.2, 0))
+    images = data.subset(data.load("shapes", root="data")[0], torch.arange(32))
+
+    def crops(where):
+        return next(iter(views.batches(images, recipe, batch_size=32, seed=0, start=0, stop=1,
+                                       device=where)))
+    return apart(crops(device), crops("cpu"))
+
+
+@check("backbone: outputs and gradients in float32", 1e-2)
+def backbone_check(device):
+    def outputs(where):
+        torch.manual_seed(0)
+        net = models.build("vit_nano", patch_size=8, img_size=32).to(where)
+        cls, _ = net(randn(16, 3, 32, 32).to(where))  # (16, dim)
+        cls.square().sum().backward()
+        return [cls, *(p.grad for p in net.parameters() if p.grad is not None)]
+    return apart(outputs(device), outputs("cpu"))
+
+
+@check("a run, stopped and resumed: its last loss", 1e-2)
+def resume_check(device, folder):
+    """Twelve steps beside four, a stop, and eight more."""
+    flags = ["--device", device, "--steps", "12", "--log-every", "4", "--gmm-start", "2",
+             "--prototypes", "decoupled", *TOY_RUN[:-2]]
+    for name, more in (("whole", []), ("parts", ["--stop-at", "4"]), ("parts", ["--resume"])):
+        call(["train.py", *flags, "--out", os.path.join(folder, name), *more])
+    whole, parts = (rows_of(os.path.join(folder, name))[-1] for name in ("whole", "parts"))
+    if whole["step"] != parts["step"]:
+        return float("inf")
+    return abs(float(whole["loss"]) - float(parts["loss"])) / abs(float(whole["loss"]))
+
+
+def check_all(device, out, names=tuple(CHECKS)):
+    """Run these checks, and add each to OUT/checks.csv as it ends. -> [sentence about a failure]"""
+    bad = []
+    for name in names:
+        function, allowed = CHECKS[name]
+        more = {"folder": os.path.join(out, "resumed")} if function is resume_check else {}
+        try:
+            difference, words = function(device, **more), ""
+        except (RuntimeError, ValueError) as error:  # the next check may still work
+            difference, words = float("nan"), str(error).splitlines()[0]
+        passed = difference <= allowed
+        add(os.path.join(out, "checks.csv"),
+            {"check": name, "difference": f"{difference:.3g}", "allowed": allowed,
+             "passed": passed, "error": words} | where(device))
+        print(f"    {'equal  ' if passed else 'DIFFERS'} {difference:.1e}  {name}", flush=True)
+        bad += [] if passed else [f"{name}: {words or f'{difference:.3g}, allowed {allowed}'}"]
+    return bad
+
+
+def where(device):
+    return {"device": device_name(device), "torch": torch.__version__,
+            "date": datetime.date.today()}
+
+
+# ---- commands that must not outlive the time ---------------------------------------------------
+class Clock:
+    """The seconds that are left."""
+
+    def __init__(self, minutes):
+        self.end = time.monotonic() + 60 * minutes
+
+    def left(self):
+        return self.end - time.monotonic()
+
+
+def call(words, seconds=None, quiet=True):
+    """Run `python WORDS`; after so many seconds it gets SIGINT, with which train.py saves.
+
+    True if it ended by itself, False if it was ended. ValueError, with the last line that it wrote
+    on stderr, if it failed.
+    """
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True,
+                               stdout=subprocess.DEVNULL if quiet else None,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    ended = False
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        ended = True
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=LEAST_LEFT)
+        except subprocess.TimeoutExpired:
+            errors = ""
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # and the processes that it started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode and not ended:
+        words = [os.path.relpath(word) if os.path.isabs(word) else word for word in words]
+        last = (errors.strip() or "without a word").splitlines()[-1]
+        raise ValueError(f"{' '.join(words)} ended with exit code {process.returncode}: {last}")
+    return not ended
+
+
+# ---- speed and memory --------------------------------------------------------------------------
+def bench_all(args, clock):
+    """lab.bench, in as many calls as fit. -> ([sentence about a failure], [what did not fit])"""
+    bad, left_out = [], []
+    for words in TOY_SIZES if args.toy else PAPER_SIZES:
+        # --step-flags takes all that follows, so it comes last
+        of_run = words.index("--step-flags") if "--step-flags" in words else len(words)
+        fixed = ["--device", args.device, "--csv", os.path.join(args.out, "bench.csv")]
+        fixed += ["--reps", "1"] if args.toy else []
+        command = ["-m", "lab.bench", *words[:of_run], *fixed, *words[of_run:]]
+        if clock.left() < LEAST_LEFT:
+            left_out.append(" ".join(command))
+            continue
+        try:
+            if not call(command, clock.left(), quiet=False):
+                left_out.append(" ".join(command))
+        except ValueError as error:
+            bad.append(str(error))
+    return bad, left_out
+
+
+# ---- runs --------------------------------------------------------------------------------------
+def runs(args, clock):
+    """Joint, frozen and decoupled prototypes in turns. -> as bench_all"""
+    flags = ["--preset", "cifar10-cpu", *(TOY_RUN if args.toy else []), *args.flags,
+             "--device", args.device, "--data", args.data, "--data-root", args.data_root]
+    steps, longest = 0, 0.0  # of all runs; seconds of a turn so far
+    while True:
+        steps += args.turn
+        for kind in KINDS:
+            out = os.path.join(args.out, "runs", kind)
+            if clock.left() < max(LEAST_LEFT, 1.1 * longest):
+                return [], [f"steps after {steps - args.turn} of the runs, {kind} first"]
+            begin = time.monotonic()
+            try:
+                ended = call(["train.py", *flags, "--prototypes", kind, "--out", out, "--resume",
+                              "--stop-at", str(steps)], clock.left())
+            except ValueError as error:
+                return [str(error)], []
+            longest = max(longest, time.monotonic() - begin)
+            keep_evaluations(args)
+            print(f"    {kind:10} {told(rows_of(out)[-1])}", flush=True)
+            if not ended:
+                return [], [f"steps of the runs, in the turn that ends at {steps}"]
+        if int(rows_of(out)[-1]["step"]) < steps:  # the runs are shorter than that
+            return [], []
+
+
+def rows_of(out):
+    """The rows of a run's log that have a loss, [{column: text}]."""
+    with open(os.path.join(out, "log.csv"), newline="") as f:
+        return [row for row in csv.DictReader(f) if row["loss"]]
+
+
+def told(row):
+    return (f"step {row['step']}, {float(row['images_per_s'] or 0):.0f} images/s"
+            + (f", k-NN {float(row['knn']):.1f}, unique(.5) {float(row['unique_0.5']):.3f}, used "
+               f"{float(row['used']):.3f}" if row["knn"] else ""))
+
+
+COLUMNS = ["step", "images_per_s", "memory_mb", "knn", "unique_0.025", "unique_0.5", "ceiling_0.5",
+           "used", "perplexity", "drift"]
+
+
+def keep_evaluations(args):
+    """Write OUT/runs.csv: the evaluations in the logs of all kinds so far."""
+    file = os.path.join(args.out, "runs.csv")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(file)
+    for kind in KINDS:
+        out = os.path.join(args.out, "runs", kind)
+        for row in rows_of(out) if os.path.exists(out) else []:
+            if row["used"]:
+                add(file, {"prototypes": kind} | {column: row[column] for column in COLUMNS}
+                    | where(args.device))
+
+
+# ---- command line ------------------------------------------------------------------------------
+def parser():
+    p = argparse.ArgumentParser("python -m lab.gpu", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = p.add_argument
+    flag("--minutes", type=float, default=8, help="that all of it may take; 8 by default")
+    flag("--out", default="gpu", metavar="DIR", help="folder of the files; gpu by default")
+    flag("--device", default="cuda", help="cuda by default; cpu rehearses")
+    flag("--data", default="cifar10", help="as train.py --data, for the runs; cifar10 by default")
+    flag("--data-root", default="data", metavar="DIR", help="as train.py --data-root")
+    flag("--turn", type=int, default=1562, metavar="STEPS",
+         help="steps of a run before it is the next one's turn; 1562 by default, a pass over "
+         "CIFAR-10")
+    flag("--toy", action="store_true", help="small sizes, and runs of 30 steps")
+    flag("--parts", nargs="+", choices=["checks", "bench", "runs"], metavar="PART",
+         default=["checks", "bench", "runs"], help="of checks, bench, runs; all by default")
+    return p
+
+
+def main(argv=None):
+    """Exit code 0 if all that ran is as it should be. Bad input: one sentence, exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser().parse_args(argv[:end])
+    args.flags = argv[end + 1:]
+    with one_sentence("lab.gpu"):
+        check_values(args, RANGES)
+        args.device = choose_device(args.device)
+        args.out = os.path.abspath(args.out)
+        os.makedirs(args.out, exist_ok=True)
+        with locked(args.out):
+            experiment(args)
+
+
+def experiment(args):
+    clock = Clock(args.minutes)
+    print(", ".join(map(str, where(args.device).values())))
+    bad, left_out = [], []
+    if "checks" in args.parts:
+        print("values, beside those of a CPU:")
+        bad += check_all(args.device, args.out)
+    if "bench" in args.parts:
+        failures, missing = bench_all(args, clock)
+        bad, left_out = bad + failures, left_out + missing
+    if "runs" in args.parts:
+        print(f"\nruns in turns of {args.turn} steps:")
+        failures, missing = runs(args, clock)
+        bad, left_out = bad + failures, left_out + missing
+    for what in left_out:
+        print(f"did not fit into --minutes {args.minutes:g}: {what}")
+    for sentence in bad:
+        print(f"lab.gpu: {sentence}", file=sys.stderr)
+    raise SystemExit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
