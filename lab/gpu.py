@@ -56,6 +56,7 @@ TOY_SIZES = [["step", "--K", "64", "--P", "16", "--D", "8", "--batch", "4", "--s
 TOY_RUN = ["--batch-size", "16", "--num-prototypes", "32", "--partition-size", "8",
            "--eval-bank", "200", "--eval-queries", "50", "--eval-every", "10", "--steps", "30"]
 LEAST_LEFT = 20  # seconds; with less a command is not started
+OF_BENCH = 0.6  # share of the minutes after which no benchmark goes on, so that runs get some
 # (what a value must be, test, flags)
 RANGES = [("be positive", lambda v: v > 0, ["minutes"]),
           ("be at least 1", lambda v: v >= 1, ["turn"])]
@@ -223,10 +224,11 @@ def where(device):
 
 # ---- commands that must not outlive the time ---------------------------------------------------
 class Clock:
-    """The seconds that are left."""
+    """The seconds that are left of so many minutes since `start`, by default since now."""
 
-    def __init__(self, minutes):
-        self.end = time.monotonic() + 60 * minutes
+    def __init__(self, minutes, start=None):
+        self.start = time.monotonic() if start is None else start
+        self.end = self.start + 60 * minutes
 
     def left(self):
         return self.end - time.monotonic()
@@ -381,7 +383,7 @@ def experiment(args):
         print("values, beside those of a CPU:")
         bad += check_all(args.device, args.out)
     if "bench" in args.parts:
-        failures, missing = bench_all(args, clock)
+        failures, missing = bench_all(args, Clock(args.minutes * OF_BENCH, clock.start))
         bad, left_out = bad + failures, left_out + missing
     if "runs" in args.parts:
         print(f"\nruns in turns of {args.turn} steps:")

@@ -145,7 +145,7 @@ def test_which_column_of_which_run_goes_where(capsys, monkeypatch):
         return [row, row], torch.ones(2)
 
     monkeypatch.setattr(bench, "train", train)
-    options = argparse.Namespace(**TINY, batch=8, steps=2, step_flags=[])
+    options = argparse.Namespace(**TINY, batch=8, steps=2, step_flags=[], csv=None)
     bench.bench_step(options)
     bench.bench_ranks(options)
     text = capsys.readouterr().out

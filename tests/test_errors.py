@@ -56,7 +56,7 @@ def test_half_set_variables_are_refused(change, words):
 @pytest.mark.parametrize("command", [
     ["train.py"], ["eval_knn.py", "RUN"], ["eval_linear.py", "RUN"], ["collapse.py", "RUN"],
     ["-m", "lab.ablate", "main"], ["-m", "lab.bench"], ["-m", "lab.chaos"], ["-m", "lab.fuzz"],
-    ["-m", "lab.hosts"]])
+    ["-m", "lab.gpu"], ["-m", "lab.hosts"]])
 def test_every_command_refuses_a_half_set_environment(command, tmp_path):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
                           env=os.environ | {"RANK": "1"})

@@ -292,6 +292,69 @@ def test_shared_prototypes_get_both_gradients_and_one_penalty(tmp_path, monkeypa
     assert len(other["state"]) == len(optimizer["state"]) + 1
 
 
+def test_the_loss_of_patches_has_its_weight(tmp_path):
+    terms = []
+    for weight in (1, 0.25):
+        run(tmp_path / str(weight), "--patch-weight", weight, "--log-every", "1", "--stop-at", "1")
+        terms.append(read_log(tmp_path / str(weight))[-1])
+    whole, quarter = terms
+    assert float(quarter["patch"]) == pytest.approx(float(whole["patch"]) / 4, rel=1e-4)
+    assert quarter["cross_entropy"] == whole["cross_entropy"]
+    assert quarter["patch_over_ln_k"] == whole["patch_over_ln_k"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--shared-prototypes"]])
+def test_a_teacher_without_momentum_is_the_student_prototypes_included(tmp_path, flags):
+    run(tmp_path, "--momentum", "0", "--momentum-end", "0", "--lr", "0.1", "--stop-at", "2", *flags)
+    ckpt = read_checkpoint(tmp_path)
+    sets = [(ckpt["prototypes"]["student"], ckpt["prototypes"]["teacher"])]
+    if not flags:
+        sets.append((ckpt["patch_student"], ckpt["patch_teacher"]))
+    for student, teacher in sets:
+        assert torch.equal(student["weight"], teacher["weight"])
+    trained = ckpt["student"]
+    assert all(torch.equal(weight, trained[name]) for name, weight in ckpt["teacher"].items()
+               if name in trained and not name.endswith(("running_mean", "running_var")))
+
+
+def test_the_mean_of_places_is_taken_off_both_networks_and_follows_what_it_was_taken_off(
+        tmp_path, monkeypatch):
+    """Each step: teacher's hidden patches, those that move prototypes, student's hidden patches;
+    then the mean takes in the second ones as they were."""
+    calls = []
+    forward, update = ibot.PlaceMean.forward, ibot.PlaceMean.update
+    monkeypatch.setattr(ibot.PlaceMean, "forward", lambda place_mean, h, at: (
+        calls.append(("off", h)), forward(place_mean, h, at))[1])
+    monkeypatch.setattr(ibot.PlaceMean, "update", lambda place_mean, h, at: (
+        calls.append(("in", h)), update(place_mean, h, at))[1])
+    run(tmp_path, "--place-mean", "--stop-at", "2")
+    steps = [calls[:4], calls[4:8]]
+    for (off_t, h_t), (off_sampled, sampled), (off_s, h_s), (into, taken) in steps:
+        assert [off_t, off_sampled, off_s, into] == ["off", "off", "off", "in"]
+        assert h_t.shape == h_s.shape and h_s.requires_grad and not h_t.requires_grad
+        assert taken is sampled and len(sampled) == 2 * 8 * 4
+
+
+def test_a_shared_set_follows_class_tokens_and_patches(tmp_path, monkeypatch):
+    seen = []
+    original = heads.Decoupled.step
+    monkeypatch.setattr(heads.Decoupled, "step", lambda protos, h, *a: (
+        seen.append(h.flatten(0, -2).shape[0]), original(protos, h, *a))[1])
+    same = ["--prototypes", "decoupled", "--targets", "sinkhorn", "--stop-at", "1"]
+    run(tmp_path / "shared", *same, "--shared-prototypes")
+    run(tmp_path / "two", *same)
+    assert seen == [16 + 64, 16, 64]  # two crops of 8 images, 4 places in each
+
+
+def test_prototypes_of_patches_start_elsewhere_and_have_the_rate_of_their_rows():
+    args = ibot.parse([*TINY, "--out", "nowhere", "--patch-rows", "4"])
+    of_patches = ibot.args_of_patches(args)
+    starts = [heads.prototypes(flags, 0).start for flags in (args, of_patches)]
+    assert starts[0].shape == starts[1].shape and not torch.equal(*starts)
+    # `clustered` multiplies both
+    assert of_patches.lr * of_patches.batch_size == pytest.approx(args.lr * args.batch_size)
+
+
 def test_without_the_patch_stream_the_class_stream_is_that_of_dino(tmp_path):
     """On the same network train.py prints the same losses."""
     import train
