@@ -1,4 +1,6 @@
 """zoo/masks.py: statistics of masks beside those of the official code, and what fixes a mask."""
+import itertools
+import math
 import random
 
 import pytest
@@ -77,3 +79,18 @@ def test_an_inverse_block_shows_one_rectangle_around_the_edges():
         rows = [[r for r in range(8) if shown[r, c]] for c in range(8)]
         assert sum(map(len, rows)) == 23
         assert len({len(r) for r in rows if r}) <= 2  # full columns, and shorter ones at its end
+
+
+@pytest.mark.parametrize("height, width, hidden", [(4, 2, 0), (2, 4, 0), (3, 2, 6)])
+def test_a_block_is_shorter_than_both_sides_of_the_grid(height, width, hidden):
+    class Rng:
+        """Draws the same block each time, in the first corner."""
+        def __init__(self):
+            self.draws = itertools.cycle([height * width, math.log(height / width)])
+
+        def uniform(self, low, high):
+            return next(self.draws)
+
+        def randint(self, low, high):
+            return low
+    assert int(block_mask(4, 4, 8, Rng()).sum()) == hidden
