@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -323,14 +324,18 @@ def bench_ibot(options):
 
 
 def bench_loop(options):
-    """images/s of the default run beside lightly's DINO, and the share of the time for the data."""
+    """images/s of the default run beside lightly's DINO, the share of the time for the data, and
+    the time of a step over that of its matrix products."""
     flags = ["--device", "cpu", "--steps", options.steps * 10, "--log-every", 10, "--gmm-start", 5,
              *NO_EVALUATION]
     threads = torch.get_num_threads()
     ours, data_shares, lightly = [], [], {0: [], 1: []}
+    of_step, of_products = [], []  # seconds
     for _ in range(options.reps):
         rows, _ = train(*flags)
         ours.append(max(float(row["images_per_s"]) for row in rows))
+        of_step.append(64 / ours[-1])  # the default batch
+        of_products.append(seconds_of_products())
         data_shares.append(min(float(row["data_share"]) for row in rows))
         for workers, speeds in lightly.items():  # 0: its crops are made in the training process
             torch.set_num_threads(max(1, threads - workers))
@@ -338,6 +343,10 @@ def bench_loop(options):
         torch.set_num_threads(threads)
     print(f"\nloop: default run {statistics.median(ours):.0f} images/s")
     verdict("share of the data in a step", statistics.median(data_shares), 0.2)
+    print(f"    a step takes {1000 * statistics.median(of_step):.0f} ms, its matrix products alone "
+          f"{1000 * statistics.median(of_products):.0f} ms")
+    times = {"step": of_step, "products": of_products}
+    verdict("step / its products", ratio(times, "step", "products"), 1.5)
     if lightly[0][0] is None:
         print("    lightly is not installed")
         return
@@ -346,6 +355,17 @@ def bench_loop(options):
               f"{statistics.median(speeds):.0f} images/s")
         both = {"ours": ours, "lightly": speeds}
         verdict("ours / lightly", ratio(both, "ours", "lightly"), 3, at_least=True)
+
+
+def seconds_of_products():
+    """Of the default run, as lab/products.py measures them in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "lab.products"], capture_output=True, text=True,
+                          cwd=ROOT)
+    found = re.search(r"^products of a step: [\d,]+, ([\d.]+) s$", done.stdout, flags=re.M)
+    if not found:
+        words = (done.stderr.strip() or "without a word").splitlines()[-1]
+        raise ValueError(f"lab.products ended with exit code {done.returncode}: {words}")
+    return float(found[1])
 
 
 def bench_ranks(options):
