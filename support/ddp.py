@@ -69,7 +69,7 @@ def setup(device, timeout=600):
         timeout = datetime.timedelta(seconds=timeout)
         try:
             store = next(dist.rendezvous("env://", timeout=timeout))[0]
-        except dist.DistError as error:  # the port is taken, or nobody answers
+        except RuntimeError as error:  # the port is taken, or nobody answers
             raise ValueError(f"process {RANK} of {WORLD} cannot meet the others at MASTER_ADDR and "
                              f"MASTER_PORT: {str(error).splitlines()[0]}") from None
         # torchrun keeps its store over a restart, and the addresses in it are then those of dead

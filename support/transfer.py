@@ -116,7 +116,8 @@ def official(dataset, root, split):
         paths, labels = stored._images, stored._labels
     else:
         paths, labels = stored._image_files, stored._labels
-    return paths, labels, stored.classes
+    # torchvision 0.21 has no names for Flowers102, which has 102 classes
+    return paths, labels, getattr(stored, "classes", [str(i) for i in range(1, 103)])
 
 
 def voc(dataset, root, split):

@@ -387,7 +387,9 @@ def test_the_command_on_the_built_in_images(arch, small, tmp_path, capsys):
     names = [f"{f} {p}" for f in ("backbone", "untrained", "pixels") for p in ("knn", "linear")]
     assert list(result["miou"]) == names
     assert all(0 < value <= 100 for value in result["miou"].values())
-    assert len({result["miou"][f"{f} knn"] for f in ("backbone", "untrained", "pixels")}) == 3
+    features = ("backbone", "untrained", "pixels")
+    assert len({tuple(result["miou"][f"{f} {p}"] for p in ("knn", "linear"))
+                for f in features}) == 3
     assert 0 < result["bounds"]["commonest label"] < result["bounds"]["own label of each patch"]
     assert result["bounds"]["own label of each patch"] < 100
     printed = capsys.readouterr().out

@@ -100,7 +100,8 @@ def test_a_loss_with_a_new_term(fork):
     plain = steps(fork, "plain")
     assert "spread" not in plain[0]
     assert rows[0]["consistency"] == plain[0]["consistency"]  # the first step has moved nothing yet
-    assert rows[3]["consistency"] != plain[3]["consistency"]  # the term has a gradient
+    # the term has a gradient
+    assert [r["consistency"] for r in rows[1:]] != [r["consistency"] for r in plain[1:]]
     assert [row["spread"] for row in steps(fork, "parts")] == [row["spread"] for row in rows]
 
 
