@@ -57,12 +57,10 @@ MOVED_BY = {"joint": "joint", "kp": "kp", "frozen": "frozen", "kmeans": "kmeans"
             "decoupled per sample": "decoupled --forgetting sample", "live": "live"}
 BALANCED = "--method dino --targets sinkhorn --num-prototypes 64 --prototypes "
 SPREAD = "--method carp-uniform --prototypes "
-# A head of patches beside that of class tokens, which is the same in all rows: trained prototypes
-# and a centre. Sinkhorn-Knopp needs as many patches as prototypes, and a step of 32 images has 592
-# hidden ones on average. Without the patches' loss this is DINO; its network is the same whatever
-# the patch prototypes are, and those that follow the teacher still do
-DENSE = ("zoo/ibot.py --epochs 3 --prototypes joint --num-patch-prototypes 512 "
-         "--patch-targets sinkhorn --patch-prototypes ")
+# A head of patches beside that of class tokens, which is the same in all rows: trained prototypes.
+# Without the patches' loss this is DINO; its network is the same whatever the patch prototypes are,
+# and those that follow the teacher still do
+DENSE = "zoo/ibot.py --prototypes joint --patch-prototypes "
 IN_DENSE = ["joint", "kp", "frozen", "decoupled", "decoupled per sample"]
 NO_PATCH_LOSS = " --patch-weight 0 --mask-share 0"
 # The clusters of CAPI's teacher, and over what its targets are balanced

@@ -303,13 +303,13 @@ def bench_step(options):
 def bench_ibot(options):
     """iBOT's step beside DINO's on the same network, and its hidden patches beside all of them."""
     flags = ["--device", options.device, "--arch", "vit_micro", "--patch-size", 4, "--no-head-bn",
-             "--prototypes", "joint", "--batch-size", 32, "--steps", 4 * options.steps,
-             "--log-every", 1, *NO_EVALUATION]
+             "--prototypes", "joint", "--targets", "center", "--num-prototypes", 1024,
+             "--batch-size", 32, "--steps", 4 * options.steps, "--log-every", 1, *NO_EVALUATION]
     measured = {"DINO": ([], 0), "iBOT": ([], 0)}
     for _ in range(options.reps):
         for kind, (seconds, peak) in measured.items():
-            method, script = ([], "zoo/ibot.py") if kind == "iBOT" else (
-                ["--method", "dino"], "train.py")
+            method, script = (["--num-patch-prototypes", 1024], "zoo/ibot.py") if (
+                kind == "iBOT") else (["--method", "dino"], "train.py")
             rows, _ = train(*flags, *method, script=script)
             seconds.append(statistics.median(32 / float(row["images_per_s"]) for row in rows[1:]))
             measured[kind] = seconds, max(peak, *(float(row["memory_mb"]) for row in rows))

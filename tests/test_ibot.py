@@ -12,6 +12,7 @@ import models
 from conftest import TINY, compare_one_process_with_two, differences, read_checkpoint, read_log
 from zoo import ibot
 
+CENTRE = ["--targets", "center", "--num-patch-prototypes", "16"]  # iBOT's, and not our default
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
 
@@ -20,7 +21,7 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 
 def run(out, *flags):
-    return ibot.main([*TINY, "--out", str(out), *map(str, flags)])
+    return ibot.main([*TINY, *CENTRE, "--out", str(out), *map(str, flags)])
 
 
 def identity_prototypes(K):
@@ -218,7 +219,7 @@ def test_the_mean_of_each_place_follows_its_vectors_and_is_taken_off():
 
 
 # ---- whole runs --------------------------------------------------------------------------------
-KINDS = [[], ["--prototypes", "vmf", "--shared-prototypes"],
+KINDS = [[], ["--prototypes", "vmf", "--shared-prototypes", "--targets", "prob"],
          ["--prototypes", "frozen", "--patch-prototypes", "decoupled", "--patch-targets",
           "sinkhorn", "--gmm-start", "0", "--place-mean"],
          ["--targets", "sinkhorn", "--prototypes", "live", "--gmm-start", "1",
@@ -257,7 +258,7 @@ def test_four_micro_batches_are_one_batch(tmp_path, kind):
 
 
 def test_two_processes_equal_one_though_their_hidden_patches_differ_in_number(tmp_path):
-    compare_one_process_with_two("ibot", KINDS, [*TINY, "--lr", "1e-3"],
+    compare_one_process_with_two("ibot", KINDS, [*TINY, *CENTRE, "--lr", "1e-3"],
                                  ("cross_entropy", "patch", "penalty"), tmp_path)
 
 
@@ -347,7 +348,7 @@ def test_a_shared_set_follows_class_tokens_and_patches(tmp_path, monkeypatch):
 
 
 def test_prototypes_of_patches_start_elsewhere_and_have_the_rate_of_their_rows():
-    args = ibot.parse([*TINY, "--out", "nowhere", "--patch-rows", "4"])
+    args = ibot.parse([*TINY, *CENTRE, "--out", "nowhere", "--patch-rows", "4"])
     of_patches = ibot.args_of_patches(args)
     starts = [heads.prototypes(flags, 0).start for flags in (args, of_patches)]
     assert starts[0].shape == starts[1].shape and not torch.equal(*starts)
@@ -386,12 +387,21 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
     assert sentence in capsys.readouterr().err
 
 
+def test_the_default_is_balanced_with_more_prototypes_for_patches():
+    args = ibot.parse(["--device", "cpu", "--out", "nowhere"])
+    assert args.targets == args.patch_targets == "sinkhorn"
+    assert (args.num_prototypes, args.num_patch_prototypes) == (64, 256)
+    args = ibot.parse(["--device", "cpu", "--out", "nowhere", "--shared-prototypes"])
+    assert args.num_patch_prototypes == 64
+
+
 @pytest.mark.parametrize("preset, arch", [("paper-ibot-vits", "vit_small"),
                                           ("paper-ibot-vitb", "vit_base")])
 def test_presets_hold_the_numbers_of_the_official_recipes(preset, arch):
     args = ibot.parse(["--preset", preset, "--device", "cpu", "--data", "shapes"])
     assert (args.arch, args.num_prototypes, args.num_patch_prototypes) == (arch, 8192, 8192)
     assert args.shared_prototypes and args.shared_head and not args.head_bn
+    assert args.targets == args.patch_targets == "center"
     assert args.teacher_temp == args.patch_temp == [0.04, 0.07]
     assert args.mask_ratio == [0.1, 0.5] and args.mask_share == 0.5 and args.student_temp == 0.1
     assert np.isclose(args.momentum, 0.996)
