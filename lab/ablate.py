@@ -197,7 +197,8 @@ def parts(name):
         return [("features", [MEASURES[0], PATCHES[0], TARGETS[0]]), ("targets", TARGETS[1:]),
                 ("teacher's clusters", MEASURES[1:]), ("student's set", STUDENTS)]
     if name == "space":
-        return [("", [m for m in MEASURES if m[0] != "unique_0.025"]), ("vectors", VECTORS)]
+        ceiling, = (m for m in MEASURES if m[0] == "ceiling_0.5")  # of random vectors
+        return [("", [m for m in MEASURES if m != ceiling]), ("vectors", [ceiling, *VECTORS])]
     if name == "longtail":
         return [("", MEASURES[:1] + GROUPS + [m for m in MEASURES[1:] if m[0] != "ceiling_0.5"])]
     return [("", MEASURES)]
