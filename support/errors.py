@@ -15,7 +15,8 @@ def one_sentence(script, out=None):
 
     Exit code 2: bad input, a full disk, too little memory, a compiler that does not work here; all
     that is raised as ValueError or OSError has its sentence. Exit code 1: another process of the
-    run is gone. out: the folder of the run, for errors of the system that name no file.
+    run is gone, or one that decodes images for it. out: the folder of the run, for errors of the
+    system that name no file.
     """
     def leave(sentence, code):
         process = f" (process {ddp.RANK})" if ddp.RANK else ""
@@ -36,6 +37,9 @@ def one_sentence(script, out=None):
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             leave(f"--compile does not work here: {str(error).splitlines()[0]}", 2)
+        if str(error).startswith("DataLoader worker"):
+            leave("a process that decodes images (--workers) was ended from outside, for lack of "
+                  "memory for instance; the last checkpoint is whole, go on with --resume", 1)
         if ddp.lost_contact(error):
             silent = "timed out" in str(error).lower()  # a cable that is cut sends no word
             how = ("heard nothing from another one for the seconds of --timeout" if silent else

@@ -671,6 +671,29 @@ def test_broken_images(tmp_path, monkeypatch, capsys, in_memory):
                      r"read \(.+\)", sentence)
 
 
+def test_a_decoding_process_that_is_killed_ends_the_run_with_a_sentence(tmp_path, monkeypatch,
+                                                                        capsys):
+    """As the kernel kills one for lack of memory; the run goes on from its last step."""
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    flags = ["--data", make_folder(tmp_path / "set"), "--save-every", "1"]
+    original = views.Crops.__getitem__
+
+    def killed_at_step_3(crops, key):
+        if key[1] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(crops, key)
+    with monkeypatch.context() as patch:
+        patch.setattr(views.Crops, "__getitem__", killed_at_step_3)
+        with pytest.raises(SystemExit) as stop:
+            train_tiny(tmp_path / "out", *flags, "--workers", "1")
+    assert stop.value.code == 1
+    printed = capsys.readouterr().err
+    assert "train.py: error: a process that decodes images (--workers) was ended" in printed
+    assert 1 <= read_checkpoint(tmp_path / "out")["step"] <= 3
+    train_tiny(tmp_path / "out", "--resume", *flags)
+    assert read_checkpoint(tmp_path / "out")["step"] == 6
+
+
 # ---- several processes -------------------------------------------------------------------------
 def torchrun(script, *flags, restarts=0):
     """(exit code, all that was printed) of a script on two processes."""
