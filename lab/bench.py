@@ -183,10 +183,9 @@ def show(options, title, measured, unit="MB extra"):
 
 def add(file, row):
     """Add a row {column: value} to a csv file, and its header to a new one."""
-    is_new = not os.path.exists(file)
     with open(file, "a", newline="") as f:
         writer = csv.DictWriter(f, row)
-        if is_new:
+        if f.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
 
@@ -426,6 +425,8 @@ def main(argv=None):
         if options.K % options.P:
             raise ValueError(f"--K {options.K} must be a multiple of --P {options.P}")
         options.device = choose_device(options.device)
+        if options.csv:
+            open(options.csv, "a").close()  # refused now, if ever, and not after minutes
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
               f"{torch.get_num_threads()} threads, {options.device}, torch {torch.__version__}, "
               f"{datetime.date.today()}")

@@ -1,7 +1,7 @@
 """All that a GPU can tell about this project, by one command and in the minutes that you have.
 
     python -m lab.gpu --minutes 8 --out gpu --data images/cifar10
-    python -m lab.gpu --minutes 3 --out gpu --device cpu --toy      a rehearsal on a CPU
+    python -m lab.gpu --device cpu --toy --data shapes --out rehearsal      without a GPU
 
 Start it in the folder of train.py. Three parts, each with a file in --out that grows as results
 come, so that a run that is cut short keeps what it has:
@@ -12,17 +12,19 @@ come, so that a run that is cut short keeps what it has:
     runs.csv     evaluations of runs with joint, frozen and decoupled prototypes. They train in
                  turns, --turn steps at a time, so that they are equally far when the time is over
 
-What did not fit into the minutes is named at the end. The exit code is 1 if a value differs or a
-command failed.
+Flags after -- go to the runs. What did not fit into the minutes is named at the end. The exit code
+is 1 if a value differs or a command failed.
 """
 import argparse
 import contextlib
 import csv
 import datetime
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -30,6 +32,7 @@ import torch
 from torch.nn import functional as F
 
 import collapse
+import config
 import data
 import eval_knn
 import losses
@@ -111,27 +114,27 @@ def fast_mixture_check(device):
     return apart(six_updates(FastGMM(96, 24), device), expected)
 
 
-def gradients(loss, way, device):
-    sizes = SimpleNamespace(K=256, D=32, V=4, B=16, P=64, joint=True, device=device)
-    return loss(way, sizes)()
+def gradients_apart(loss, way, device):
+    """Gradients of h and of joint prototypes: `way` on the device beside the plain way on a CPU."""
+    def gradients(way, device):
+        sizes = SimpleNamespace(K=256, D=32, V=4, B=16, P=64, joint=True, device=device)
+        return loss(way, sizes)()
+    return apart(gradients(way, device), gradients("plain", "cpu"))
 
 
 @check("CARP's loss of losses.py: gradients", 1e-4)
 def carp_check(device):
-    return apart(gradients(contestants.loss, "plain", device),
-                 gradients(contestants.loss, "plain", "cpu"))
+    return gradients_apart(contestants.loss, "plain", device)
 
 
 @check("CARP's loss of fast/losses.py, beside losses.py", 1e-4)
 def fast_carp_check(device):
-    return apart(gradients(contestants.loss, "ours", device),
-                 gradients(contestants.loss, "plain", "cpu"))
+    return gradients_apart(contestants.loss, "ours", device)
 
 
 @check("DINO's loss of fast/losses.py, beside losses.py", 1e-4)
 def fast_dino_check(device):
-    return apart(gradients(contestants.dino, "ours", device),
-                 gradients(contestants.dino, "plain", "cpu"))
+    return gradients_apart(contestants.dino, "ours", device)
 
 
 @check("Sinkhorn-Knopp at temperature .025", 1e-3)
@@ -168,31 +171,32 @@ def crops_check(device):
                           gray_p=0.3, blur_p=(0.5, 0.1, 0.5), solarize_p=(0, 0.2, 0))
     images = data.subset(data.load("shapes", root="data")[0], torch.arange(32))
 
-    def crops(where):
+    def crops(device):
         return next(iter(views.batches(images, recipe, batch_size=32, seed=0, start=0, stop=1,
-                                       device=where)))
+                                       device=device)))
     return apart(crops(device), crops("cpu"))
 
 
 @check("backbone: outputs and gradients in float32", 1e-2)
 def backbone_check(device):
-    def outputs(where):
+    def outputs(device):
         torch.manual_seed(0)
-        net = models.build("vit_nano", patch_size=8, img_size=32).to(where)
-        cls, _ = net(randn(16, 3, 32, 32).to(where))  # (16, dim)
+        net = models.build("vit_nano", patch_size=8, img_size=32).to(device)
+        cls, _ = net(randn(16, 3, 32, 32).to(device))  # (16, dim)
         cls.square().sum().backward()
         return [cls, *(p.grad for p in net.parameters() if p.grad is not None)]
     return apart(outputs(device), outputs("cpu"))
 
 
 @check("a run, stopped and resumed: its last loss", 1e-2)
-def resume_check(device, folder):
+def resume_check(device):
     """Twelve steps beside four, a stop, and eight more."""
     flags = ["--device", device, "--steps", "12", "--log-every", "4", "--gmm-start", "2",
              "--prototypes", "decoupled", *TOY_RUN[:-2]]
-    for name, more in (("whole", []), ("parts", ["--stop-at", "4"]), ("parts", ["--resume"])):
-        call(["train.py", *flags, "--out", os.path.join(folder, name), *more])
-    whole, parts = (rows_of(os.path.join(folder, name))[-1] for name in ("whole", "parts"))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, more in (("whole", []), ("parts", ["--stop-at", "4"]), ("parts", ["--resume"])):
+            call(["train.py", *flags, "--out", os.path.join(folder, name), *more])
+        whole, parts = (rows_of(os.path.join(folder, name))[-1] for name in ("whole", "parts"))
     if whole["step"] != parts["step"]:
         return float("inf")
     return abs(float(whole["loss"]) - float(parts["loss"])) / abs(float(whole["loss"]))
@@ -203,21 +207,20 @@ def check_all(device, out, names=tuple(CHECKS)):
     bad = []
     for name in names:
         function, allowed = CHECKS[name]
-        more = {"folder": os.path.join(out, "resumed")} if function is resume_check else {}
         try:
-            difference, words = function(device, **more), ""
+            difference, words = function(device), ""
         except (RuntimeError, ValueError) as error:  # the next check may still work
             difference, words = float("nan"), str(error).splitlines()[0]
         passed = difference <= allowed
         add(os.path.join(out, "checks.csv"),
             {"check": name, "difference": f"{difference:.3g}", "allowed": allowed,
-             "passed": passed, "error": words} | where(device))
+             "passed": passed, "error": words} | machine(device))
         print(f"    {'equal  ' if passed else 'DIFFERS'} {difference:.1e}  {name}", flush=True)
         bad += [] if passed else [f"{name}: {words or f'{difference:.3g}, allowed {allowed}'}"]
     return bad
 
 
-def where(device):
+def machine(device):
     return {"device": device_name(device), "torch": torch.__version__,
             "date": datetime.date.today()}
 
@@ -286,17 +289,35 @@ def bench_all(args, clock):
 
 
 # ---- runs --------------------------------------------------------------------------------------
+def flags_of_runs(args):
+    return ["--preset", "cifar10-cpu", *(TOY_RUN if args.toy else []), *args.flags,
+            "--device", args.device, "--data", args.data, "--data-root", args.data_root]
+
+
+def check_runs(args):
+    """Before any minute is spent: ValueError where there are no images, and exit code 2 for flags
+    that train.py refuses. Returns --steps of the runs, None without."""
+    if not os.path.isdir(os.path.expanduser(args.data)):
+        data.load(args.data, root=args.data_root)
+    return config.parse([*flags_of_runs(args), "--out", os.path.join(args.out, "runs")]).steps
+
+
+def steps_of(out):
+    """How many steps the run in this folder has in all."""
+    with open(os.path.join(out, "args.json")) as f:
+        return json.load(f)["data_seen"]["steps"]
+
+
 def runs(args, clock):
     """Joint, frozen and decoupled prototypes in turns. -> as bench_all"""
-    flags = ["--preset", "cifar10-cpu", *(TOY_RUN if args.toy else []), *args.flags,
-             "--device", args.device, "--data", args.data, "--data-root", args.data_root]
+    flags, total = flags_of_runs(args), check_runs(args)  # total: steps of a run, None: not known
     steps, longest = 0, 0.0  # of all runs; seconds of a turn so far
-    while True:
-        steps += args.turn
+    while total is None or steps < total:
+        before, steps = steps, min(steps + args.turn, total or sys.maxsize)
         for kind in KINDS:
             out = os.path.join(args.out, "runs", kind)
             if clock.left() < max(LEAST_LEFT, 1.1 * longest):
-                return [], [f"steps after {steps - args.turn} of the runs, {kind} first"]
+                return [], [f"steps after {before} of the runs, {kind} first"]
             begin = time.monotonic()
             try:
                 ended = call(["train.py", *flags, "--prototypes", kind, "--out", out, "--resume",
@@ -308,8 +329,8 @@ def runs(args, clock):
             print(f"    {kind:10} {told(rows_of(out)[-1])}", flush=True)
             if not ended:
                 return [], [f"steps of the runs, in the turn that ends at {steps}"]
-        if int(rows_of(out)[-1]["step"]) < steps:  # the runs are shorter than that
-            return [], []
+        total = steps_of(out)
+    return [], []
 
 
 def rows_of(out):
@@ -338,7 +359,7 @@ def keep_evaluations(args):
         for row in rows_of(out) if os.path.exists(out) else []:
             if row["used"]:
                 add(file, {"prototypes": kind} | {column: row[column] for column in COLUMNS}
-                    | where(args.device))
+                    | machine(args.device))
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -351,9 +372,9 @@ def parser():
     flag("--device", default="cuda", help="cuda by default; cpu rehearses")
     flag("--data", default="cifar10", help="as train.py --data, for the runs; cifar10 by default")
     flag("--data-root", default="data", metavar="DIR", help="as train.py --data-root")
-    flag("--turn", type=int, default=1562, metavar="STEPS",
+    flag("--turn", type=int, metavar="STEPS",
          help="steps of a run before it is the next one's turn; 1562 by default, a pass over "
-         "CIFAR-10")
+         "CIFAR-10, and 10 with --toy")
     flag("--toy", action="store_true", help="small sizes, and runs of 30 steps")
     flag("--parts", nargs="+", choices=["checks", "bench", "runs"], metavar="PART",
          default=["checks", "bench", "runs"], help="of checks, bench, runs; all by default")
@@ -368,8 +389,12 @@ def main(argv=None):
     args.flags = argv[end + 1:]
     with one_sentence("lab.gpu"):
         check_values(args, RANGES)
+        if args.turn is None:
+            args.turn = 10 if args.toy else 1562
         args.device = choose_device(args.device)
         args.out = os.path.abspath(args.out)
+        if "runs" in args.parts:
+            check_runs(args)
         os.makedirs(args.out, exist_ok=True)
         with locked(args.out):
             experiment(args)
@@ -377,7 +402,7 @@ def main(argv=None):
 
 def experiment(args):
     clock = Clock(args.minutes)
-    print(", ".join(map(str, where(args.device).values())))
+    print(", ".join(map(str, machine(args.device).values())))
     bad, left_out = [], []
     if "checks" in args.parts:
         print("values, beside those of a CPU:")

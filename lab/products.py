@@ -9,11 +9,11 @@ convolutions, attention, their gradients) are carried out again on random number
 It prints their time, and how many other operations a step has. `lab.bench loop` takes this time as
 the floor of a step.
 """
+import argparse
 import collections
 import contextlib
 import io
 import statistics
-import sys
 import tempfile
 import time
 
@@ -27,7 +27,7 @@ from support.errors import one_sentence
 # names begin like the last one
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution",
             "convolution_backward", "_scaled_dot_product")
-FLAGS = ["--device", "cpu", "--gmm-start", "0", "--log-every", "1", "--eval-every", "1000000",
+FLAGS = ["--gmm-start", "0", "--log-every", "1", "--eval-every", "1000000",
          "--eval-bank", "64", "--eval-queries", "8"]
 REPLAYS = 7
 
@@ -83,7 +83,8 @@ def watched(flags, steps):
     """A Watch of a run of so many steps, which prints nothing."""
     silence = contextlib.redirect_stdout(io.StringIO())
     with tempfile.TemporaryDirectory() as out, silence, Watch() as watch:
-        train.main([*FLAGS, *flags, "--out", out, "--steps", "1000", "--stop-at", str(steps)])
+        train.main([*FLAGS, *flags, "--device", "cpu", "--out", out, "--steps", "1000",
+                    "--stop-at", str(steps)])
     return watch
 
 
@@ -110,7 +111,10 @@ def seconds(calls):
 
 def main(argv=None):
     """Print and return the seconds of the products of a step."""
-    flags = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser("python -m lab.products", description=__doc__,
+                                     allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    _, flags = parser.parse_known_args(argv)  # those of train.py
     with one_sentence("lab.products"):
         calls, others = of_one_step(flags)
         took = seconds(calls)

@@ -1,5 +1,6 @@
 """lab/gpu.py: its checks find a wrong value, its runs take turns, and the minutes are kept."""
 import csv
+import json
 import os
 import time
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ def test_the_device_computes_what_a_cpu_does(device, tmp_path, capsys):
     assert all(row["passed"] == "True" and row["error"] == "" for row in found)
 
 
-def test_a_run_that_is_resumed_is_compared_with_one_that_is_not(tmp_path, monkeypatch):
+def test_a_run_that_is_resumed_is_compared_with_one_that_is_not(monkeypatch):
     losses = iter(["2.0", "1.0", "2.1"])
 
     def call(words, *_):
@@ -37,7 +38,7 @@ def test_a_run_that_is_resumed_is_compared_with_one_that_is_not(tmp_path, monkey
         with open(os.path.join(out, "log.csv"), "w") as f:
             f.write(f"step,loss\n0,\n12,{next(losses)}\n")
     monkeypatch.setattr(gpu, "call", call)
-    assert gpu.resume_check("cpu", str(tmp_path)) == pytest.approx(0.05)
+    assert gpu.resume_check("cpu") == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("module, name, check", [
@@ -105,7 +106,10 @@ def pretend_runs(monkeypatch, total, seconds=0.0):
         assert words[0] == "train.py" and "--resume" in words and "--lr" in words
         calls.append((kind, int(stop)))
         os.makedirs(out, exist_ok=True)
-        row = {"step": min(int(stop), total), "loss": 1, "images_per_s": 5}
+        with open(os.path.join(out, "args.json"), "w") as f:
+            json.dump({"data_seen": {"steps": total}}, f)
+        assert int(stop) <= total  # train.py refuses to stop beyond the end
+        row = {"step": stop, "loss": 1, "images_per_s": 5}
         row |= dict.fromkeys(gpu.COLUMNS[2:], 0.5)
         with open(os.path.join(out, "log.csv"), "w", newline="") as f:
             writer = csv.DictWriter(f, row)
@@ -114,19 +118,25 @@ def pretend_runs(monkeypatch, total, seconds=0.0):
         time.sleep(seconds)
         return True
     monkeypatch.setattr(gpu, "call", call)
+    monkeypatch.setattr(gpu.data, "load", lambda *a, **k: None)
     return calls
 
 
 def test_runs_take_turns_until_they_are_over(tmp_path, monkeypatch, capsys):
+    """Their length is known after the first turn, or from --steps."""
     calls = pretend_runs(monkeypatch, total=15)
-    assert gpu.runs(options(tmp_path), gpu.Clock(5)) == ([], [])
-    assert calls == [(kind, steps) for steps in (10, 20) for kind in gpu.KINDS]
+    assert gpu.runs(options(tmp_path, toy=False), gpu.Clock(5)) == ([], [])
+    assert calls == [(kind, steps) for steps in (10, 15) for kind in gpu.KINDS]
+    calls.clear()
+    short = options(tmp_path / "other", turn=1000, flags=["--lr", "0.01", "--steps", "15"])
+    assert gpu.runs(short, gpu.Clock(5)) == ([], [])
+    assert calls == [(kind, 15) for kind in gpu.KINDS]
     found = rows(tmp_path / "runs.csv")
     assert [(row["prototypes"], row["step"]) for row in found] == [(k, "15") for k in gpu.KINDS]
 
 
 def test_no_turn_begins_that_would_outlast_the_minutes(tmp_path, monkeypatch):
-    calls = pretend_runs(monkeypatch, total=1000, seconds=0.4)
+    calls = pretend_runs(monkeypatch, total=30, seconds=0.4)
     monkeypatch.setattr(gpu, "LEAST_LEFT", 0.1)
     bad, left_out = gpu.runs(options(tmp_path), gpu.Clock(1.1 / 60))
     assert bad == [] and len(calls) == 2
@@ -172,7 +182,10 @@ def test_the_exit_code_says_whether_all_was_well(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, sentence", [
     (["--minutes", "0"], "--minutes must be positive, got 0"),
     (["--turn", "0"], "--turn must be at least 1, got 0"),
-    (["--device", "abacus"], "--device abacus does not work here")])
+    (["--device", "abacus"], "--device abacus does not work here"),
+    (["--device", "cpu", "--data", "nowhere"], "--data nowhere is neither a folder nor one of"),
+    (["--device", "cpu", "--data", ".", "--", "--lr", "-1"], "--lr must be positive, got -1"),
+    (["--device", "cpu", "--data", ".", "--", "--hue", "1"], "unrecognized arguments: --hue 1")])
 def test_bad_input_is_one_sentence(flags, sentence, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--out", str(tmp_path / "out"), *flags])
@@ -188,4 +201,8 @@ def test_times_of_a_race_go_to_a_file_as_they_come(tmp_path, monkeypatch, capsys
     found = rows(file)
     assert [row["way"] for row in found] == ["ours", "plain", "floor"] * 2
     assert {(row["seconds"], row["mb"], row["mb_of"]) for row in found} == {("3.0", "7", "extra")}
+    with pytest.raises(SystemExit):
+        bench.main(["knn", "--csv", str(tmp_path / "nowhere" / "b.csv")])
+    out, err = capsys.readouterr()
+    assert "nowhere/b.csv: No such file" in err and out.count("unique: 16384") == 1
     assert found[0]["what"].startswith("unique: 16384")

@@ -60,7 +60,7 @@ def test_a_step_has_the_products_of_its_networks_and_no_evaluation():
 def test_lab_bench_reads_what_it_prints(monkeypatch, capsys):
     monkeypatch.setattr(products, "of_one_step", lambda flags: (
         products.collections.Counter(), products.collections.Counter(add=3)))
-    took = products.main([])
+    took = products.main(["--lr", "0.1"])
     printed = capsys.readouterr().out
     assert "other operations: 3 (add 3 ...)" in printed
     done = type("Done", (), {"stdout": printed, "stderr": "", "returncode": 0})
