@@ -1,7 +1,7 @@
 """iBOT (Zhou et al. 2022): train.py with a second stream, in which hidden patches are guessed.
 
     python -m zoo.ibot                                             iBOT
-    python -m zoo.ibot --prototypes vmf                            iBOT-vMF; kp: with KoLeo
+    python -m zoo.ibot --prototypes vmf --targets prob             iBOT-vMF; kp: with KoLeo
     python -m zoo.ibot --patch-prototypes decoupled                the paper's mixture for patches
     python -m zoo.ibot --patch-weight 0 --mask-share 0             DINO on the same network
 
