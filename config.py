@@ -205,7 +205,7 @@ def parser():
     flag("--student-prototypes", default="same", choices=["same", "joint"],
          help="joint: the student has a set of its own that the loss trains, beside a set of the "
          "teacher that it does not (partial decoupling, Sec. 3 of the paper)")
-    flag("--uniformity", type=float, default=0.5,
+    flag("--uniformity", type=float, default=0.05,
          help="weight of the term that --method carp-uniform adds (zoo/uniformity.py)")
     flag("--kp-weight", type=float,
          help="weight of KoLeo, which pushes trained prototypes apart; None: 0.1 (B.1) with kp, "

@@ -8,7 +8,8 @@ prototypes do:
 
     U.1  log mean over pairs of images a != b of exp(-2 |u_a - u_b|^2), u = h / |h| of one view
 
-It is 0 if all vectors are one, and lowest if they spread evenly.
+It is 0 if all vectors are one, and lowest if they spread evenly. The term must not be strong: at
+weight 0.5 each image goes to a place of its own, and what crops share is not learned.
 
     python train.py --method carp-uniform --prototypes live
 """
@@ -22,7 +23,7 @@ from losses import CARPLoss
 class UniformCARP(CARPLoss):
     """CARP's terms, and `uniformity`: U.1 of the first two views, times --uniformity."""
 
-    def __init__(self, K, partition_size, seed=0, weight=0.5):
+    def __init__(self, K, partition_size, seed=0, weight=0.05):
         super().__init__(K, partition_size, seed)
         self.weight = weight
 
