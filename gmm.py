@@ -10,19 +10,20 @@ Its means are the prototypes.
     var        diag Sigma_k    diagonal covariances                               (K, D)
     gamma      gamma_ik        responsibility of component k for vector i         (N, K)
     T_*        S~_k            statistics of this step                            (K,) (K, D) (K, D)
-    S_*        S_k             running statistics; S_pi counts samples, about N   (K,) (K, D) (K, D)
+    S_*        S_k             running statistics; S_pi counts samples            (K,) (K, D) (K, D)
     g          gamma^_k        mean responsibility over the step                  (K,)
-    eta, beta                  forgetting factor (A.7), smoothing of the density (A.1)
-    mass       JB / K          samples that each component starts with (A.4)
+    eta        eta             forgetting factor (A.7); eta^g is the share of S that is kept
+    beta       beta            exponent of the density; below 1 it flattens gamma (A.1)
+    mass       JB / K          samples that a component of weight 1/K starts with (A.4)
     c                          mean of h, around which products are taken         (D,)
     ks                         a block of components, as a slice                  |ks| of them
 
-gamma^_k is the paper's gamma with a hat, S~ its S with a tilde; eta^g is a power. The mixture keeps
-S; mu and var follow from it (A.5) and are computed when they are asked for. S is float64, since at
-large K a step changes it by less than float32 can show (g = 1/65,536). Components are handled in
-blocks: that bounds all memory but gamma's own, and changes no more than rounding. fast/gmm.py
-computes the same for very large N K. The paper leaves some things open and misprints others; each
-choice of ours is a line that starts with `# differs:`.
+gamma^_k is the paper's gamma with a hat, S~ its S with a tilde; eta^g is eta to the power of g. The
+mixture keeps S; mu and var follow from it (A.5) and are computed when they are asked for. S is
+float64, since at large K a step changes it by less than float32 can show (g = 1/65,536). Components
+are handled in blocks: that bounds all memory but gamma's own, and changes no more than rounding.
+fast/gmm.py computes the same for very large N K. The paper leaves some things open and misprints
+others; each choice of ours is a line that starts with `# differs:`.
 """
 import math
 
@@ -78,12 +79,13 @@ class OnlineGMM(nn.Module):
         self.K, self.D, self.chunk, self.seed = K, D, chunk, seed
         self.forgetting, self.resurrect, self.rescale = forgetting, resurrect, rescale
         self.var_floor = var_floor
-        self.t = 0  # updates so far
+        self.t = 0  # updates so far; every one has random directions of its own
         self.register_buffer("log_pi", torch.zeros(K))
         self.register_buffer("floor", torch.zeros(()))  # smallest variance
         self.register_buffer("S_pi", torch.zeros(K, dtype=torch.float64))
         self.register_buffer("S_mu", torch.zeros(K, D, dtype=torch.float64))
         self.register_buffer("S_sig", torch.zeros(K, D, dtype=torch.float64))
+        # something to hold until `init_from` or `set_params` is called
         self.set_params(self.random_directions(K), torch.tensor(1 / D), 1 / K, mass=1.0)
 
     # ---- start: A.4 ----------------------------------------------------------------------------
@@ -93,7 +95,7 @@ class OnlineGMM(nn.Module):
 
         mass: samples that a component of weight 1/K is worth, JB/K (A.4).
         """
-        self.floor.fill_(1e-18)
+        self.floor.fill_(1e-18)  # no floor until `update` sets it
         device = self.S_pi.device
         pi = torch.as_tensor(pi, dtype=torch.float64, device=device).expand(self.K)  # (K,)
         mu, var = (torch.as_tensor(v, device=device).expand(self.K, self.D) for v in (mu, var))
@@ -202,9 +204,10 @@ class OnlineGMM(nn.Module):
 
             # A.5  pi = S_pi / sum_k S_pi;  mu and Sigma follow from S too, see mean and variance
             self.log_pi.copy_(self.weights().log())
-            self.set_floor(pooled, eta)
+            self.set_floor(pooled, eta)  # of the variances, from here to the next step
 
-            # A.6  mu_k <- mu_k / sqrt(||mu_k||) where pi_k is too large; pi_k is shared with j
+            # A.6  mu_k <- mu_k / sqrt(||mu_k||) where pi_k is above the limit; the lightest
+            # component j then restarts with half of its mass
             resurrected = self.split_resurrect(pooled, rms)
             used = torch.zeros_like(self.log_pi).index_fill_(0, gamma.argmax(1), 1).sum()
         return {"used": used, "pi_max": self.log_pi.max().exp(), "resurrected": resurrected}
@@ -276,11 +279,11 @@ class OnlineGMM(nn.Module):
 
     def set_floor(self, pooled, eta):
         """Set the smallest variance that A.5 gives, unless the step was discarded (eta = 1)."""
-        floor = (self.var_floor * pooled).clamp_min(1e-8)
+        floor = (self.var_floor * pooled).clamp_min(1e-8)  # equal vectors have pooled variance 0
         self.floor.copy_(torch.where(eta < 1, floor, self.floor))
 
     def split_resurrect(self, pooled, rms):
-        """A component above the weight limit shares its mass with the lightest, which restarts.
+        """A component k above the weight limit shares its mass with the lightest, j; j restarts.
 
         pooled, rms: what `spread` gives of the step's vectors. Returns how many restarted, ().
         As weights sum to 1, at most 1/limit of them can be above the limit. So the heaviest few are

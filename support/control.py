@@ -121,6 +121,8 @@ def sentence(args, folder=os.path.join(ROOT, "results")):
     of_file = [row for f, row in found if f == file]
     knn = [float(row["knn"]) for row in of_file if row.get("knn")]
     unique = statistics.mean(float(row["unique_0.5"]) for row in of_file)
-    text = f"k-NN {statistics.mean(knn):.1f}, " if knn else ""
+    text = f"k-NN {statistics.mean(knn):.1f}" if knn else ""
+    text += f" ({min(knn):.1f} to {max(knn):.1f}), " if len(knn) > 1 else ", " if knn else ""
+    earlier = "one earlier run" if len(of_file) == 1 else f"{len(of_file)} earlier runs"
     return (f"Its control, the same run with random prototypes: {text}unique(.5) {unique:.3f}\n"
-            f"  (mean of {len(of_file)} seed(s), {os.path.relpath(file, ROOT)}); {command(args)}")
+            f"  in {earlier} ({os.path.relpath(file, ROOT)}); to run it: {command(args)}")

@@ -121,7 +121,7 @@ def summary(args, log, metrics, bank, queries, step):
           "shares of K")
     for eps, name in ((0.025, "unique(.025)"), (0.5, "unique(.5)  ")):
         print(f"  {name} {share(metrics[f'unique_{eps}'])}   "
-              f"ceiling {metrics[f'ceiling_{eps}']:.3f} (as many random vectors h)")
+              f"ceiling {metrics[f'ceiling_{eps}']:.3f} (the same share of K vectors h)")
     heaviest = metrics.get("pi_max")
     print(f"  used {metrics['used']:.3f}   perplexity {metrics['perplexity']:.3f}   "
           f"drift {metrics['drift']:.3f}   |h| {metrics['h_norm']:.2f}"

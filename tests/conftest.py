@@ -3,7 +3,6 @@ import csv
 import functools
 import importlib
 import os
-import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch; two processes share the cores
@@ -13,6 +12,7 @@ import torch
 from torchvision.utils import save_image
 
 import data
+import forked
 from support import shapes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
@@ -98,10 +98,7 @@ def compare_one_process_with_two(script, kinds, flags, terms, folder, prepare=""
                  "--out", str(folder / f"{i}-{processes}")] for i, kind in enumerate(kinds)]
     both = folder / "two.py"
     both.write_text(TWO.format(root=ROOT, script=script, prepare=prepare, runs=commands(2)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-              str(both)]  # --standalone: at a port that is free
-    done = subprocess.run(launch, text=True, timeout=240, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = forked.run_two([sys.executable, both])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

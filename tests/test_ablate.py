@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import torch
 from torchvision.utils import save_image
 
 import config
+import forked
 from lab import ablate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -22,6 +22,11 @@ TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "4", "--num-prototype
         "--local-crops", "1", "--eval-bank", "16", "--eval-queries", "8", "--eval-every", "2"]
 FROZEN = ("a test", [("one", "--prototypes frozen")])
 MEASURED = ("knn", "used", "perplexity", "unique_0.5", "raw_knn", "untrained_knn")
+
+
+@pytest.fixture(autouse=True)
+def quick_start(monkeypatch):
+    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(run=forked.run))
 
 
 # ---- commands ----------------------------------------------------------------------------------
@@ -95,8 +100,9 @@ def test_a_table_is_run_once_and_shown(ablate_main, tmp_path, capfd, monkeypatch
     text = capfd.readouterr().out
     assert "| one | 1 |" in text and "step 4/4" in text
 
-    real, calls = subprocess.run, []
-    monkeypatch.setattr(ablate.subprocess, "run", lambda *a, **k: calls.append(a) or real(*a, **k))
+    calls = []
+    monkeypatch.setattr(ablate.subprocess, "run",
+                        lambda *a, **k: calls.append(a) or forked.run(*a, **k))
     assert len(ablate_main("0")) == 1 and not calls  # what stands in the file is not repeated
     assert len(ablate_main("0", "1")) == 2 and len(calls) == 1
     assert "| one | 2 |" in capfd.readouterr().out
@@ -109,7 +115,7 @@ def test_a_run_that_was_stopped_goes_on(ablate_main, tmp_path, capfd):
     shutil.rmtree(out)
     command = [sys.executable, "train.py", "--prototypes", "frozen", *TINY,
                "--data", str(tmp_path / "set"), "--seed", "0", "--out", str(out)]
-    subprocess.run([*command, "--stop-at", "2"], cwd=ROOT, check=True)
+    forked.run([*command, "--stop-at", "2"], cwd=ROOT, check=True)
     resumed = ablate_main("0")[0]
     assert "at step 2" in capfd.readouterr().out
     for column in MEASURED:
@@ -146,19 +152,19 @@ def test_a_damaged_args_json_is_named(text, ablate_main, capfd, tmp_path):
     assert f"lab.ablate: error: {out}/args.json " in capfd.readouterr().err
 
 
-def test_a_script_of_the_zoo_is_run_beside_train(tmp_path):
+def test_a_script_of_the_zoo_is_run_beside_train(tmp_path, monkeypatch):
     """The script is a copy of train.py, so both rows must come out the same."""
     tree = tmp_path / "tree"
     leave_out = shutil.ignore_patterns(".*", "__pycache__", "results", "runs", "assets", "tests")
     shutil.copytree(ROOT, tree, ignore=leave_out)
     shutil.copy(tree / "train.py", tree / "zoo" / "copied.py")
     folder = make_images(tmp_path / "set")
-    table = [("one", "--prototypes frozen"), ("two", "zoo/copied.py --prototypes frozen")]
-    code = ("import sys; from lab import ablate; "
-            f"ablate.TABLES['main'] = ('a test', {table!r}); ablate.main(sys.argv[1:])")
-    command = [sys.executable, "-c", code, "main", "--seeds", "0", "--", *TINY, "--data", folder]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [
+        ("one", "--prototypes frozen"), ("two", "zoo/copied.py --prototypes frozen")]))
+    monkeypatch.setattr(ablate, "ROOT", str(tree))  # where the scripts run
+    monkeypatch.setitem(sys.modules, "zoo.copied", SimpleNamespace())  # it has no flags of its own
+    monkeypatch.chdir(tree)
+    ablate.main(["main", "--seeds", "0", "--", *TINY, "--data", folder])
     one, two = ablate.read(tree / "results" / "main.csv", ["row"])
     assert [one[column] for column in MEASURED] == [two[column] for column in MEASURED]
     assert one["command"].startswith("train.py --prototypes frozen ")

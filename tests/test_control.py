@@ -41,8 +41,10 @@ def test_the_control_is_the_row_whose_other_flags_are_equal(tmp_path):
     run = args("--steps", "300", "--beta", "1", "1", "--gmm-init", "features", "--log-every", "7",
                "--seed", "5")
     sentence = control.sentence(run, tmp_path)
-    assert "k-NN 55.0" in sentence and "2 seed(s)" in sentence and "table.csv" in sentence
-    assert "k-NN 70.0" in control.sentence(args("--method", "carp"), tmp_path)
+    assert "k-NN 55.0 (50.0 to 60.0), unique(.5) 1.000\n  in 2 earlier runs" in sentence
+    assert "table.csv" in sentence
+    alone = control.sentence(args("--method", "carp"), tmp_path)
+    assert "k-NN 70.0, unique(.5) 1.000\n  in one earlier run" in alone
     assert "not in results/" in control.sentence(args("--momentum", "0.5"), tmp_path)
 
 

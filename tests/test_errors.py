@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import config
+import forked
 from conftest import sentence_of_refusal
 from lab import chaos
 from support import ddp, errors, flags
@@ -58,8 +59,8 @@ def test_half_set_variables_are_refused(change, words):
     ["-m", "lab.ablate", "main"], ["-m", "lab.bench"], ["-m", "lab.chaos"], ["-m", "lab.fuzz"],
     ["-m", "lab.gpu"], ["-m", "lab.hosts"]])
 def test_every_command_refuses_a_half_set_environment(command, tmp_path):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"RANK": "1"})
+    done = forked.run([sys.executable, *command], capture_output=True, cwd=ROOT,
+                      env=os.environ | {"RANK": "1"})
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.count("\n") == 1
     assert "error: RANK is set in the environment and WORLD_SIZE is not" in done.stderr

@@ -7,7 +7,6 @@ import errno
 import math
 import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 import data
 import eval_knn
+import forked
 import models
 import train
 import views
@@ -832,5 +832,5 @@ def test_what_a_training_run_imports_of_this_file_is_little():
     root = Path(eval_knn.__file__).parent
     code = ("import sys, eval_knn; print(*(name for name in sys.modules if name.split('.')[0] in "
             "('data', 'fast', 'heads', 'models', 'support', 'views')))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    result = forked.run([sys.executable, "-c", code], cwd=root, capture_output=True)
     assert result.stdout.split() == [] and result.returncode == 0

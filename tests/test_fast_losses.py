@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 
+import forked
 import heads
 import losses
 from fast import losses as fast
@@ -163,9 +163,8 @@ def one_of_two(rank, port, queue):
 
 def test_two_processes_equal_one():
     """Gradients averaged over two gloo processes, half of the images each, are those of one."""
-    context = mp.get_context("spawn")
-    queue, port = context.SimpleQueue(), 29_700 + os.getpid() % 90
-    ranks = [context.Process(target=one_of_two, args=(r, port, queue)) for r in range(2)]
+    queue, port = forked.server.SimpleQueue(), 29_700 + os.getpid() % 90
+    ranks = [forked.server.Process(target=one_of_two, args=(r, port, queue)) for r in range(2)]
     for process in ranks:
         process.start()
     results = sorted((queue.get() for _ in ranks), key=lambda result: result[0])

@@ -2,13 +2,13 @@
 import ast
 import math
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import collapse
+import forked
 from fast import unique
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -101,7 +101,7 @@ def test_size_chooses_and_the_answer_is_the_same(make, monkeypatch):
 def test_default_sizes_do_not_load_the_fast_file():
     code = ("import sys, torch, collapse; collapse.unique_counts(torch.randn(1024, 128), [.025]); "
             "print('fast.unique' in sys.modules)")
-    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    out = forked.run([sys.executable, "-c", code], cwd=HERE, capture_output=True)
     assert out.stdout.strip() == "False", out.stderr
 
 

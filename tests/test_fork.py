@@ -4,10 +4,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
+
+import forked
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -75,8 +76,8 @@ def fork(tmp_path_factory):
         Image.new("RGB", (32, 32), (10 * i, 90, 200)).save(folder / f"{i}.png")
 
     (fork / "driver.py").write_text(DRIVER)
-    done = subprocess.run([sys.executable, "driver.py"], cwd=fork, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""})
+    done = forked.run([sys.executable, "driver.py"], cwd=fork, capture_output=True,
+                      env=os.environ | {"PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     return fork
 

@@ -1,10 +1,10 @@
 """lab/fuzz.py: a few cases pass, and what it takes for a failure is one."""
 import os
-import subprocess
 import sys
 
 import pytest
 
+import forked
 from lab import fuzz
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -12,8 +12,8 @@ CASE = fuzz.Case(0, "collapse.py", ["run"])
 
 
 def test_a_few_cases_end_as_they_should():
-    done = subprocess.run([sys.executable, "-m", "lab.fuzz", "--cases", "4"], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = forked.run([sys.executable, "-m", "lab.fuzz", "--cases", "4"], cwd=ROOT,
+                      capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("8 of 8 cases of seed 0 ended as they should (")
 

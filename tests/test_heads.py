@@ -1,7 +1,6 @@
 """heads.py: the projection head, and prototype sets against float64 and cases worked by hand."""
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import config
+import forked
 import heads
 import losses
 from fast.gmm import FastGMM
@@ -380,7 +380,7 @@ protos = heads.prototypes(args)
 print("zoo.live" in sys.modules, type(protos).__name__)
 """
     root = os.path.dirname(os.path.abspath(heads.__file__))
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    result = forked.run([sys.executable, "-c", code], cwd=root, capture_output=True)
     assert result.stdout.split() == ["False", "True", "Live"], result.stderr
 
 

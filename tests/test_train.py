@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torchvision.utils import save_image
 
 import config
+import forked
 import train
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
@@ -229,11 +229,7 @@ def one_and_two(tmp_path_factory):
 
     script = base / "two.py"
     script.write_text(ALL_ON_TWO.format(root=ROOT, runs=all_flags(2)))
-    port = 29_900 + os.getpid() % 90
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-              "--master_port", str(port), str(script)]
-    done = subprocess.run(launch, text=True, timeout=240, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = forked.run_two([sys.executable, script])
     assert done.returncode == 0, done.stderr[-2000:]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -370,8 +366,8 @@ def test_a_run_that_diverges_ends_with_the_cause_and_saves_nothing(capsys, tmp_p
 
 # ---- presets and defaults ----------------------------------------------------------------------
 def test_help_needs_no_network_and_names_every_default():
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), "--help"],
-                          capture_output=True, text=True, check=True)
+    done = forked.run([sys.executable, os.path.join(ROOT, "train.py"), "--help"],
+                      capture_output=True, check=True)
     assert "--num-prototypes" in done.stdout
     assert "default: 1024" in done.stdout
 
