@@ -535,6 +535,7 @@ def draw(name, results, file):
         columns = ("knn", "unique_0.5", "used")
         first = next(iter(blocks(rows).values()))  # the rows without flags of their own
         means = {row: {column: float(mean(first[row], column, 6)) for column in columns}
+                 | {"knn_sd": float(deviation(first[row], "knn", 6) or 0)}
                  for row, _ in TABLES[name][1]
                  if row in first and all(first[row][0][column] for column in columns)}
         plots.space(means, file)

@@ -204,11 +204,11 @@ def ablation(order, parts, measures, file):
 # ---- the design space ----------------------------------------------------------------------------
 def space(rows, file):
     """A point for each row of a table: k-NN over the share of unique prototypes, the area of the
-    point being the share that is used.
+    point being the share that is used. A bar is one standard deviation over seeds up and down.
 
-    rows: {name: {"knn": percent, "unique_0.5": share, "used": share}}. The part of a name before
-    its comma is the loss, which has a panel of its own; the part after it is written beside the
-    point.
+    rows: {name: {"knn": percent, "knn_sd": percent, "unique_0.5": share, "used": share}}. The part
+    of a name before its comma is the loss, which has a panel of its own; the part after it is
+    written beside the point.
     """
     losses = list(dict.fromkeys(name.split(", ", 1)[0] for name in rows))
     fig, axes = figure(1, len(losses), 3.6 * len(losses) + .5, 4)
@@ -218,8 +218,11 @@ def space(rows, file):
         x, y = ([row[column] for row in own.values()] for column in ("unique_0.5", "knn"))
         area = [10 + 500 * row["used"] for row in own.values()]  # in points squared; 0 is visible
         ax.scatter(x, y, s=area, color=COLOURS[i % 7], alpha=.4, edgecolor="black", linewidth=.5)
+        ax.errorbar(x, y, [row["knn_sd"] for row in own.values()], fmt="none", ecolor="grey",
+                    elinewidth=.6)
         # names of points at one height would cover each other: they stand apart, in order of height
-        heights = apart(y, .06 * (max(y) - min(y) + 1))
+        low, high = ax.get_ylim()
+        heights = apart(y, .05 * (high - low))
         for name, at, knn, height in zip(own, x, y, heights):
             right = at < .5  # of the point, where there is room
             ax.annotate(name, (at, knn), (at + (.08 if right else -.08), height), va="center",
@@ -227,6 +230,7 @@ def space(rows, file):
                         arrowprops={"arrowstyle": "-", "linewidth": .4, "color": "grey"})
         ax.set_title(loss, fontsize=9, loc="left")
         ax.set_xlim(-.08, 1.12)
+        ax.set_ylim(min(low, *heights), max(high, *heights))
         ax.set_xlabel("unique(.5)", fontsize=8)
         ax.set_ylabel("k-NN (%)", fontsize=8)
         ax.tick_params(labelsize=8)

@@ -355,7 +355,9 @@ def test_the_picture_of_the_design_space(tmp_path, monkeypatch):
     assert (tmp_path / "space.png").stat().st_size > 10_000
     carp, dino = drawn["fig"].axes  # the memory of bank has no unique share
     assert [ax.get_title(loc="left") for ax in (carp, dino)] == ["CARP", "DINO + Sinkhorn"]
-    points, = carp.collections
+    points, bars = carp.collections
+    ends = [(low[1], high[1]) for low, high in bars.get_segments()]  # one deviation away
+    assert ends == [pytest.approx((82 - 8 ** .5, 82 + 8 ** .5)), (82, 82)]
     assert points.get_offsets().tolist() == [[pytest.approx(.3), 82], [1, 82]]  # means of seeds
     assert points.get_sizes().tolist() == pytest.approx([10 + 500 * .2, 10 + 500 * .5])
     assert [text.get_text() for text in carp.texts] == ["joint", "frozen"]
