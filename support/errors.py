@@ -37,7 +37,7 @@ def one_sentence(script, out=None):
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             leave(f"--compile does not work here: {str(error).splitlines()[0]}", 2)
-        if str(error).startswith("DataLoader worker"):
+        if is_of_decoding(error):
             leave("a process that decodes images (--workers) was ended from outside, for lack of "
                   "memory for instance; the last checkpoint is whole, go on with --resume", 1)
         if ddp.lost_contact(error):
@@ -74,6 +74,14 @@ def sentence_of(error, out=None):
     """What an OSError says, with the file that it names, or else the folder `out`."""
     place, words = error.filename or out, error.strerror or str(error)
     return f"{place}: {words}" if place else words
+
+
+def is_of_decoding(error):
+    """Whether a RuntimeError came up because a decoding process has gone. torch raises that at
+    whatever line runs, and what this line leaves unfinished can raise another error on top."""
+    while error and not str(error).startswith("DataLoader worker"):
+        error = error.__context__
+    return error is not None
 
 
 def is_lack_of_memory(error):

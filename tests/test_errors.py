@@ -191,6 +191,17 @@ def test_tensors_that_no_memory_holds_are_one_line(sizes, capsys):
     assert err.startswith("tool: error: there is not enough memory (") and err.count("\n") == 1
 
 
+def test_a_decoding_process_that_has_gone_is_named_also_under_another_error(capsys):
+    """The signal may come while a checkpoint is written, and torch then cannot close its file."""
+    with pytest.raises(SystemExit) as stop, errors.one_sentence("tool"):
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2 vs 1")
+    assert stop.value.code == 1
+    assert "a process that decodes images (--workers) was ended" in capsys.readouterr().err
+
+
 def test_a_bug_of_ours_stays_a_traceback():
     for error in (RuntimeError("shapes do not fit"), TypeError("x"), KeyError("y")):
         with pytest.raises(type(error)), errors.one_sentence("tool"):
