@@ -206,7 +206,7 @@ class OnlineGMM(nn.Module):
             self.log_pi.copy_(self.weights().log())
             self.set_floor(pooled, eta)  # of the variances, from here to the next step
 
-            # A.6  mu_k <- mu_k / sqrt(||mu_k||) where pi_k is above the limit; component j restarts
+            # A.6  mu_k <- mu_k / sqrt(||mu_k||) where pi_k > limit; the lightest j restarts
             resurrected = self.split_resurrect(pooled, rms)
             used = torch.zeros_like(self.log_pi).index_fill_(0, gamma.argmax(1), 1).sum()
         return {"used": used, "pi_max": self.log_pi.max().exp(), "resurrected": resurrected}

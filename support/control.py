@@ -92,7 +92,8 @@ def is_control(row, args):
     words = shlex.split(row.get("command") or "")
     if words[:1] != [args.script] or "frozen" not in words or not row.get("unique_0.5"):
         return False
-    if "--method" in words and words[words.index("--method") + 1] != args.method:
+    methods = [word for flag, word in zip(words, words[1:]) if flag == "--method"]
+    if methods and methods[-1] != args.method:
         return False  # before its flags are read, which loads the file of the method
     try:
         with contextlib.redirect_stderr(io.StringIO()):

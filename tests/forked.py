@@ -3,8 +3,8 @@
 A server loads torch once, and every command is a fork of it (multiprocessing's forkserver), in
 which it runs as `python` would run it: with its arguments, environment, folder and output. Nothing
 of ours is loaded in the server, so that a command imports our files anew. What depends on the start
-of the interpreter itself, as the modules that a command loads and its memory, is not to be tested
-in this way.
+of the interpreter itself, as its memory, or which modules of others a command loads, cannot be
+tested in this way.
 """
 import atexit
 import multiprocessing

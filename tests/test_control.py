@@ -36,7 +36,9 @@ def test_the_control_is_the_row_whose_other_flags_are_equal(tmp_path):
             ("train.py --prototypes frozen --steps 300 --seed 2", 99, version - 1),  # other images
             ("train.py --prototypes joint --steps 300", 98, version),
             ("train.py --prototypes frozen --steps 300 --lr 0.5", 97, version),
-            ("train.py --prototypes frozen --steps 300 --no-longer-a-flag 1", 96, version))
+            ("train.py --prototypes frozen --steps 300 --no-longer-a-flag 1", 96, version),
+            ("train.py --prototypes frozen --steps 300 --method dino", 95, version),
+            ("train.py --prototypes frozen --steps 300 --method", 94, version))
     # flags of the mixture, of logging and the seed do not matter for frozen prototypes
     run = args("--steps", "300", "--beta", "1", "1", "--gmm-init", "features", "--log-every", "7",
                "--seed", "5")

@@ -9,7 +9,7 @@ prototypes do:
     U.1  log mean over pairs of images a != b of exp(-2 |u_a - u_b|^2), u = h / |h| of one view
 
 It is 0 if all vectors are one, and lowest if they spread evenly. The term must not be strong: at
-weight 0.5 each image goes to a place of its own, and what crops share is not learned.
+weight 0.5 the vectors spread, and consistency hardly falls (docs/space.md).
 
     python train.py --method carp-uniform --prototypes live
 """
