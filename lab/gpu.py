@@ -238,7 +238,8 @@ class Clock:
 
 
 def call(words, seconds=None, quiet=True):
-    """Run `python WORDS`; after so many seconds it gets SIGINT, with which train.py saves.
+    """Run `python WORDS`; after so many seconds it gets SIGTERM, with which train.py saves
+    (a shell makes what it starts in the background deaf to SIGINT).
 
     True if it ended by itself, False if it was ended. ValueError, with the last line that it wrote
     on stderr, if it failed.
@@ -251,7 +252,7 @@ def call(words, seconds=None, quiet=True):
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         ended = True
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             _, errors = process.communicate(timeout=LEAST_LEFT)
         except subprocess.TimeoutExpired:
