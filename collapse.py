@@ -29,39 +29,39 @@ ROUNDING = 1e-14  # float64 cannot tell prototypes closer than this from equal o
 
 
 # ---- Def. 2.1 -----------------------------------------------------------------------------------
-def leaders(A, eps_list):
-    """{eps: leader (M,)}: for each row of A (M, D) the index of the representative that covers it,
+def covering(A, eps_list):
+    """{eps: cover (M,)}: for each row of A (M, D) the index of the representative that covers it,
     which is its own index if it is one. A float64, no zero row."""
     squares = A.square().sum(1)  # (M,)
     cos = A @ A.T / (squares[:, None] * squares).sqrt()  # (M, M)
     itself = torch.arange(len(A))  # (M,)
     out = {}
     for eps in eps_list:
-        leader = itself.clone()  # (M,)
+        cover = itself.clone()  # (M,)
         if eps > 0:  # at eps = 0 nothing is a duplicate
-            duplicate = 1 - cos < max(eps, ROUNDING)  # (M, M); equal rows are, at any eps
+            duplicate = 1 - cos < max(eps, ROUNDING)  # (M, M); rounding parts no equal rows
             later = duplicate.triu(1).cpu()  # (M, M): row i may cover column j, as it comes earlier
             for i in later.any(1).nonzero()[:, 0].tolist():
-                if leader[i] == i:  # nobody covers i, so it is a representative
-                    leader[later[i] & (leader == itself)] = i
-        out[eps] = leader.to(A.device)
+                if cover[i] == i:  # nobody else covers i, so it is a representative
+                    cover[later[i] & (cover == itself)] = i
+        out[eps] = cover.to(A.device)
     return out
 
 
 def representatives(C, eps_list, progress=False):
     """{eps: (K,)}: for each prototype of C (K, D) the index of the representative that covers it,
-    -1 for zero rows, by `leaders` or, for many prototypes, its twin in fast/unique.py.
+    -1 for zero rows, by `covering` or, for many prototypes, its twin in fast/unique.py.
     ValueError for NaN rows or eps outside [0, 2]."""
     A, rows = nonzero_rows(C)  # (M, D), (M,)
     eps_list = valid_eps(eps_list)
     if len(A) <= PLAIN_UP_TO:
-        leader_of = leaders(A, eps_list)
+        covers = covering(A, eps_list)
     else:
         from fast import unique
-        leader_of = unique.leaders(A, eps_list, progress)
+        covers = unique.covering(A, eps_list, progress)
     out = {eps: torch.full((len(C),), -1, device=rows.device) for eps in eps_list}
-    for eps, leader in leader_of.items():
-        out[eps][rows] = rows[leader]
+    for eps, cover in covers.items():
+        out[eps][rows] = rows[cover]
     return out
 
 
@@ -102,16 +102,20 @@ def unique_prototypes(C, eps):
     found greedily in index order with strict <. eps = 0 gives all; zero rows have no direction and
     are never among them. ValueError for NaN rows or eps outside [0, 2]."""
     representative = representatives(C, [eps])[eps]  # (K,)
-    itself = torch.arange(len(representative), device=representative.device)  # (K,)
-    return (representative == itself).nonzero()[:, 0]
+    return stands_for_itself(representative).nonzero()[:, 0]
 
 
 def unique_counts(C, eps_list, progress=False):
     """{eps: number of unique prototypes of C (K, D)}; progress: a bar where it takes long."""
     counts = {}
     for eps, representative in representatives(C, eps_list, progress).items():
-        counts[eps] = len(representative[representative >= 0].unique())
+        counts[eps] = int(stands_for_itself(representative).sum())
     return counts
+
+
+def stands_for_itself(representative):
+    """(K,) bool: which prototypes are their own representative, and so unique."""
+    return representative == torch.arange(len(representative), device=representative.device)
 
 
 def random_order_unique(C, eps, n=5, seed=0):
@@ -172,8 +176,8 @@ def usage(P):
 
 
 def ceiling(h, K, eps, seed=0):
-    """Unique share of min(K, N) random features of h (N, D): the most that prototypes which lie on
-    the data can reach."""
+    """Unique share of min(K, N) random features of h (N, D): about the most that prototypes which
+    lie on the data can reach."""
     chosen = torch.randperm(len(h), generator=torch.Generator().manual_seed(seed))[:K]
     return len(unique_prototypes(h[chosen.to(h.device)], eps)) / len(chosen)
 

@@ -1,8 +1,9 @@
 """Every flag, once, and the presets.
 
-What decides a value: the default, over it a preset, over it the run that --resume goes on with,
-over it the command line. A preset holds only what differs from the defaults. Groups of flags marked
-(results) change what is learned; the others do not.
+A value comes from the command line; if it is not typed there, from the run that --resume goes on
+with, else from the preset, else from the default. A preset holds only what differs from the
+defaults. Groups of flags marked (results) change what is learned. Of the others, --seed and
+--preset do so too, and --amp and --compile change how numbers are rounded.
 """
 import argparse
 import json
@@ -97,8 +98,8 @@ PRESETS["paper-swav"] = dict(
 PRESETS["paper-deepcluster"] = dict(
     PRESETS["paper-swav"], method="deepcluster", prototypes="kmeans", epochs=800)
 
-# Flags that may differ between a run and its continuation: they say where it runs and what is
-# printed, and not what is computed
+# Flags that may differ between a run and its continuation: where it runs, what is printed, and how
+# numbers are rounded (amp, compile)
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank",
         "eval_queries", "data", "data_root", "amp", "compile", "save_every", "keep_every", "export",
         "timeout",
@@ -106,7 +107,7 @@ FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_ever
 
 
 def parser():
-    """The command line of train.py. A group marked (results) changes what is learned."""
+    """The command line of train.py."""
     p = argparse.ArgumentParser(
         "train.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Self-supervised learning with prototypes: "
@@ -133,8 +134,8 @@ def parser():
          help="steps between checkpoints; those at evaluations and at the end come on top")
     flag("--keep-every", type=int, help="steps between checkpoints that stay, as OUT/ckpt-STEP.pt")
     flag("--timeout", type=float, default=600,
-         help="seconds after which one of several processes leaves if it hears nothing from "
-         "another; longer than what the first one does alone, such as a download or an evaluation")
+         help="seconds without a word from another process after which a process leaves; must be "
+         "longer than what the first one does alone, such as a download or an evaluation")
     flag("--export", metavar="FILE",
          help="write the teacher's backbone of the run in OUT under timm's names and leave; FILE "
          "ends in .pt, .pth or .safetensors (which needs that library)")
@@ -147,7 +148,8 @@ def parser():
          help="long tail: images of the largest class over those of the smallest; the test split "
          "stays whole")
     flag("--imbalance-law", default="exp", choices=["exp", "power"],
-         help="sizes of classes fall by one factor per class, or as (c + 1)^-a")
+         help="sizes of classes: exp: each smaller than the one before by the same factor; power: "
+         "(c + 1)^-a for class c")
     flag("--img-size", type=int, default=32, help="side of the two global crops, pixels")
     flag("--local-size", type=int, default=16, help="side of the local crops, pixels")
     flag("--local-crops", type=int, default=4,
@@ -179,8 +181,8 @@ def parser():
          help="start both backbones from a run of ours, its --export, or weights of others that "
          "fit this --arch (docs/evaluation.md)")
     flag("--drop-path", type=float, default=0.0,
-         help="share of the images for which the student's last block is skipped; of earlier "
-         "blocks less")
+         help="share of the images for which a branch (attention or MLP) of the student's last "
+         "block is left out; less in earlier blocks")
     flag("--head-hidden", type=int, default=256,
          help="width of the projection head (2048 in the papers)")
     flag("--bottleneck-dim", type=int, default=128,
@@ -188,8 +190,8 @@ def parser():
     flag("--head-bn", action=on_off, default=True,
          help="batch norm in the head (in the papers: ResNets yes, ViTs no)")
     flag("--head-norm", action=on_off,
-         help="h of length one; None: no for carp, carl and supervised, yes for the others, as "
-         "published")
+         help="h of length one; None: no for carp, carl, carp-uniform and supervised, yes for the "
+         "others, as published")
 
     flag = p.add_argument_group("method and prototypes (results)").add_argument
     flag("--method", default="carp", choices=list(losses.LOSSES),
@@ -253,15 +255,17 @@ def parser():
          "as all others (Table A.1, row 1); sample: vector by vector (zoo/sample_forgetting.py)")
     flag("--resurrect", type=float, default=0.3,
          help="weight above which a component is split; 0: never")
-    flag("--rescale", action=on_off, default=True, help="A.6, for components above that weight")
+    flag("--rescale", action=on_off, default=True,
+         help="A.6, shrink the mean of a component when it is split; nothing with --resurrect 0")
     flag("--var-floor", type=float, default=1e-3,
          help="smallest variance, as a share of the pooled variance")
 
-    flag = p.add_argument_group("mixture of --prototypes live (results)").add_argument
+    flag = p.add_argument_group("mixture of --prototypes live, rules L.1 to L.5 of zoo/live.py "
+                                "(results)").add_argument
     flag("--live-eta", type=float, default=0.95,
          help="L.3, forgetting per vector won: a mean remembers 1 / (1 - eta) vectors")
     flag("--live-patience", type=float, default=8.0,
-         help="L.5, vectors per prototype until one that won none restarts")
+         help="L.5, a mean restarts once it has won none of PATIENCE times K vectors")
     flag("--live-apart", type=float, default=0.026,
          help="L.4, cosine distance below which two means are twins; 0: they stay")
 
@@ -273,7 +277,8 @@ def parser():
     flag("--memory", type=int, metavar="M",
          help="vectors in the memory of bank; None: of the last 64 batches")
     flag("--neighbours", type=int, default=8,
-         help="of an anchor of bank, which with it make one self-organising prototype")
+         help="vectors of the memory of bank that lie nearest to an anchor and form one "
+         "self-organising prototype with it")
 
     flag = p.add_argument_group("optimiser and schedules (results)").add_argument
     flag("--epochs", type=float, default=5.0, help="length of the run in passes over the images")
@@ -310,7 +315,8 @@ def parser():
     flag("--log-every", type=int, default=52, help="steps between printed lines")
     flag("--eval-every", type=int, default=156, help="steps between evaluations and checkpoints")
     flag("--eval-bank", type=int, default=10000,
-         help="training images that k-NN and prototype measures use")
+         help="training images that vote in k-NN, and about how many global crops of coming steps "
+         "the prototype measures see")
     flag("--eval-queries", type=int, default=2000, help="held-out images that k-NN classifies")
     return p
 
@@ -325,6 +331,7 @@ def parse(argv=None, script="train.py", add_flags=None):
     p.prog = script
     if add_flags:
         add_flags(p)
+    # a first look at the words that decide defaults: --preset, and the run to go on with
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="tiny")
     early.add_argument("--out")
@@ -473,7 +480,8 @@ def check(args, error):
     except ValueError as sentence:
         error(sentence)
     K, batch = args.num_prototypes, args.batch_size
-    loss, teachers = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
+    loss, protos = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
+    # methods of scripts in zoo/ are not in LOSSES; those that get here have temperatures too
     has_temperatures = issubclass(loss, losses.DINOLoss) or args.method not in losses.LOSSES
     if args.prototypes == "vmf" and not has_temperatures:
         error("--prototypes vmf has concentrations in units of DINO's temperatures; "
@@ -482,14 +490,14 @@ def check(args, error):
         error(f"--prototypes vmf needs --bottleneck-dim 3 or more, got {args.bottleneck_dim}")
     if args.prototypes == "live" and K < 2:
         error(f"--prototypes live needs --num-prototypes 2 or more, got {K}")
-    if loss.only_with and not issubclass(teachers, heads.prototype_class(loss.only_with)):
+    if loss.only_with and not issubclass(protos, heads.prototype_class(loss.only_with)):
         error(f"--method {args.method} takes its targets from --prototypes {loss.only_with}; got "
               f"--prototypes {args.prototypes}")
-    if teachers.only_with and not issubclass(loss, losses.loss_class(teachers.only_with)):
-        error(f"--prototypes {args.prototypes} belongs to --method {teachers.only_with}; got "
+    if protos.only_with and not issubclass(loss, losses.loss_class(protos.only_with)):
+        error(f"--prototypes {args.prototypes} belongs to --method {protos.only_with}; got "
               f"--method {args.method}")
-    if args.student_prototypes == "joint" and (issubclass(teachers, heads.Joint)
-                                               or not teachers.countable):
+    if args.student_prototypes == "joint" and (issubclass(protos, heads.Joint)
+                                               or not protos.countable):
         error("--student-prototypes joint stands beside prototypes that the loss does not train, "
               f"and that stay for longer than a step; got --prototypes {args.prototypes}")
     for name in ("global_scale", "local_scale"):

@@ -33,8 +33,8 @@ from views import LONG_TAIL, THREADS, generator
 
 IN_MEMORY = 2 << 30  # bytes; a folder with more stays on disk
 # differs: an image is shrunk when it is read, so that its shorter side is at most this many times
-# the side of the largest crop. An image in memory keeps all that a crop of 1/16 of its area can
-# show, and one on disk all that a crop of 1/256 can show.
+# the side of the largest crop. So a crop of 1/16 of an image's area (1/256 on disk) still has a
+# pixel of the image for each of its own.
 SIDES_IN_MEMORY, SIDES_ON_DISK = 4, 16
 
 
@@ -62,7 +62,7 @@ class Files:
     name: str
     broken: list = field(default_factory=list)  # paths of damaged files that were met so far
     limit: int = None  # pixels: an image whose shorter side is longer is shrunk to it
-    white: float = None  # of files with more than 8 bits, see support/pixels.py
+    white: float = None  # the value of white in files of over 8 bits, see support/pixels.py
 
     def __len__(self):
         return len(self.paths)
@@ -228,7 +228,7 @@ SETS = {
     "stl10": stl10,
     "inat18": inat18,
 }
-VERSIONS = {"shapes": shapes.VERSION}  # of sets that are made here: another version, other images
+VERSIONS = {"shapes": shapes.VERSION}  # of sets that are drawn here: a new version is a new set
 
 
 # ---- a folder of images --------------------------------------------------------------------------
@@ -239,9 +239,10 @@ def folder(path, img_size):
     found = folders.find(path)
     ddp.print_once(f"--data {path}: {found.about}", sys.stderr)
     name = os.path.basename(os.path.abspath(path))
-    train, test, classes = found.train, found.test, [c for c in found.train if c]
-    white, deep = pixels.white_of_files(
-        [p for split in (train, test or {}) for paths in split.values() for p in paths])
+    train, test = found.train, found.test
+    classes = [c for c in train if c]  # "" stands for images without a class
+    paths = [p for split in (train, test or {}) for of_class in split.values() for p in of_class]
+    white, deep = pixels.white_of_files(paths)
     if deep:
         ddp.print_once(f"--data {path}: in files of more than 8 bits the value {white:,} is taken "
                        "for white", sys.stderr)

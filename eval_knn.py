@@ -175,8 +175,8 @@ def knn_accuracy(train_x, train_y, test_x, test_y, ks=(10, 20, 100, 200), T=0.07
 
 @torch.no_grad()
 def winners(path, images, device="cpu"):
-    """((N,) most probable prototype of each image by the teacher of the run at path, K), without
-    augmentation.
+    """(prototypes (N,), K): the most probable prototype of each image, without augmentation, by the
+    teacher of the run at `path`; and how many prototypes there are.
 
     path: a run folder or ckpt.pt of train.py; ValueError for anything else."""
     from tqdm import tqdm
@@ -210,7 +210,8 @@ def parser():
     add("--patch-size", type=int, metavar="PX",
         help="refuse a ViT of other patches; None: as in the file")
     add("--pool", choices=POOLS, default="cls",
-        help="class token, mean patch; papers report the class token, CAPI's the mean")
+        help="cls: class token, which papers report; mean: of the patches, which CAPI reports; "
+        "cls+mean: both; predictor: of zoo/capi.py")
     add("--k", type=int, nargs="+", default=[10, 20, 100, 200],
         help="numbers of neighbours; 20 is the one that papers report")
     add("--T", type=float, default=0.07,

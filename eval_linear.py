@@ -1,5 +1,5 @@
-"""Probes of frozen features, by the protocols of the papers' tables: small classifiers, which are
-linear but for one.
+"""Classifiers on frozen features, by the protocols of the papers' tables. All but `attentive` are
+linear.
 
     python eval_linear.py RUN_DIR  # lbfgs: Fig. 4b and Table A.1
     python eval_linear.py RUN_DIR --protocol grid  # Tables 3 and C.1
@@ -9,8 +9,8 @@ linear but for one.
     python eval_linear.py dino_deitsmall16_pretrain.pth --arch vit_small --data FOLDER
 
 The mathematics is in support/probes.py. The features are computed once and kept next to the
-checkpoint (support/features.py). Those of `attentive`, all patches of all images, are computed anew
-each time: the training images' are held in memory, and of other images those of a batch at a time.
+checkpoint (support/features.py). `attentive` needs all patches of all images and computes them at
+each call: it holds those of the training images in memory, and the others a batch at a time.
 
 Letters: N training images, M test images, n patches of an image, D width of a feature, C classes
 that have training images, H heads.
@@ -48,7 +48,8 @@ PROTOCOL_FLAGS = {
     "pool": (LINEAR, None),
     "dump": (LINEAR, None),
 }
-IN_SETTINGS = ("weight_decay", "raw", "steps", "epochs", "lr", "workers")  # of results.csv
+# those that stand in the column "settings" of results.csv
+IN_SETTINGS = ("weight_decay", "raw", "steps", "epochs", "lr", "workers")
 # (what a value must be, test, flags)
 RANGES = [
     ("be at least 1", lambda v: v >= 1, ["layers", "steps", "epochs"]),
@@ -209,8 +210,8 @@ def sgd(backbone, train, y, q, test_y, labels, flags):
 
 
 def best_strength(train_x, train_y, val_x, val_y, q, metric):
-    """Table 4: of 45 strengths of regularisation the one that is best on the validation images is
-    fitted again to all of them, and tested once.
+    """Table 4: of 45 strengths of regularisation (scikit-learn's C, its inverse) the one that is
+    best on the validation images is fitted again to all of them, and tested once.
 
     val_x None: a fifth of the training images serves for validation. Features and labels lie on the
     CPU. The result is predicted labels (M,), or scores (M, C) where the metric is map11.
@@ -224,17 +225,18 @@ def best_strength(train_x, train_y, val_x, val_y, q, metric):
         x, y = torch.cat([train_x, val_x]), torch.cat([train_y, val_y])
         train, val = torch.arange(len(train_x)), torch.arange(len(train_x), len(x))
     models, tried = None, []  # tried: (score, models) of each strength
-    for C in tqdm(probes.STRENGTHS, desc="45 values of C", leave=False, disable=None):
-        models = probes.fit_logistic(x[train], y[train], C, models)  # goes on from the last C's
+    for strength in tqdm(probes.STRENGTHS, desc="45 strengths", leave=False, disable=None):
+        # goes on from the models of the strength before
+        models = probes.fit_logistic(x[train], y[train], strength, models)
         score = percent(metric, probes.apply_logistic(models, x[val], scores_wanted), y[val])
         tried.append((score, models))
-    best = max(range(len(tried)), key=lambda i: tried[i][0])  # the first, weakest, of equal ones
+    best = max(range(len(tried)), key=lambda i: tried[i][0])  # of equal ones the weakest
     score, models = tried[best]
-    # differs: the second fit goes on from the chosen C's solution. The official code's goes on from
-    # the last C's, all but zero, and where 100 iterations are not enough from there it tests a
-    # worse classifier than the one it chose.
+    # differs: the second fit goes on from the chosen strength's solution. The official code's goes
+    # on from the last one's, all but zero, and where 100 iterations are not enough from there it
+    # tests a worse classifier than the one it chose.
     models = probes.fit_logistic(x, y, probes.STRENGTHS[best], models)
-    note = (f"of {len(tried)} values C = {probes.STRENGTHS[best]:.3g} is best on {len(val)} "
+    note = (f"of {len(tried)} strengths C = {probes.STRENGTHS[best]:.3g} is best on {len(val)} "
             f"validation images: {score:.2f} %")
     return {"test": probes.apply_logistic(models, q, scores_wanted)}, note
 
@@ -243,7 +245,8 @@ def percent(metric, out, y):
     """The metric of a data set: top1 and per_class of labels (M,), map11 of scores (M, C)."""
     if metric == "map11":
         return probes.map11(out, y)
-    return groups.report(out, y, y.bincount())["all" if metric == "top1" else metric]
+    counts = y.bincount()  # any would do, as they only divide classes into head, medium and tail
+    return groups.report(out, y, counts)["all" if metric == "top1" else metric]
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -257,11 +260,13 @@ def parser():
     add = p.add_argument
     add("--protocol", choices=["lbfgs", "grid", "attentive", "sgd", "transfer"],
         default="lbfgs",
-        help="whose rules: Fig. 4b, Table 3, CAPI's on patches, Table 2 or Table 4")
+        help="lbfgs: Fig. 4b; grid: Table 3; attentive: CAPI's, on patches; sgd: Table 2; "
+        "transfer: Table 4")
     add("--layers", type=int, metavar="N",
-        help="class tokens of the last N blocks; None: 1, or 4 for grid, sgd")
+        help="class tokens of the last N blocks; None: 1, for grid and sgd of a ViT below ViT-B 4")
     add("--pool", choices=POOLS,
-        help="class tokens, mean patch; None: cls, or both for a ViT-B's grid, sgd")
+        help="cls: class token; mean: of the patches; cls+mean: both; predictor: of zoo/capi.py; "
+        "None: cls, for grid and sgd of a ViT-B cls+mean")
     add("--raw", action="store_true", default=None,
         help="lbfgs: features as they are, not standardised")
     add("--weight-decay", type=float, metavar="WD",

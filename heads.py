@@ -1,8 +1,7 @@
 """Projection head and prototype sets.
 
 A prototype set holds K vectors of D dimensions. It is one class, a subclass of Frozen, and one
-entry of the table PROTOTYPES at the end of this file. The rest of the code calls this, and nothing
-else:
+entry of the table PROTOTYPES at the end of this file. The rest of the code calls these methods:
 
     logits(h, ks=None)    h (..., D) -> z (..., K), or (..., len(ks)) for some prototypes   Eq. 1
     step(h, step, beta)   take in the teacher vectors h (N, D) of a step, of all processes  Eq. 3
@@ -13,11 +12,11 @@ else:
     twin()                the teacher's set: the same object, or a copy of a set with gradients
 
 Frozen has all of them. A new set overrides what differs, mostly `vectors` and `step`; one that is
-trained overrides `directions` too, the rows of C that h is multiplied with. At the top of Frozen
-stands what a set may say about itself beside them.
+trained overrides `directions` too, the rows of C that h is multiplied with. The rest of the code
+also reads `start`, and what a set says about itself at the top of Frozen; fast/losses.py reads
+`scale` and `directions` too.
 """
 import copy
-import importlib
 import math
 
 import torch
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from gmm import OnlineGMM, eta_at
 from losses import koleo
 from support import ddp
+from support.tables import class_of
 
 
 class Head(nn.Module):
@@ -54,7 +54,7 @@ class Head(nn.Module):
 
 # ---- prototype sets ----------------------------------------------------------------------------
 def short_vectors(K, D, seed):
-    """C (K, D), uniform and short as nn.Linear starts: a function of the seed.
+    """C (K, D), uniform in +-1/sqrt(D), as nn.Linear starts: a function of the seed.
 
     Only the direction counts in the logits. But AdamW's steps have a fixed size, so long vectors
     would hardly turn, and that would hide the collapse.
@@ -66,6 +66,7 @@ def short_vectors(K, D, seed):
 class Frozen(nn.Module):
     """Random unit directions that never move: the control that every other set has to beat.
 
+    It is the base class of all sets: each of its methods does the plain thing, or nothing.
     scale: factor on all logits, an inverse temperature. All sets in this file start from the same
     directions, for one seed. `start` (K, D) is where a set began; its drift is measured from there.
     `origin` is the point that h is measured from: 0 for all sets of the paper.
@@ -117,7 +118,10 @@ class Frozen(nn.Module):
         return self.start.new_zeros(())
 
     def assign(self, h, beta=0.5, tau=1.0, centre=0.0):
-        """beta: of a mixture (A.1); tau, centre: what the loss divides logits by, and takes off."""
+        """(N, K), how much each prototype answers for each vector of h (N, D): a softmax.
+
+        beta: read by a mixture (A.1). tau, centre: those of the loss, so that this is its softmax.
+        """
         return (self.logits(h) / tau + self.bias(tau) - centre).softmax(-1)
 
     def twin(self):
@@ -128,7 +132,7 @@ class Joint(Frozen):
     """Prototypes trained by the encoder's loss (Eq. 2); of length one in the logits.
 
     kp      weight of KoLeo, which pushes them apart: KoLeo-Proto (Govindarajan et al. 2024)
-    gain    train their lengths too (--no-norm-last-layer of DINO's official code)
+    gain    train their lengths too (--no-norm-last-layer; norm_last_layer false in DINO's code)
     """
 
     def __init__(self, K, D, scale=1.0, seed=0, *, kp=0.0, gain=False):
@@ -278,18 +282,20 @@ class Decoupled(Frozen):
         """Collect the last K teacher vectors, and start from them when the step has come."""
         K, N = self.start.shape[0], len(h)
         h = h[torch.isfinite(h).all(1)]  # (n, D), as the run skips steps that are not finite
-        if step >= self.begin - math.ceil(K / N):  # what comes earlier would be overwritten
+        if step >= self.begin - math.ceil(K / N):  # the ring would drop earlier ones
+            # the memory is a ring: vector i lies in row i mod K
             places = (self.collected + torch.arange(len(h), device=h.device))[-K:] % K  # (n,)
             self.memory()[places] = h[-K:].to(self.memory().dtype)
             self.collected += len(h)
         if step >= self.begin and self.collected:
+            # a copy, as the start writes over that memory
             h = self.memory()[:self.collected].to(torch.float32, copy=True)  # (at most K, D)
             self.start_from(h, N / K)
             self.start.copy_(self.gmm.mu)
             self.started = True
 
     def get_extra_state(self):
-        return {"started": self.started, "queued": self.collected}
+        return {"started": self.started, "queued": self.collected}  # "queued": its name in files
 
     def set_extra_state(self, state):
         self.started, self.collected = state["started"], state["queued"]
@@ -299,7 +305,7 @@ class Decoupled(Frozen):
 # name of --prototypes: a class, or "module.Class" of one that is loaded when it is asked for
 PROTOTYPES = {
     "joint": Joint,
-    "kp": Joint,
+    "kp": Joint,  # with a --kp-weight
     "vmf": VMF,
     "frozen": Frozen,
     "decoupled": Decoupled,
@@ -312,11 +318,7 @@ PROTOTYPES = {
 
 def prototype_class(name):
     """The class that the table has under a name."""
-    entry = PROTOTYPES[name]
-    if isinstance(entry, str):
-        module, cls = entry.rsplit(".", 1)
-        entry = getattr(importlib.import_module(module), cls)
-    return entry
+    return class_of(PROTOTYPES[name])
 
 
 def prototypes(args, begin=0):

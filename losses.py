@@ -8,7 +8,6 @@ The functions are the mathematics: tensors in, named scalars out. A loss of the 
 class, a subclass of Loss, and one entry of the table LOSSES at the end of this file. Above 2^24
 student logits, fast/losses.py computes the same without holding them all.
 """
-import importlib
 import math
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from support import ddp
+from support.tables import class_of
 
 EPS = torch.finfo(torch.float32).eps  # clamp of CARP's official code: 1.19e-7 on both ends
 MOST_LOGITS = 2 ** 24  # student logits V B K of a step that the plain losses may hold
@@ -109,7 +109,7 @@ def koleo(C, block=2 ** 26):
 
 # ---- as the loop calls them --------------------------------------------------------------------
 class Loss(nn.Module):
-    """What the training loop calls. A loss has to define two methods:
+    """What the training loop calls. A loss defines two methods, and with arguments `from_args` too:
 
     targets(h_t, protos_t, step)
         once a step: teacher vectors (2, B, D) -> what the student has to agree with, a tensor whose
@@ -134,11 +134,11 @@ class Loss(nn.Module):
     only_with = None
     unit_h = False
     teacher_momentum = (0.98, 1.0)
-    teacher_temp = (0.025, 0.025)
+    teacher_temp = (0.025, 0.025)  # ours: DINO's 0.04 learns less on the built-in images
 
     @classmethod
     def from_args(cls, args, steps_per_epoch):
-        return cls(args.num_prototypes)
+        return cls()
 
     def centre_over_tau(self):
         """What a softmax over prototypes takes off logits / tau: (K,), or 0."""
@@ -190,7 +190,8 @@ class DINOLoss(Loss):
     """DINO. The teacher's probabilities are sharpened, and one of three ways keeps them from all
     falling on one prototype:
 
-    "center"    softmax((z - centre) / tau), centre: running mean of z over views, images, processes
+    "center"    softmax((z - centre) / tau + bias), centre: running mean of z over views, images,
+                processes
     "prob"      softmax(z / tau + bias - centre), centre: running log of the mean probability (vMF)
     "sinkhorn"  Sinkhorn-Knopp over both views of all images (DINOv2; Table C.3 when decoupled)
     """
@@ -198,7 +199,6 @@ class DINOLoss(Loss):
     unit_h = True
     # at 0.98 a run on the built-in images fell back to uniform assignments
     teacher_momentum = (0.99, 1.0)
-    # the default of teacher_temp, 0.025, is ours: DINO's 0.04 learns less on these images
 
     def __init__(self, K, steps_per_epoch, targets="center", temps=(0.04, 0.04), temp_epochs=0,
                  tau=0.1, momentum=0.9):
@@ -214,7 +214,8 @@ class DINOLoss(Loss):
                    args.teacher_temp_epochs, args.student_temp)
 
     def centre_over_tau(self, tau=None):
-        # Sinkhorn-Knopp leaves the centre at 0
+        # the centre of "prob" is a log-probability: no temperature divides it. That of "sinkhorn"
+        # stays 0
         return self.centre if self.how == "prob" else self.centre / (tau or self.tau)
 
     def temperature(self, step):
@@ -265,11 +266,7 @@ LOSSES = {
 
 def loss_class(name):
     """The class that the table has under a name; Loss for a loss of a script's own."""
-    entry = LOSSES.get(name, Loss)
-    if isinstance(entry, str):
-        module, cls = entry.rsplit(".", 1)
-        entry = getattr(importlib.import_module(module), cls)
-    return entry
+    return class_of(LOSSES.get(name, Loss))
 
 
 def loss(args, steps_per_epoch=1):

@@ -2,8 +2,8 @@
 Backbones f: images (N, 3, H, W) -> (cls (N, dim), patches (N, n, dim)). The multi-crop wrapper.
 
     arch       dim    depth  heads   parameters
-    vit_nano    96      3      3     0.36 M      conv stem, patches of 8 pixels; the default run's
-    vit_micro   96      3      3     0.34 M      patches of any size, for masked ones
+    vit_nano    96      3      3     0.35 M      conv stem, patches of 8 pixels; the default run's
+    vit_micro   96      3      3     0.35 M      patches of any size (here 4), for masked ones
     vit_tiny   192     12      3      5.5 M
     vit_small  384     12      6     21.7 M      the ViT-S of DINO, CARP and the paper
     vit_base   768     12     12     85.8 M
@@ -68,7 +68,10 @@ def build(arch, *, patch_size=16, img_size=224, drop_path=0.0, in_small=False):
 
 def build_rope_vit(arch, **sizes):
     """A freshly initialised encoder of CAPI as a backbone, under the name `arch`; see
-    zoo/rope_vit.py for the sizes. forward(x) as above, cls being the mean of the patches."""
+    zoo/rope_vit.py for the sizes. forward(x) as above, cls being the mean of the patches.
+
+    It stands here because support/ imports nothing of zoo/.
+    """
     from zoo.rope_vit import Backbone
     return Backbone(arch, **sizes)
 
@@ -195,7 +198,8 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(self.dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(self.dim, eps=1e-6)
         # As DINO: a deviation of .02 for the class token, positions and linear layers. Convolutions
-        # keep torch's default: at .02 the position embedding would drown the image.
+        # keep torch's default, as DINO's does: at .02 the three of the conv stem would shrink the
+        # image to less than the position embedding
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():

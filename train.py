@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 train.py --preset paper-vits --data IMAGENET
 
 Each step has five phases. The first four are the method, in the order of the paper's Eq. 3 and 4;
-the fifth is logging. Which loss and which prototypes run was decided before: the loop never asks.
+the fifth is logging. Phases 1 to 4 never ask which loss and which prototypes run.
 
     V views of B images on this process, 2 of them global; D dimensions of h; K prototypes
 """
@@ -50,7 +50,7 @@ def train(args, device, stop_request):
         args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
         imbalance=args.imbalance, imbalance_law=args.imbalance_law))
     bank = data.subset(images, args.eval_bank)
-    queries = test and data.subset(test, args.eval_queries)
+    queries = None if test is None else data.subset(test, args.eval_queries)
     recipe = config.recipe(args)
     steps_per_epoch, total, stop = config.lengths(args, len(images))
     args.data_seen = data.identity(images, args.data) | {"steps": total}  # compared by --resume
@@ -76,7 +76,9 @@ def train(args, device, stop_request):
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
 
-    log, metrics = Log(args, start, bool(record.rows)), {}
+    # a record with rows: the log's last row is there only because the run stopped at that step
+    log = Log(args, start, drop_last=bool(record.rows))
+    metrics = {}  # of the last evaluation
     monitor = Monitor(len(protos_t.vectors()))
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
@@ -91,8 +93,8 @@ def train(args, device, stop_request):
     # ==== training ==============================================================================
     for step in range(start, stop):
         crops = clock.next(batches)  # V tensors (B, 3, s, s): 2 global crops, then the local ones
-        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))
-        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))  # of drop path
+        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))  # accum tuples of V
+        torch.manual_seed(views.seed_of(views.DROP_PATH, args.seed, step, ddp.RANK))
         if step < warmup:
             lr = lr_peak * step / warmup
         else:
@@ -107,7 +109,7 @@ def train(args, device, stop_request):
             h_t = torch.cat(h_t, dim=1)  # (2, B, D)
 
         # ---- 2. prototypes: C^t = argmin L_C(C^{t-1}, h_t), one step of online EM       Eq. 3
-        report = protos_t.step(ddp.gather_views(h_t), step, beta)
+        report = protos_t.step(ddp.gather_views(h_t), step, beta)  # of h (2 B processes, D)
 
         # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of the optimiser    Eq. 4
         targets = loss_fn.targets(h_t, protos_t, step).chunk(args.accum, dim=1)
@@ -119,11 +121,12 @@ def train(args, device, stop_request):
             terms["loss"] = sum(terms.values())
             (terms["loss"] / args.accum).backward()
             record.add(terms, 1 / args.accum)
-        # if a value is not finite, all processes skip this step; only the mixture has moved
-        values, taken = take_step(record.take(), step, lr, weight_decay)
+        # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
+        # were. What phase 2 did is not undone
+        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms,) ()
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
-        # differs: CARP's official code averages before the optimiser's step, and DINO's after it
+        # differs: after the optimiser's step, as in DINO's code; CARP's code averages before it
         with torch.no_grad():
             for phi, theta in zip(averaged, trained):
                 phi.lerp_(theta, taken * (1 - m))
@@ -134,14 +137,14 @@ def train(args, device, stop_request):
         record.append(done, lr, values)
         leaving = ddp.largest(stop_request.number)  # a signal that any process received, or 0
         now = due(args, done, stop, total, leaving)
-        if device.type == "cpu" or now.row or now.checkpoint:
+        if device.type == "cpu" or now.row or now.checkpoint:  # a GPU is waited for only then
             record.read()
         if now.row:
             first_term = next(iter(terms))
             row = record.means() | report | clock.speed(args.batch_size)
             row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
                     "memory_mb": peak_memory(device)}
-            if loss_fn.uniform:
+            if loss_fn.uniform:  # ln P for CARP, ln K for DINO; log.csv says ln_k for both
                 row["loss_over_ln_k"] = row[first_term] / loss_fn.uniform
             if now.evaluation:
                 h = measures.coming_vectors(teacher, images, recipe, done, args, device,

@@ -28,7 +28,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R 601, as in PIL
 THREADS = min(8, os.cpu_count() or 1)
-ORDER, AUGMENT, LONG_TAIL = 1, 2, 3  # first number of a seed: one stream per purpose
+ORDER, AUGMENT, LONG_TAIL, DROP_PATH = 1, 2, 3, 5  # first number of a seed: one per purpose
 
 
 class View(NamedTuple):
@@ -50,7 +50,7 @@ class Recipe:
     n_local: int = 6
     global_scale: tuple = (0.32, 1.0)  # share of the image's area
     local_scale: tuple = (0.05, 0.32)
-    jitter: tuple = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue (in turns)
+    jitter: tuple = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation; hue in full turns
     jitter_p: float = 0.8  # probabilities from here on
     gray_p: float = 0.2
     blur_p: tuple = (1.0, 0.1, 0.5)  # first global, second global, local crops
@@ -226,8 +226,8 @@ def colour(x, brightness, contrast, saturation, hue, grey):
 
     brightness, contrast, saturation (N,): factors; hue (N,): turns; grey (N,) bool.
     """
-    # differs: fixed order (as written), where torchvision shuffles; values are cut to [0, 1] once,
-    # not after each step.
+    # differs: always in the order of the parameters, where torchvision shuffles; values are cut to
+    # [0, 1] once, not after each step.
     # differs: hue is a rotation about the grey axis; torchvision's shift in HSV keeps max and min
     # of RGB instead.
     def per_image(t):
@@ -274,7 +274,7 @@ def blur(x, sigma):
 
 
 def solarize(x):
-    """x in [0, 1] with its upper half turned over."""
+    """x in [0, 1], where values of 0.5 and more become 1 - x."""
     return torch.where(x >= 0.5, 1 - x, x)
 
 

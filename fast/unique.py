@@ -131,9 +131,9 @@ def sketch(X, eps, block):
     return torch.cat([along_axes(part, cheapest) for part in X.split(8192)])
 
 
-# ---- Def. 2.1, greedy leader --------------------------------------------------------------------
-def leaders(A, eps_list, progress=False, block=BLOCK):
-    """{eps: leader (M,)} as collapse.leaders: for each row of A (M, D) the index of the
+# ---- Def. 2.1 -----------------------------------------------------------------------------------
+def covering(A, eps_list, progress=False, block=BLOCK):
+    """{eps: cover (M,)} as collapse.covering: for each row of A (M, D) the index of the
     representative that covers it, itself if it is one. A float64, no zero row; eps in [0, 2];
     progress: show a bar."""
     itself = torch.arange(len(A), device=A.device)  # (M,)
@@ -141,17 +141,17 @@ def leaders(A, eps_list, progress=False, block=BLOCK):
     positive = sorted(eps for eps in eps_list if eps > 0)
     if positive:
         with full_float32(A.device):
-            search = LeaderSearch(A, positive, block)
+            search = GreedySearch(A, positive, block)
             for start in progress_bar(range(0, len(A), block), "unique prototypes", progress):
                 search.read(start)
-        answers |= search.leader
+        answers |= search.cover
     return {eps: answers[eps] for eps in eps_list}
 
 
-class LeaderSearch:
+class GreedySearch:
     """The greedy search, which reads the rows of A block by block.
 
-    leader {eps: (M,)}  for the rows read so far: the row that covers each
+    cover  {eps: (M,)}  for the rows read so far: the row that covers each
     X, Y                unit rows and sketches. The first n rows of both are overwritten with those
                         rows that represent others at any eps, packed; n never exceeds the rows read
     index (M,)          which row of A each of the n is
@@ -168,13 +168,13 @@ class LeaderSearch:
         self.X = unit_rows(A)  # (M, D)
         self.Y = sketch(self.X, eps_list[-1], block)  # (M, d + 1), or X
         self.sketched = self.Y is not self.X
-        self.leader = {eps: torch.arange(M, device=A.device) for eps in eps_list}
+        self.cover = {eps: torch.arange(M, device=A.device) for eps in eps_list}
         self.index = torch.empty(M, dtype=torch.int64, device=A.device)
         self.leads = torch.zeros(len(eps_list), M, dtype=torch.bool, device=A.device)
         self.n = 0
 
     def read(self, start):
-        """Find the leaders of the rows start..start + block, and add the new representatives."""
+        """Find what covers the rows start..start + block, and add the new representatives."""
         x = self.X[start:start + self.block].clone()  # (b, D); a copy, as X is overwritten below
         y = self.Y[start:start + self.block].clone()  # (b, d + 1)
         rows = torch.arange(start, start + len(x), device=x.device)  # (b,), their indices in A
@@ -213,7 +213,7 @@ class LeaderSearch:
             claimed = duplicate.any(0)
             earliest = duplicate.byte().argmax(0)[claimed]  # the first of equal maxima
             position = columns[c[claimed]]
-            self.leader[eps][rows[position]] = index[earliest]
+            self.cover[eps][rows[position]] = index[earliest]
             unclaimed[e, position] = False
 
     def claim_in_block(self, x, y, rows, unclaimed):
@@ -229,12 +229,12 @@ class LeaderSearch:
                 continue
             duplicate = within(submatrix(S, i, i), self.A, rows[i], rows[i], eps).cpu().numpy()
             itself = np.arange(len(i))
-            leader = itself.copy()  # (u,), positions in i
+            cover = itself.copy()  # (u,), positions in i
             for r in np.flatnonzero(duplicate.any(1)):
-                if leader[r] == r:
-                    leader[duplicate[r] & (leader == itself)] = r
-            claimed = torch.from_numpy(leader != itself).to(x.device)
-            self.leader[eps][rows[i]] = rows[i[torch.from_numpy(leader).to(x.device)]]
+                if cover[r] == r:
+                    cover[duplicate[r] & (cover == itself)] = r
+            claimed = torch.from_numpy(cover != itself).to(x.device)
+            self.cover[eps][rows[i]] = rows[i[torch.from_numpy(cover).to(x.device)]]
             unclaimed[e, i[claimed]] = False
 
 

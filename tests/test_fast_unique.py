@@ -74,19 +74,19 @@ SETS = [random_set, clustered_set, near_threshold_set, zero_and_duplicate_set, c
 def test_fast_is_plain(make, block):
     A, _ = collapse.nonzero_rows(make())
     eps_list = [0, 1e-300, 1e-9, .025, .1, .5, 1.3, 2]
-    plain, fast = collapse.leaders(A, eps_list), unique.leaders(A, eps_list, block=block)
+    plain, fast = collapse.covering(A, eps_list), unique.covering(A, eps_list, block=block)
     assert list(fast) == eps_list
     for eps in eps_list:
         assert torch.equal(plain[eps], fast[eps]), eps
-        assert torch.equal(unique.leaders(A, [eps], block=block)[eps], plain[eps]), eps
+        assert torch.equal(unique.covering(A, [eps], block=block)[eps], plain[eps]), eps
 
 
 @pytest.mark.parametrize("make", SETS)
 def test_size_chooses_and_the_answer_is_the_same(make, monkeypatch):
     C = make()
     calls = []
-    fast_leaders = unique.leaders
-    monkeypatch.setattr(unique, "leaders", lambda *args: calls.append(1) or fast_leaders(*args))
+    fast_covering = unique.covering
+    monkeypatch.setattr(unique, "covering", lambda *args: calls.append(1) or fast_covering(*args))
     eps_list = [.5, .025, 0]
     plain = collapse.representatives(C, eps_list)
     assert not calls
@@ -125,12 +125,12 @@ def test_chains_across_blocks(block):
     orders = torch.arange(40), torch.arange(39, -1, -1), torch.arange(40).view(2, 20).T.flatten()
     for order in orders:
         A, _ = collapse.nonzero_rows(in_line[order])
-        got = unique.leaders(A, [.025], block=block)[.025]
-        assert torch.equal(got, collapse.leaders(A, [.025])[.025])
+        got = unique.covering(A, [.025], block=block)[.025]
+        assert torch.equal(got, collapse.covering(A, [.025])[.025])
         _, graph = unique.neighbours(A, [.025], block=block)
         has_neighbour, component = graph[.025]
         assert has_neighbour.all() and len(component.unique()) == 1
-    assert len(unique.leaders(in_line, [.025], block=block)[.025].unique()) == 20
+    assert len(unique.covering(in_line, [.025], block=block)[.025].unique()) == 20
 
 
 @pytest.mark.parametrize("kind", ["even", "few axes", "one axis"])
@@ -150,7 +150,7 @@ def test_sketches_never_hide_a_duplicate(kind):
     assert (Y @ Y.T - X @ X.T).min() > -unique.rounding_error(64)
     assert (Y.norm(dim=1) - 1).abs().max() < 1e-6
     assert unique.sketch(X, .1, 200) is X  # few blocks: not worth its axes
-    plain, fast = collapse.leaders(A, [.025, .1]), unique.leaders(A, [.025, .1], block=10)
+    plain, fast = collapse.covering(A, [.025, .1]), unique.covering(A, [.025, .1], block=10)
     assert all(torch.equal(plain[eps], fast[eps]) for eps in plain)
 
 
@@ -162,7 +162,7 @@ def test_very_many_unsure_pairs():
     for C, eps in (rows, 1e-9), (rows, 1e-12), (at_60, .5):
         A, _ = collapse.nonzero_rows(C)
         assert 150 * 150 > unique.MANY_PAIRS
-        assert unique.leaders(A, [eps])[eps].unique().tolist() == [0, 150]
+        assert unique.covering(A, [eps])[eps].unique().tolist() == [0, 150]
 
 
 def test_low_precision_mode_is_overridden():
@@ -170,13 +170,13 @@ def test_low_precision_mode_is_overridden():
     shift = torch.nn.functional.normalize(randn(300, 64, seed=1), dim=1)
     A, _ = collapse.nonzero_rows(torch.cat([C, C + .0275 * shift]))
     eps = 3.75e-4
-    want = unique.leaders(A, [eps])[eps]
+    want = unique.covering(A, [eps])[eps]
     assert 300 < len(want.unique()) < 600  # the threshold cuts the cloud
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(unique.leaders(A, [eps])[eps], want)
+            assert torch.equal(unique.covering(A, [eps])[eps], want)
             # a CPU without bfloat16 products would not show it, so look at the settings as well
             with unique.full_float32(A.device):
                 assert torch.get_float32_matmul_precision() == "highest"

@@ -404,7 +404,7 @@ def train(args, device, stop_request):
         args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
         imbalance=args.imbalance, imbalance_law=args.imbalance_law))
     bank = data.subset(images, args.eval_bank)
-    queries = test and data.subset(test, args.eval_queries)
+    queries = None if test is None else data.subset(test, args.eval_queries)
     recipe = one_view(args)
     steps_per_epoch, total, stop = config.lengths(args, len(images))
     args.data_seen = data.identity(images, args.data) | {"steps": total}  # compared by --resume
@@ -458,7 +458,7 @@ def train(args, device, stop_request):
     for step in range(start, stop):
         image, = clock.next(batches)  # (B, 3, s, s)
         B = len(image)
-        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))  # of drop path
+        torch.manual_seed(views.seed_of(views.DROP_PATH, args.seed, step, ddp.RANK))
         # differs from train.py: both schedules
         lr = rate_at(step, total, lr_peak, args.min_lr)  # C.6
         m = 1 - args.ema_per_lr * lr  # C.7

@@ -380,7 +380,7 @@ def train(args, device, stop_request, make_streams=streams):
         args.data, root=args.data_root, seed=args.seed, img_size=args.img_size,
         imbalance=args.imbalance, imbalance_law=args.imbalance_law))
     bank = data.subset(images, args.eval_bank)
-    queries = test and data.subset(test, args.eval_queries)
+    queries = None if test is None else data.subset(test, args.eval_queries)
     recipe = config.recipe(args)
     steps_per_epoch, total, stop = config.lengths(args, len(images))
     args.data_seen = data.identity(images, args.data) | {"steps": total}  # compared by --resume
@@ -436,7 +436,7 @@ def train(args, device, stop_request, make_streams=streams):
         crops = clock.next(batches)  # V tensors (B, 3, s, s): 2 global crops, then the local ones
         B = len(crops[0])
         micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))
-        torch.manual_seed(views.seed_of(args.seed, step, ddp.RANK))  # of drop path
+        torch.manual_seed(views.seed_of(views.DROP_PATH, args.seed, step, ddp.RANK))
         if step < warmup:
             lr = lr_peak * step / warmup
         else:
