@@ -47,7 +47,6 @@ from eval_knn import largest
 from support import backbones, checkpoints, evaluation, pixels, plots, probes
 from support.errors import one_sentence
 from support.files import TEXT
-from support.flags import check_files, check_values
 from views import normalise
 
 # Printed with every number; raise it when anything that changes a number changes.
@@ -65,12 +64,11 @@ IMAGES_OF_FOLDER = (300, 100)  # an image of 224 px has many patches
 VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
        "motorbike person pottedplant sheep sofa train tvmonitor").split()
 PICTURES = 6  # test images in a picture
+RESULTS = "results_dense.csv"  # in the run's folder
 # (what a value must be, test, flags)
-RANGES = [("be at least 1", lambda v: v >= 1, ["batch_size", "img_size", "test_images"]),
+RANGES = [("be at least 1", lambda v: v >= 1, ["img_size", "test_images"]),
           ("be at least 2, as some are held out", lambda v: v >= 2, ["train_images"]),
-          ("not be negative", lambda v: v >= 0, ["seed"]),
-          ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mean"]),
-          ("be positive", lambda v: v > 0, ["std"])]
+          ("not be negative", lambda v: v >= 0, ["seed"])]
 
 
 # ---- images and their label maps -----------------------------------------------------------------
@@ -473,12 +471,8 @@ def parser():
         "lab.eval_dense", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Segmentation by k-NN and a linear probe of frozen patch features.")
+    evaluation.add_network_flags(p, batch_size=64, results=RESULTS)
     add = p.add_argument
-    add("checkpoint", metavar="CKPT|RUN_DIR",
-        help="a ckpt.pt, the directory it lies in, or a foreign file with --arch")
-    add("--arch", help="architecture of a foreign file; None: a run of ours")
-    add("--which", choices=["teacher", "student"], default="teacher",
-        help="papers report the teacher")
     add("--data", default="shapes", metavar="NAME|FOLDER",
         help="the built-in images, or a folder in VOC layout")
     add("--img-size", type=int, metavar="PX",
@@ -491,30 +485,20 @@ def parser():
         f"{IMAGES_OF_FOLDER[1]} for folders")
     add("--probe", choices=[*PROBES], nargs="+", default=[*PROBES],
         help="which probes; k-NN is the faster one")
-    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
-        help="what is subtracted from pixels in [0, 1]; None: as in the run, ImageNet's for others")
-    add("--std", type=float, nargs=3, metavar=("R", "G", "B"),
-        help="what they are divided by then")
-    add("--batch-size", type=int, default=64, help="images per forward pass; changes speed only")
     add("--seed", type=int, default=0, help="of the held-out tenth and the untrained weights")
-    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--picture", metavar="FILE", help=f"{PICTURES} test images, their labels and the "
         "predictions from the backbone's features; needs matplotlib")
-    add("--results", metavar="FILE",
-        help="csv file to append to; None: results_dense.csv next to the checkpoint")
     return p
 
 
 def check_flags(flags):
     """ValueError, before the long work, for flags that cannot be. Sets flags.device, and
     flags.results where it was not given."""
-    check_values(flags, RANGES)
-    check_files(flags, "results", "picture", inputs=[flags.checkpoint])
+    evaluation.check_network_flags(flags, RANGES, "results", "picture")
     if flags.picture:
         plots.check_files(flags.picture)
-    flags.device = backbones.choose_device(flags.device)
     if flags.results is None:
-        flags.results = str(evaluation.run_folder(flags.checkpoint) / "results_dense.csv")
+        flags.results = str(evaluation.run_folder(flags.checkpoint) / RESULTS)
 
 
 def features_of(train, test, backbone, flags, args):
@@ -526,9 +510,8 @@ def features_of(train, test, backbone, flags, args):
         both = [patch_features(net, part.x, mean=args["mean"], std=args["std"],
                                device=flags.device, batch_size=flags.batch_size)
                 for part in (train, test)]
-        if not all(bool(x.isfinite().all()) for x in both):
-            raise ValueError(f"{flags.checkpoint}: its network{words} gives features that are not "
-                             "finite (nan or inf)")
+        for x in both:
+            evaluation.check_finite(x, f"{flags.checkpoint}: its network{words} gives features")
         return both
 
     features = {"backbone": through(backbone, "")}  # (n, g*g, D) each
@@ -543,7 +526,8 @@ def features_of(train, test, backbone, flags, args):
 def evaluate(flags):
     """What main does once the flags are parsed."""
     check_flags(flags)
-    backbone, args = open_backbone(flags)
+    # --img-size is not passed on: here it is the size of the images, and not of the positions
+    backbone, args = evaluation.open_backbone(flags)
     train, test, classes = open_images(flags, args)
     C, size = len(classes), train.x.shape[-1]
     patch = getattr(backbone, "patch_size", 1)
@@ -591,13 +575,6 @@ def evaluate(flags):
             "iou": {" ".join(key): dict(zip(classes, result["iou"].tolist()))
                     for key, result in results.items()},
             "classes": classes, "grid": g, "train": len(train.x), "test": len(test.x)}
-
-
-def open_backbone(flags):
-    """(backbone, args) as evaluation.open_backbone gives them, args["img_size"] being that of the
-    file: --img-size says what images are squeezed to, and --data may say it too."""
-    flags_of_file = argparse.Namespace(**{**vars(flags), "img_size": None})
-    return evaluation.open_backbone(flags_of_file)
 
 
 def words_of(setting):
