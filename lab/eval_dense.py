@@ -21,9 +21,7 @@ the backbone stand the same probes on raw pixels and on the same network with un
 commonest label everywhere shows what knowing nothing gives, and each patch's own commonest label is
 the most that one label for each patch can reach.
 
-A folder must be laid out as PASCAL VOC: JPEGImages/NAME.jpg, SegmentationClass/NAME.png with the
-class of each pixel as its palette index or grey value, and the names of the images, one a line, in
-ImageSets/Segmentation/train.txt and val.txt.
+A folder must be laid out as PASCAL VOC, see support/segmented.py.
 
 Letters: n images of S x S pixels, g x g patches of an image, p = S / g pixels of a patch's side,
 D dimensions of a feature, C classes, N patches in the bank, M and q patches to predict.
@@ -31,160 +29,35 @@ D dimensions of a feature, C classes, N patches in the bank, M and q patches to 
 import argparse
 import itertools
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import data
-import models
 from eval_knn import largest
-from support import backbones, checkpoints, evaluation, pixels, plots, probes
+from support import backbones, evaluation, plots, probes, segmented
 from support.errors import one_sentence
-from support.files import TEXT
-from views import normalise
+from support.features import patch_batches
+from support.pixels import IGNORED
 
 # Printed with every number; raise it when anything that changes a number changes.
 PROTOCOL = "dense-1"
-IGNORED = 255  # the label of a pixel that is not counted
 # What each probe chooses from, the first of equally good ones: (k, similarity), and C
 KNN = list(itertools.product((1, 3, 10, 30), ("cosine", "L2")))
 LINEAR = [float(C) for C in 10 ** np.linspace(-6, 5, 8)]
 MAX_ITER = 1000  # of L-BFGS
 BLOCK, ROWS = 2 ** 24, 256  # most similarities, and most queries, in memory at a time
-# Named sets that have no label maps: one must not be downloaded to be refused.
-WITHOUT_MAPS = ("cifar10", "cifar100", "stl10", "inat18")
 IMAGES = {"shapes": (1000, 500)}  # training and test images by default
 IMAGES_OF_FOLDER = (300, 100)  # an image of 224 px has many patches
-VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-       "motorbike person pottedplant sheep sofa train tvmonitor").split()
 PICTURES = 6  # test images in a picture
 RESULTS = "results_dense.csv"  # in the run's folder
 # (what a value must be, test, flags)
 RANGES = [("be at least 1", lambda v: v >= 1, ["img_size", "test_images"]),
           ("be at least 2, as some are held out", lambda v: v >= 2, ["train_images"]),
           ("not be negative", lambda v: v >= 0, ["seed"])]
-
-
-# ---- images and their label maps -----------------------------------------------------------------
-
-class Segmented(NamedTuple):
-    """Images and the label of each of their pixels."""
-    x: torch.Tensor  # (n, 3, S, S) uint8
-    maps: torch.Tensor  # (n, S, S) uint8: class, or IGNORED
-
-
-def squeeze(x, maps, size):
-    """(x (..., 3, size, size), maps (..., size, size)), uint8 both: images x (..., 3, H, W) by
-    bicubic interpolation, label maps (..., H, W) by their nearest pixel. The aspect is lost."""
-    if x.shape[-2:] != (size, size):
-        x = v2.functional.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        maps = v2.functional.resize(maps[..., None, :, :], [size, size],
-                                    InterpolationMode.NEAREST_EXACT)[..., 0, :, :]
-    return x, maps
-
-
-def named_set(name, args, size, most):
-    """(train, test, class names) of a named set that has label maps; size None: as they are.
-
-    args: of the run, see evaluation.load_images. most: (training, test) images, spread evenly over
-    the set. ValueError where the set has no label maps.
-    """
-    refusal = (f"--data {name} has no label maps; give shapes, or a folder in VOC layout")
-    if name in WITHOUT_MAPS:
-        raise ValueError(refusal)
-    *splits, _ = evaluation.load_images(name, args)
-    if any(images is None or getattr(images, "label_map", None) is None for images in splits):
-        raise ValueError(refusal)
-    sets = []
-    for images, count in zip(splits, most):
-        images = data.subset(images, count)
-        sets.append(Segmented(*squeeze(images.x, images.label_map, size or images.x.shape[-1])))
-    return *sets, ["background", *splits[0].classes]
-
-
-def voc_folder(folder, size, most):
-    """(train, test, class names) of a folder in VOC layout, images and masks squeezed to `size`.
-
-    most: (training, test) images, spread evenly over the lists. The classes are those up to the
-    largest label in the masks that were read; they get VOC's names where they are 21. ValueError,
-    one sentence that names the file, for what is missing, damaged or does not fit.
-    """
-    folder = os.path.expanduser(folder)
-    lists = {}  # {split: names}
-    for split in ("train", "val"):
-        path = os.path.join(folder, "ImageSets", "Segmentation", f"{split}.txt")
-        if not os.path.isfile(path):
-            raise ValueError(f"--data {folder} is neither shapes nor a folder in VOC layout: "
-                             f"there is no {path}")
-        with open(path, **TEXT) as file:
-            lists[split] = file.read().split()
-        if not lists[split]:
-            raise ValueError(f"{path} names no images")
-    if both := set(lists["train"]) & set(lists["val"]):
-        raise ValueError(f"--data {folder}: the image {min(both)} is in train.txt and in val.txt, "
-                         "and a probe is tested on images that it was not fitted to")
-    sets = []
-    for (split, names), count in zip(lists.items(), most):
-        n = min(count, len(names))
-        x = torch.empty(n, 3, size, size, dtype=torch.uint8)  # (n, 3, S, S)
-        maps = torch.empty(n, size, size, dtype=torch.uint8)  # (n, S, S)
-        for i in tqdm(range(n), desc=f"reading {split}", unit="img", leave=False, disable=None):
-            x[i], maps[i] = voc_image(folder, names[i * len(names) // n], size)
-        sets.append(Segmented(x, maps))
-    labels = torch.cat([part.maps[part.maps != IGNORED] for part in sets])
-    C = int(labels.max()) + 1 if len(labels) else 0
-    return *sets, VOC if C == len(VOC) else [f"class {c}" for c in range(C)]
-
-
-def voc_image(folder, name, size):
-    """(image (3, size, size), label map (size, size)), uint8, of an image of a folder in VOC
-    layout."""
-    image = os.path.join(folder, "JPEGImages", f"{name}.jpg")
-    mask = os.path.join(folder, "SegmentationClass", f"{name}.png")
-    x, labels = pixels.read(image), read_mask(mask)  # (3, H, W), (H, W)
-    if x.shape[1:] != labels.shape:
-        (h, w), (H, W) = labels.shape, x.shape[1:]
-        raise ValueError(f"{mask} has {w} x {h} pixels, and its image has {W} x {H}")
-    return squeeze(x, labels, size)
-
-
-def read_mask(path):
-    """(H, W) uint8: the palette indices or grey values of a PNG. ValueError where it cannot be
-    read, or has neither."""
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("P", "L"):
-                return torch.from_numpy(np.array(image))  # (H, W)
-            mode = image.mode
-    except Exception as error:  # Pillow has a dozen error types for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read ({reason})") from None
-    raise ValueError(f"{path} is a picture of mode {mode}, and a mask has a palette or 8 bits of "
-                     "grey, whose values are the classes")
-
-
-def open_images(flags, args):
-    """(train, test, class names) of --data. ValueError where there is nothing to fit or to test."""
-    own = IMAGES.get(flags.data, IMAGES_OF_FOLDER)
-    most = flags.train_images or own[0], flags.test_images or own[1]
-    if flags.data in data.SETS:
-        train, test, classes = named_set(flags.data, args, flags.img_size, most)
-    else:
-        train, test, classes = voc_folder(flags.data, flags.img_size or 224, most)
-    if len(train.x) < 2:
-        raise ValueError(f"--data {flags.data} has {len(train.x)} training image, and a tenth of "
-                         "them, one at least, is held out for choosing")
-    for part, words in ((train, "training"), (test, "test")):
-        if bool((part.maps == IGNORED).all()):
-            raise ValueError(f"--data {flags.data}: all pixels of the {words} images have the "
-                             f"label {IGNORED}, ignored")
-    return train, test, classes
 
 
 # ---- patches -------------------------------------------------------------------------------------
@@ -221,42 +94,6 @@ def pixel_features(x, g):
     patches = cut(x.flatten(0, 1), g).flatten(2)  # (n*3, g*g, p*p)
     patches = patches.view(n, 3, g * g, -1).transpose(1, 2)  # (n, g*g, 3, p*p)
     return patches.flatten(2).float() / 255
-
-
-@torch.no_grad()
-def patch_features(backbone, x, *, mean, std, device="cpu", batch_size=64):
-    """(n, g*g, D) float32 on the CPU: the backbone's last patch tokens, or the places of its last
-    feature map, for images x (n, 3, S, S) uint8.
-
-    The backbone must be on `device`; it is put into eval mode, and runs without autocast.
-    ValueError for patches that cannot be laid out on the image.
-    """
-    backbone.eval()
-    parts = []
-    bar = tqdm(total=len(x), desc="patch features", unit="img", leave=False, disable=None)
-    with bar, torch.autocast(torch.device(device).type, enabled=False):
-        for batch in x.split(batch_size):
-            batch = normalise(batch.to(device).float() / 255, mean, std)  # (b, 3, S, S)
-            patches = backbone(batch)[1].float().cpu()  # (b, g*g, D)
-            grid_side(patches.shape[1], x.shape[-1])
-            parts.append(patches)
-            bar.update(len(batch))
-    return torch.cat(parts)
-
-
-def untrained(backbone, args, seed):
-    """The backbone as it was before training: the same architecture and sizes, weights drawn with
-    `seed`. args: of its run; img_size is that for which its positions were laid out."""
-    own = checkpoints.module_of(args.get("script", "train.py"))
-    if hasattr(own, "load_backbone"):
-        return own.load_backbone(None, args | {"seed": seed})
-    img_size, small = args["img_size"], backbones.small_stem(backbone.state_dict())
-    patch_size = getattr(backbone, "patch_size", 16)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if hasattr(backbone, "sizes"):
-            return models.build_rope_vit(backbone.arch, **backbone.sizes)
-        return models.build(backbone.arch, patch_size=patch_size, img_size=img_size, in_small=small)
 
 
 def modal(maps, without_ignored=False):
@@ -387,81 +224,10 @@ def choose_and_refit(name, train, test, C, seed=0, device="cpu"):
                          "another --seed")
     scores = {}
     for setting, predicted in apply(probe, to_fit, held_out.x, settings, C, device):
-        scores[setting] = mean_iou(iou(confusion(predicted, held_out.maps, C)))
+        scores[setting] = probes.segmentation_measures(predicted, held_out.maps, C)["miou"]
     best = max(settings, key=scores.get)
     (_, predicted), = apply(probe, train, test.x, [best], C, device)
     return predicted, best, scores
-
-
-# ---- the measure ---------------------------------------------------------------------------------
-
-def confusion(predicted, maps, C):
-    """(C, C) int64: pixels by true class (rows) and predicted class, of label maps of any one
-    shape (n, ...). Pixels whose true label is IGNORED are not counted."""
-    total = torch.zeros(C * C, dtype=torch.int64)
-    for guess, truth in zip(predicted.split(64), maps.split(64)):
-        counted = truth != IGNORED
-        pairs = truth[counted].long() * C + guess[counted].long()
-        total += pairs.bincount(minlength=C * C)
-    return total.view(C, C)
-
-
-def iou(counts):
-    """(C,) float64: intersection over union of each class in percent, from `confusion`; nan for a
-    class that is neither in the truth nor predicted."""
-    hits = counts.diagonal()  # (C,)
-    union = counts.sum(0) + counts.sum(1) - hits  # (C,)
-    return 100 * hits.double() / union
-
-
-def mean_iou(ious):
-    """The mean over the classes that are there, percent."""
-    return float(ious.nanmean())
-
-
-def measures(predicted, maps, C):
-    """{"miou", "pixels": share of pixels labelled rightly, "iou": (C,)}, all in percent."""
-    counts = confusion(predicted, maps, C)  # (C, C)
-    ious = iou(counts)  # (C,)
-    return {"miou": mean_iou(ious), "iou": ious,
-            "pixels": 100 * float(counts.diagonal().sum() / counts.sum())}
-
-
-# ---- picture -------------------------------------------------------------------------------------
-
-def colours(C):
-    """(256, 3) floats in [0, 1]: black for class 0, white for IGNORED, and the circle of hues,
-    light and dark in turns, for the classes between."""
-    from matplotlib.colors import hsv_to_rgb
-    table = np.ones((IGNORED + 1, 3))
-    table[0] = 0
-    for c in range(1, C):
-        table[c] = hsv_to_rgb(((c - 1) / (C - 1), .85, .95 if c % 2 else .6))
-    return table
-
-
-def picture(images, columns, classes, file):
-    """A row for each of the images (m, 3, S, S) uint8: the image, and its map in each of the
-    columns {title: maps (m, S, S)}; the colours of the classes that occur stand below. ValueError
-    without matplotlib, OSError if it cannot be written."""
-    fig, axes = plots.figure(len(images), 1 + len(columns), 1.6 * (1 + len(columns)),
-                             1.6 * len(images) + .8)
-    from matplotlib.patches import Patch
-    table = colours(len(classes))
-    for i, row in enumerate(axes):
-        shown = [images[i].permute(1, 2, 0).numpy()]  # (S, S, 3)
-        shown += [table[maps[i].numpy()] for maps in columns.values()]  # (S, S, 3) each
-        for ax, content in zip(row, shown):
-            ax.imshow(content, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-    for ax, title in zip(axes[0], ["image", *columns]):
-        ax.set_title(title, fontsize=9)
-    there = set(torch.cat([maps.flatten() for maps in columns.values()]).unique().tolist())
-    handles = [Patch(facecolor=table[c], edgecolor="grey", label=name)
-               for c, name in [*enumerate(classes), (IGNORED, "ignored")] if c in there]
-    fig.legend(handles=handles, loc="outside lower center", ncols=1 + len(columns),
-               frameon=False, fontsize=7)
-    plots.save(fig, file)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -501,26 +267,45 @@ def check_flags(flags):
         flags.results = str(evaluation.run_folder(flags.checkpoint) / RESULTS)
 
 
-def features_of(train, test, backbone, flags, args):
-    """{"backbone", "untrained", "pixels": (train, test) as Patches}, and g."""
-    backbone.to(flags.device)
-    twin = untrained(backbone, args, flags.seed).to(flags.device)
+def open_images(flags, args):
+    """(train, test, class names) of --data, the first two as Segmented. ValueError where there is
+    nothing to fit or to test."""
+    own = IMAGES.get(flags.data, IMAGES_OF_FOLDER)
+    most = flags.train_images or own[0], flags.test_images or own[1]
+    if flags.data in data.SETS:
+        train, test, classes = segmented.named_set(flags.data, args, flags.img_size, most)
+    else:
+        train, test, classes = segmented.voc_folder(flags.data, flags.img_size or 224, most)
+    if len(train) < 2:
+        raise ValueError(f"--data {flags.data} has {len(train)} training image, and a tenth of "
+                         "them, one at least, is held out for choosing")
+    for part, words in ((train, "training"), (test, "test")):
+        if bool((part.maps == IGNORED).all()):
+            raise ValueError(f"--data {flags.data}: all pixels of the {words} images have the "
+                             f"label {IGNORED}, ignored")
+    return train, test, classes
 
+
+def patches_of(train, test, g, backbone, flags, args):
+    """{"backbone": [train, test], "untrained": ..., "pixels": ...}: Patches with these features."""
     def through(net, words):
-        both = [patch_features(net, part.x, mean=args["mean"], std=args["std"],
-                               device=flags.device, batch_size=flags.batch_size)
-                for part in (train, test)]
-        for x in both:
+        net.to(flags.device)
+        both = []
+        for part in (train, test):
+            batches = patch_batches(net, part, part.x.shape[-1], device=flags.device,
+                                    batch_size=flags.batch_size, progress=True, mean=args["mean"],
+                                    std=args["std"])
+            x = torch.cat(list(batches))  # (n, g*g, D)
             evaluation.check_finite(x, f"{flags.checkpoint}: its network{words} gives features")
+            both.append(x)
         return both
 
-    features = {"backbone": through(backbone, "")}  # (n, g*g, D) each
-    g = grid_side(features["backbone"][0].shape[1], train.x.shape[-1])
-    features["untrained"] = through(twin, " with untrained weights")
-    features["pixels"] = [pixel_features(part.x, g) for part in (train, test)]
+    untrained = backbones.untrained(backbone, args, flags.seed)
+    features = {"backbone": through(backbone, ""),
+                "untrained": through(untrained, " with untrained weights"),
+                "pixels": [pixel_features(part.x, g) for part in (train, test)]}
     maps = [cut(part.maps, g) for part in (train, test)]  # (n, g*g, p, p) each
-    return {name: [Patches(x, part) for x, part in zip(xs, maps)]
-            for name, xs in features.items()}, g
+    return {name: [Patches(x, part) for x, part in zip(xs, maps)] for name, xs in features.items()}
 
 
 def evaluate(flags):
@@ -533,40 +318,42 @@ def evaluate(flags):
     patch = getattr(backbone, "patch_size", 1)
     if size % patch:
         raise ValueError(f"--img-size {size} must be a multiple of {patch}, the pixels of a patch")
-    patches, g = features_of(train, test, backbone, flags, args)
+    with torch.no_grad():  # one image, so that what is no grid is refused before the long work
+        g = grid_side(backbone(torch.zeros(1, 3, size, size))[1].shape[1], size)
     p = size // g
     device = flags.device if flags.device.startswith("cuda") else "cpu"
 
-    results, segmented, chosen = {}, {}, {}  # by (features, probe)
+    results, painted, chosen = {}, {}, {}  # by (features, probe)
+    patches = patches_of(train, test, g, backbone, flags, args)
     for features, (train_patches, test_patches) in patches.items():
         for probe in dict.fromkeys(flags.probe):
             key = features, probe
             predicted, best, scores = choose_and_refit(probe, train_patches, test_patches, C,
                                                        flags.seed, device)
-            segmented[key] = paste(predicted, g)  # (n, S, S)
-            results[key] = measures(segmented[key], test.maps, C)
+            painted[key] = paste(predicted, g)  # (n, S, S)
+            results[key] = probes.segmentation_measures(painted[key], test.maps, C)
             chosen[key] = words_of(best), scores[best]
     known = train.maps[train.maps != IGNORED]
     guess = torch.full_like(test.maps, int(known.long().bincount().argmax()))  # (n, S, S)
     own = modal(cut(test.maps, g), without_ignored=True)  # (n, g*g)
     own = paste(own[..., None, None].expand(-1, -1, p, p), g)  # (n, S, S)
-    bounds = {"commonest label": measures(guess, test.maps, C),
-              "own label of each patch": measures(own, test.maps, C)}
+    bounds = {"commonest label": probes.segmentation_measures(guess, test.maps, C),
+              "own label of each patch": probes.segmentation_measures(own, test.maps, C)}
 
-    print(f"{flags.data}: {len(train.x)} training images, {len(test.x)} test images, {C} classes")
+    print(f"{flags.data}: {len(train)} training images, {len(test)} test images, {C} classes")
     print(f"protocol {PROTOCOL}: {flags.which}'s patch features ({backbone.dim}-d, standardised), "
           f"{size} px, {g} x {g} patches of {p} px, {evaluation.normalisation(args)}, seed "
           f"{flags.seed}")
     print_tables(results, bounds, chosen, classes)
     row = evaluation.result_row("eval_dense", PROTOCOL, flags, backbone, args, flags.data) | {
-        "train": len(train.x), "test": len(test.x), "classes_known": C, "img_size": size,
+        "train": len(train), "test": len(test), "classes_known": C, "img_size": size,
         "patch": p, "seed": flags.seed}
     evaluation.append_results(flags, row, tables_of(results, bounds, chosen))
     if flags.picture:
         few = slice(0, PICTURES)
         columns = {"labels": test.maps[few]}
-        columns |= {probe: segmented["backbone", probe][few] for probe in flags.probe}
-        picture(test.x[few], columns, classes, flags.picture)
+        columns |= {probe: painted["backbone", probe][few] for probe in flags.probe}
+        plots.segmentation(test.x[few], columns, classes, flags.picture)
         print(f"picture written to {flags.picture}")
     return {"miou": {f"{features} {probe}": result["miou"]
                      for (features, probe), result in results.items()},
@@ -574,7 +361,7 @@ def evaluate(flags):
             "chosen": {" ".join(key): setting for key, (setting, _) in chosen.items()},
             "iou": {" ".join(key): dict(zip(classes, result["iou"].tolist()))
                     for key, result in results.items()},
-            "classes": classes, "grid": g, "train": len(train.x), "test": len(test.x)}
+            "classes": classes, "grid": g, "train": len(train), "test": len(test)}
 
 
 def words_of(setting):
