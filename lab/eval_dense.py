@@ -8,11 +8,11 @@ A sample is one patch of p x p pixels: its feature, and the labels of its pixels
 the labels of the test images' pixels from the training patches; the backbone stays as it is.
 
     k-NN     a pixel gets the label that most of the k nearest patches have at the same place
-    linear   a softmax regression knows a patch by its commonest label, and paints it whole
+    linear   a softmax regression predicts the commonest label of a patch, and all its pixels get it
 
 Images and label maps are squeezed to --img-size, without regard to their aspect. Every feature is
 standardised on the training patches. A tenth of the training images chooses k and the similarity,
-or the strength C of the regularisation; then the probe is fitted again to all of them.
+or the strength of the regularisation; then the probe is fitted again to all of them.
 
 The number is the mIoU, a mean over classes: the pixels that have a class in truth and in the
 prediction, divided by those that have it in either; all test images are counted together. A class
@@ -45,9 +45,9 @@ from support.pixels import IGNORED
 
 # Printed with every number; raise it when anything that changes a number changes.
 PROTOCOL = "dense-1"
-# What each probe chooses from, the first of equally good ones: (k, similarity), and C
-KNN = list(itertools.product((1, 3, 10, 30), ("cosine", "L2")))
-LINEAR = [float(C) for C in 10 ** np.linspace(-6, 5, 8)]
+# Settings that each probe tries; of equally good ones the first is taken
+KNN = list(itertools.product((1, 3, 10, 30), ("cosine", "L2")))  # (k, similarity)
+LINEAR = (10 ** np.linspace(-6, 5, 8)).tolist()  # strengths
 MAX_ITER = 1000  # of L-BFGS
 BLOCK, ROWS = 2 ** 24, 256  # most similarities, and most queries, in memory at a time
 IMAGES = {"shapes": (1000, 500)}  # training and test images by default
@@ -98,8 +98,8 @@ def pixel_features(x, g):
 
 def modal(maps, without_ignored=False):
     """(...) uint8: the commonest label of each patch of maps (..., p, p), IGNORED being one as any
-    other. Of equally common ones the smallest is taken. without_ignored: IGNORED is none, and a
-    patch that has no other label gets 0."""
+    other. Of equally common ones the smallest is taken. without_ignored: IGNORED is not counted; a
+    patch of nothing else gets 0."""
     labels = maps.flatten(-2).long()  # (..., p*p)
     counts = torch.zeros(*labels.shape[:-1], IGNORED + 1, dtype=torch.int32, device=maps.device)
     counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=torch.int32))  # (..., 256)
@@ -179,13 +179,13 @@ def knn(x, maps, q, settings, C):
 
 
 def linear(x, maps, q, settings, C):
-    """Settings are C as scikit-learn has it: |W|^2 / 2 + C (sum of the patches' cross-entropies) is
-    minimised. The patch is painted with the label predicted for it."""
+    """Settings are strengths, scikit-learn's C: |W|^2 / 2 + strength (sum of the patches'
+    cross-entropies) is minimised. All pixels of a patch get the label predicted for it."""
     # differs: support/probes.py's solver remembers 10 steps where CAPI's remembers 5, and it stops
     # at gradients below 1e-5.
     h, w = maps.shape[1:]
     labels, y = modal(maps).unique(return_inverse=True)  # (labels,), (N,)
-    for strength in tqdm(settings, desc="values of C", leave=False,
+    for strength in tqdm(settings, desc="strengths", leave=False,
                          disable=None if len(settings) > 1 else True):
         W, b, _ = probes.lbfgs(x, y, len(labels), weight_decay=1 / (strength * len(x)),
                                max_iter=MAX_ITER)
@@ -308,6 +308,28 @@ def patches_of(train, test, g, backbone, flags, args):
     return {name: [Patches(x, part) for x, part in zip(xs, maps)] for name, xs in features.items()}
 
 
+class Result(NamedTuple):
+    """Labels predicted for the test images, and how good they are in percent."""
+    maps: torch.Tensor  # (n, S, S) uint8
+    miou: float  # this and the next two: see probes.segmentation_measures
+    pixels: float
+    iou: torch.Tensor  # (C,)
+    chosen: str = ""  # setting of the probe
+    held_out: float = None  # its mIoU on the held-out tenth
+
+
+def bounds_of(train, test, g, C):
+    """{(name, ""): Result} of what needs no features: the commonest label of the training images
+    everywhere, and in each patch of the test images its own commonest label."""
+    known = train.maps[train.maps != IGNORED]
+    guess = torch.full_like(test.maps, int(known.long().bincount().argmax()))  # (n, S, S)
+    patches = cut(test.maps, g)  # (n, g*g, p, p)
+    own = modal(patches, without_ignored=True)  # (n, g*g)
+    own = paste(own[..., None, None].expand_as(patches), g)  # (n, S, S)
+    return {(name, ""): Result(maps, **probes.segmentation_measures(maps, test.maps, C))
+            for name, maps in (("commonest label", guess), ("own label of each patch", own))}
+
+
 def evaluate(flags):
     """What main does once the flags are parsed."""
     check_flags(flags)
@@ -323,44 +345,38 @@ def evaluate(flags):
     p = size // g
     device = flags.device if flags.device.startswith("cuda") else "cpu"
 
-    results, painted, chosen = {}, {}, {}  # by (features, probe)
+    results = {}  # {(features, probe): Result}
     patches = patches_of(train, test, g, backbone, flags, args)
     for features, (train_patches, test_patches) in patches.items():
         for probe in dict.fromkeys(flags.probe):
-            key = features, probe
             predicted, best, scores = choose_and_refit(probe, train_patches, test_patches, C,
                                                        flags.seed, device)
-            painted[key] = paste(predicted, g)  # (n, S, S)
-            results[key] = probes.segmentation_measures(painted[key], test.maps, C)
-            chosen[key] = words_of(best), scores[best]
-    known = train.maps[train.maps != IGNORED]
-    guess = torch.full_like(test.maps, int(known.long().bincount().argmax()))  # (n, S, S)
-    own = modal(cut(test.maps, g), without_ignored=True)  # (n, g*g)
-    own = paste(own[..., None, None].expand(-1, -1, p, p), g)  # (n, S, S)
-    bounds = {"commonest label": probes.segmentation_measures(guess, test.maps, C),
-              "own label of each patch": probes.segmentation_measures(own, test.maps, C)}
+            maps = paste(predicted, g)  # (n, S, S)
+            results[features, probe] = Result(
+                maps, **probes.segmentation_measures(maps, test.maps, C), chosen=words_of(best),
+                held_out=scores[best])
+    bounds = bounds_of(train, test, g, C)
 
     print(f"{flags.data}: {len(train)} training images, {len(test)} test images, {C} classes")
     print(f"protocol {PROTOCOL}: {flags.which}'s patch features ({backbone.dim}-d, standardised), "
           f"{size} px, {g} x {g} patches of {p} px, {evaluation.normalisation(args)}, seed "
           f"{flags.seed}")
-    print_tables(results, bounds, chosen, classes)
+    print_tables(results | bounds, classes)
     row = evaluation.result_row("eval_dense", PROTOCOL, flags, backbone, args, flags.data) | {
-        "train": len(train), "test": len(test), "classes_known": C, "img_size": size,
-        "patch": p, "seed": flags.seed}
-    evaluation.append_results(flags, row, tables_of(results, bounds, chosen))
+        "train": len(train), "test": len(test), "classes_known": C, "img_size": size, "patch": p,
+        "seed": flags.seed}
+    evaluation.append_results(flags, row, tables_of(results | bounds))
     if flags.picture:
-        few = slice(0, PICTURES)
-        columns = {"labels": test.maps[few]}
-        columns |= {probe: painted["backbone", probe][few] for probe in flags.probe}
-        plots.segmentation(test.x[few], columns, classes, flags.picture)
+        columns = {"labels": test.maps[:PICTURES]}
+        columns |= {probe: results["backbone", probe].maps[:PICTURES] for probe in flags.probe}
+        plots.segmentation(test.x[:PICTURES], columns, classes, flags.picture)
         print(f"picture written to {flags.picture}")
-    return {"miou": {f"{features} {probe}": result["miou"]
-                     for (features, probe), result in results.items()},
-            "bounds": {name: result["miou"] for name, result in bounds.items()},
-            "chosen": {" ".join(key): setting for key, (setting, _) in chosen.items()},
-            "iou": {" ".join(key): dict(zip(classes, result["iou"].tolist()))
-                    for key, result in results.items()},
+    named = {" ".join(key): result for key, result in results.items()}
+    return {"miou": {name: result.miou for name, result in named.items()},
+            "bounds": {name: result.miou for (name, _), result in bounds.items()},
+            "chosen": {name: result.chosen for name, result in named.items()},
+            "iou": {name: dict(zip(classes, result.iou.tolist()))
+                    for name, result in named.items()},
             "classes": classes, "grid": g, "train": len(train), "test": len(test)}
 
 
@@ -369,36 +385,38 @@ def words_of(setting):
     return f"C={setting:.3g}" if isinstance(setting, float) else "k={} {}".format(*setting)
 
 
-def tables_of(results, bounds, chosen):
-    """{result: {column: value}} for the csv file. The IoUs of all classes stand in one column, in
-    their order and with a dash where a class is absent: other data has other classes."""
+def tables_of(results):
+    """{name of a result: {column: value}} for the csv file. The IoUs of all classes stand in one
+    column, in their order and with a dash where a class is absent: other data has other classes."""
     tables = {}
-    for key, result in [*results.items(), *bounds.items()]:
-        setting, score = chosen.get(key, (None, None))
-        per_class = " ".join("-" if math.isnan(v) else f"{v:.2f}" for v in result["iou"].tolist())
-        tables[key if isinstance(key, str) else " ".join(key)] = {
-            "miou": result["miou"], "pixels_right": result["pixels"], "chosen": setting,
-            "miou_held_out": score, "iou_of_classes": per_class}
+    for key, result in results.items():
+        tables[" ".join(key).strip()] = {
+            "miou": result.miou, "pixels_right": result.pixels, "chosen": result.chosen,
+            "miou_held_out": result.held_out,
+            "iou_of_classes": " ".join(map(or_dash, result.iou.tolist()))}
     return tables
 
 
-def print_tables(results, bounds, chosen, classes):
-    """A line for each result, in percent, and one for each class with the backbone's IoUs."""
+def or_dash(value):
+    """An IoU in percent, a dash for nan."""
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def print_tables(results, classes):
+    """A line for each of the results {(features, probe): Result}, in percent, and one for each
+    class with the backbone's IoUs."""
     print(f"{'features':>25} {'probe':>7}  {'chosen':<12}{'held out':>9}{'mIoU':>8}"
           f"{'pixels right':>14}")
     for (features, probe), result in results.items():
-        setting, score = chosen[features, probe]
-        print(f"{features:>25} {probe:>7}  {setting:<12}{score:9.2f}{result['miou']:8.2f}"
-              f"{result['pixels']:14.2f}")
-    for name, result in bounds.items():
-        print(f"{name:>25} {'':>7}  {'':<12}{'':>9}{result['miou']:8.2f}{result['pixels']:14.2f}")
-    of_backbone = {probe: result["iou"].tolist()
+        held_out = f"{result.held_out:.2f}" if probe else ""
+        print(f"{features:>25} {probe:>7}  {result.chosen:<12}{held_out:>9}{result.miou:8.2f}"
+              f"{result.pixels:14.2f}")
+    of_backbone = {probe: result.iou.tolist()
                    for (features, probe), result in results.items() if features == "backbone"}
     print(f"{'IoU of the backbone':>25}" + "".join(f"{probe:>9}" for probe in of_backbone))
     for c, name in enumerate(classes):
-        line = "".join(f"{'-':>9}" if math.isnan(ious[c]) else f"{ious[c]:9.2f}"
-                       for ious in of_backbone.values())
-        print(f"{name[:25]:>25}{line}")
+        print(f"{name[:25]:>25}"
+              + "".join(f"{or_dash(iou[c]):>9}" for iou in of_backbone.values()))
 
 
 def main(argv=None):
