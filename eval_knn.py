@@ -226,7 +226,7 @@ def evaluate(flags):
     from support import evaluation, features, groups
     evaluation.check_common_flags(flags, RANGES)
     check_votes(flags.k, flags.T)
-    backbone, args = evaluation.open_backbone(flags, flags.patch_size)
+    backbone, args = evaluation.open_backbone(flags, flags.img_size, flags.patch_size)
     D = features.width(backbone, pool=flags.pool)
     name, train, test, own = evaluation.open_images(flags, args)
     if train.y is None:

@@ -143,9 +143,7 @@ def patch_batches(backbone, images, flags):
     for x in features.patch_batches(backbone, images, flags.img_size, device=flags.device,
                                     batch_size=flags.batch_size, progress=True, mean=flags.mean,
                                     std=flags.std):
-        if not x.isfinite().all():
-            raise ValueError(f"{flags.checkpoint}: its network gives patches that are not finite "
-                             "(nan or inf)")
+        evaluation.check_finite(x, f"{flags.checkpoint}: its network gives patches")
         yield x
 
 
@@ -316,7 +314,7 @@ def open_images(flags, args):
 def evaluate(flags):
     """What main does once the flags are parsed."""
     check_flags(flags)
-    backbone, args = evaluation.open_backbone(flags)
+    backbone, args = evaluation.open_backbone(flags, flags.img_size)
     flags.img_size, flags.mean, flags.std = args["img_size"], args["mean"], args["std"]
     if flags.protocol == "attentive":
         flags.layers, flags.pool, D = 1, "patches", backbone.dim

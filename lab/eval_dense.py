@@ -8,11 +8,11 @@ A sample is one patch of p x p pixels: its feature, and the labels of its pixels
 the labels of the test images' pixels from the training patches; the backbone stays as it is.
 
     k-NN     a pixel gets the label that most of the k nearest patches have at the same place
-    linear   a softmax regression knows a patch by its commonest label, and paints it whole
+    linear   a softmax regression predicts the commonest label of a patch, and all its pixels get it
 
 Images and label maps are squeezed to --img-size, without regard to their aspect. Every feature is
 standardised on the training patches. A tenth of the training images chooses k and the similarity,
-or the strength C of the regularisation; then the probe is fitted again to all of them.
+or the strength of the regularisation; then the probe is fitted again to all of them.
 
 The number is the mIoU, a mean over classes: the pixels that have a class in truth and in the
 prediction, divided by those that have it in either; all test images are counted together. A class
@@ -21,9 +21,7 @@ the backbone stand the same probes on raw pixels and on the same network with un
 commonest label everywhere shows what knowing nothing gives, and each patch's own commonest label is
 the most that one label for each patch can reach.
 
-A folder must be laid out as PASCAL VOC: JPEGImages/NAME.jpg, SegmentationClass/NAME.png with the
-class of each pixel as its palette index or grey value, and the names of the images, one a line, in
-ImageSets/Segmentation/train.txt and val.txt.
+A folder must be laid out as PASCAL VOC, see support/segmented.py.
 
 Letters: n images of S x S pixels, g x g patches of an image, p = S / g pixels of a patch's side,
 D dimensions of a feature, C classes, N patches in the bank, M and q patches to predict.
@@ -31,162 +29,35 @@ D dimensions of a feature, C classes, N patches in the bank, M and q patches to 
 import argparse
 import itertools
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import data
-import models
 from eval_knn import largest
-from support import backbones, checkpoints, evaluation, pixels, plots, probes
+from support import backbones, evaluation, plots, probes, segmented
 from support.errors import one_sentence
-from support.files import TEXT
-from support.flags import check_files, check_values
-from views import normalise
+from support.features import patch_batches
+from support.pixels import IGNORED
 
 # Printed with every number; raise it when anything that changes a number changes.
 PROTOCOL = "dense-1"
-IGNORED = 255  # the label of a pixel that is not counted
-# What each probe chooses from, the first of equally good ones: (k, similarity), and C
-KNN = list(itertools.product((1, 3, 10, 30), ("cosine", "L2")))
-LINEAR = [float(C) for C in 10 ** np.linspace(-6, 5, 8)]
+# Settings that each probe tries; of equally good ones the first is taken
+KNN = list(itertools.product((1, 3, 10, 30), ("cosine", "L2")))  # (k, similarity)
+LINEAR = (10 ** np.linspace(-6, 5, 8)).tolist()  # strengths
 MAX_ITER = 1000  # of L-BFGS
 BLOCK, ROWS = 2 ** 24, 256  # most similarities, and most queries, in memory at a time
-# Named sets that have no label maps: one must not be downloaded to be refused.
-WITHOUT_MAPS = ("cifar10", "cifar100", "stl10", "inat18")
 IMAGES = {"shapes": (1000, 500)}  # training and test images by default
 IMAGES_OF_FOLDER = (300, 100)  # an image of 224 px has many patches
-VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-       "motorbike person pottedplant sheep sofa train tvmonitor").split()
 PICTURES = 6  # test images in a picture
+RESULTS = "results_dense.csv"  # in the run's folder
 # (what a value must be, test, flags)
-RANGES = [("be at least 1", lambda v: v >= 1, ["batch_size", "img_size", "test_images"]),
+RANGES = [("be at least 1", lambda v: v >= 1, ["img_size", "test_images"]),
           ("be at least 2, as some are held out", lambda v: v >= 2, ["train_images"]),
-          ("not be negative", lambda v: v >= 0, ["seed"]),
-          ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mean"]),
-          ("be positive", lambda v: v > 0, ["std"])]
-
-
-# ---- images and their label maps -----------------------------------------------------------------
-
-class Segmented(NamedTuple):
-    """Images and the label of each of their pixels."""
-    x: torch.Tensor  # (n, 3, S, S) uint8
-    maps: torch.Tensor  # (n, S, S) uint8: class, or IGNORED
-
-
-def squeeze(x, maps, size):
-    """(x (..., 3, size, size), maps (..., size, size)), uint8 both: images x (..., 3, H, W) by
-    bicubic interpolation, label maps (..., H, W) by their nearest pixel. The aspect is lost."""
-    if x.shape[-2:] != (size, size):
-        x = v2.functional.resize(x, [size, size], InterpolationMode.BICUBIC, antialias=True)
-        maps = v2.functional.resize(maps[..., None, :, :], [size, size],
-                                    InterpolationMode.NEAREST_EXACT)[..., 0, :, :]
-    return x, maps
-
-
-def named_set(name, args, size, most):
-    """(train, test, class names) of a named set that has label maps; size None: as they are.
-
-    args: of the run, see evaluation.load_images. most: (training, test) images, spread evenly over
-    the set. ValueError where the set has no label maps.
-    """
-    refusal = (f"--data {name} has no label maps; give shapes, or a folder in VOC layout")
-    if name in WITHOUT_MAPS:
-        raise ValueError(refusal)
-    *splits, _ = evaluation.load_images(name, args)
-    if any(images is None or getattr(images, "label_map", None) is None for images in splits):
-        raise ValueError(refusal)
-    sets = []
-    for images, count in zip(splits, most):
-        images = data.subset(images, count)
-        sets.append(Segmented(*squeeze(images.x, images.label_map, size or images.x.shape[-1])))
-    return *sets, ["background", *splits[0].classes]
-
-
-def voc_folder(folder, size, most):
-    """(train, test, class names) of a folder in VOC layout, images and masks squeezed to `size`.
-
-    most: (training, test) images, spread evenly over the lists. The classes are those up to the
-    largest label in the masks that were read; they get VOC's names where they are 21. ValueError,
-    one sentence that names the file, for what is missing, damaged or does not fit.
-    """
-    folder = os.path.expanduser(folder)
-    lists = {}  # {split: names}
-    for split in ("train", "val"):
-        path = os.path.join(folder, "ImageSets", "Segmentation", f"{split}.txt")
-        if not os.path.isfile(path):
-            raise ValueError(f"--data {folder} is neither shapes nor a folder in VOC layout: "
-                             f"there is no {path}")
-        with open(path, **TEXT) as file:
-            lists[split] = file.read().split()
-        if not lists[split]:
-            raise ValueError(f"{path} names no images")
-    if both := set(lists["train"]) & set(lists["val"]):
-        raise ValueError(f"--data {folder}: the image {min(both)} is in train.txt and in val.txt, "
-                         "and a probe is tested on images that it was not fitted to")
-    sets = []
-    for (split, names), count in zip(lists.items(), most):
-        n = min(count, len(names))
-        x = torch.empty(n, 3, size, size, dtype=torch.uint8)  # (n, 3, S, S)
-        maps = torch.empty(n, size, size, dtype=torch.uint8)  # (n, S, S)
-        for i in tqdm(range(n), desc=f"reading {split}", unit="img", leave=False, disable=None):
-            x[i], maps[i] = voc_image(folder, names[i * len(names) // n], size)
-        sets.append(Segmented(x, maps))
-    labels = torch.cat([part.maps[part.maps != IGNORED] for part in sets])
-    C = int(labels.max()) + 1 if len(labels) else 0
-    return *sets, VOC if C == len(VOC) else [f"class {c}" for c in range(C)]
-
-
-def voc_image(folder, name, size):
-    """(image (3, size, size), label map (size, size)), uint8, of an image of a folder in VOC
-    layout."""
-    image = os.path.join(folder, "JPEGImages", f"{name}.jpg")
-    mask = os.path.join(folder, "SegmentationClass", f"{name}.png")
-    x, labels = pixels.read(image), read_mask(mask)  # (3, H, W), (H, W)
-    if x.shape[1:] != labels.shape:
-        (h, w), (H, W) = labels.shape, x.shape[1:]
-        raise ValueError(f"{mask} has {w} x {h} pixels, and its image has {W} x {H}")
-    return squeeze(x, labels, size)
-
-
-def read_mask(path):
-    """(H, W) uint8: the palette indices or grey values of a PNG. ValueError where it cannot be
-    read, or has neither."""
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("P", "L"):
-                return torch.from_numpy(np.array(image))  # (H, W)
-            mode = image.mode
-    except Exception as error:  # Pillow has a dozen error types for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} cannot be read ({reason})") from None
-    raise ValueError(f"{path} is a picture of mode {mode}, and a mask has a palette or 8 bits of "
-                     "grey, whose values are the classes")
-
-
-def open_images(flags, args):
-    """(train, test, class names) of --data. ValueError where there is nothing to fit or to test."""
-    own = IMAGES.get(flags.data, IMAGES_OF_FOLDER)
-    most = flags.train_images or own[0], flags.test_images or own[1]
-    if flags.data in data.SETS:
-        train, test, classes = named_set(flags.data, args, flags.img_size, most)
-    else:
-        train, test, classes = voc_folder(flags.data, flags.img_size or 224, most)
-    if len(train.x) < 2:
-        raise ValueError(f"--data {flags.data} has {len(train.x)} training image, and a tenth of "
-                         "them, one at least, is held out for choosing")
-    for part, words in ((train, "training"), (test, "test")):
-        if bool((part.maps == IGNORED).all()):
-            raise ValueError(f"--data {flags.data}: all pixels of the {words} images have the "
-                             f"label {IGNORED}, ignored")
-    return train, test, classes
+          ("not be negative", lambda v: v >= 0, ["seed"])]
 
 
 # ---- patches -------------------------------------------------------------------------------------
@@ -225,46 +96,10 @@ def pixel_features(x, g):
     return patches.flatten(2).float() / 255
 
 
-@torch.no_grad()
-def patch_features(backbone, x, *, mean, std, device="cpu", batch_size=64):
-    """(n, g*g, D) float32 on the CPU: the backbone's last patch tokens, or the places of its last
-    feature map, for images x (n, 3, S, S) uint8.
-
-    The backbone must be on `device`; it is put into eval mode, and runs without autocast.
-    ValueError for patches that cannot be laid out on the image.
-    """
-    backbone.eval()
-    parts = []
-    bar = tqdm(total=len(x), desc="patch features", unit="img", leave=False, disable=None)
-    with bar, torch.autocast(torch.device(device).type, enabled=False):
-        for batch in x.split(batch_size):
-            batch = normalise(batch.to(device).float() / 255, mean, std)  # (b, 3, S, S)
-            patches = backbone(batch)[1].float().cpu()  # (b, g*g, D)
-            grid_side(patches.shape[1], x.shape[-1])
-            parts.append(patches)
-            bar.update(len(batch))
-    return torch.cat(parts)
-
-
-def untrained(backbone, args, seed):
-    """The backbone as it was before training: the same architecture and sizes, weights drawn with
-    `seed`. args: of its run; img_size is that for which its positions were laid out."""
-    own = checkpoints.module_of(args.get("script", "train.py"))
-    if hasattr(own, "load_backbone"):
-        return own.load_backbone(None, args | {"seed": seed})
-    img_size, small = args["img_size"], backbones.small_stem(backbone.state_dict())
-    patch_size = getattr(backbone, "patch_size", 16)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if hasattr(backbone, "sizes"):
-            return models.build_rope_vit(backbone.arch, **backbone.sizes)
-        return models.build(backbone.arch, patch_size=patch_size, img_size=img_size, in_small=small)
-
-
 def modal(maps, without_ignored=False):
     """(...) uint8: the commonest label of each patch of maps (..., p, p), IGNORED being one as any
-    other. Of equally common ones the smallest is taken. without_ignored: IGNORED is none, and a
-    patch that has no other label gets 0."""
+    other. Of equally common ones the smallest is taken. without_ignored: IGNORED is not counted; a
+    patch of nothing else gets 0."""
     labels = maps.flatten(-2).long()  # (..., p*p)
     counts = torch.zeros(*labels.shape[:-1], IGNORED + 1, dtype=torch.int32, device=maps.device)
     counts.scatter_add_(-1, labels, torch.ones_like(labels, dtype=torch.int32))  # (..., 256)
@@ -344,13 +179,13 @@ def knn(x, maps, q, settings, C):
 
 
 def linear(x, maps, q, settings, C):
-    """Settings are C as scikit-learn has it: |W|^2 / 2 + C (sum of the patches' cross-entropies) is
-    minimised. The patch is painted with the label predicted for it."""
+    """Settings are strengths, scikit-learn's C: |W|^2 / 2 + strength (sum of the patches'
+    cross-entropies) is minimised. All pixels of a patch get the label predicted for it."""
     # differs: support/probes.py's solver remembers 10 steps where CAPI's remembers 5, and it stops
     # at gradients below 1e-5.
     h, w = maps.shape[1:]
     labels, y = modal(maps).unique(return_inverse=True)  # (labels,), (N,)
-    for strength in tqdm(settings, desc="values of C", leave=False,
+    for strength in tqdm(settings, desc="strengths", leave=False,
                          disable=None if len(settings) > 1 else True):
         W, b, _ = probes.lbfgs(x, y, len(labels), weight_decay=1 / (strength * len(x)),
                                max_iter=MAX_ITER)
@@ -389,81 +224,10 @@ def choose_and_refit(name, train, test, C, seed=0, device="cpu"):
                          "another --seed")
     scores = {}
     for setting, predicted in apply(probe, to_fit, held_out.x, settings, C, device):
-        scores[setting] = mean_iou(iou(confusion(predicted, held_out.maps, C)))
+        scores[setting] = probes.segmentation_measures(predicted, held_out.maps, C)["miou"]
     best = max(settings, key=scores.get)
     (_, predicted), = apply(probe, train, test.x, [best], C, device)
     return predicted, best, scores
-
-
-# ---- the measure ---------------------------------------------------------------------------------
-
-def confusion(predicted, maps, C):
-    """(C, C) int64: pixels by true class (rows) and predicted class, of label maps of any one
-    shape (n, ...). Pixels whose true label is IGNORED are not counted."""
-    total = torch.zeros(C * C, dtype=torch.int64)
-    for guess, truth in zip(predicted.split(64), maps.split(64)):
-        counted = truth != IGNORED
-        pairs = truth[counted].long() * C + guess[counted].long()
-        total += pairs.bincount(minlength=C * C)
-    return total.view(C, C)
-
-
-def iou(counts):
-    """(C,) float64: intersection over union of each class in percent, from `confusion`; nan for a
-    class that is neither in the truth nor predicted."""
-    hits = counts.diagonal()  # (C,)
-    union = counts.sum(0) + counts.sum(1) - hits  # (C,)
-    return 100 * hits.double() / union
-
-
-def mean_iou(ious):
-    """The mean over the classes that are there, percent."""
-    return float(ious.nanmean())
-
-
-def measures(predicted, maps, C):
-    """{"miou", "pixels": share of pixels labelled rightly, "iou": (C,)}, all in percent."""
-    counts = confusion(predicted, maps, C)  # (C, C)
-    ious = iou(counts)  # (C,)
-    return {"miou": mean_iou(ious), "iou": ious,
-            "pixels": 100 * float(counts.diagonal().sum() / counts.sum())}
-
-
-# ---- picture -------------------------------------------------------------------------------------
-
-def colours(C):
-    """(256, 3) floats in [0, 1]: black for class 0, white for IGNORED, and the circle of hues,
-    light and dark in turns, for the classes between."""
-    from matplotlib.colors import hsv_to_rgb
-    table = np.ones((IGNORED + 1, 3))
-    table[0] = 0
-    for c in range(1, C):
-        table[c] = hsv_to_rgb(((c - 1) / (C - 1), .85, .95 if c % 2 else .6))
-    return table
-
-
-def picture(images, columns, classes, file):
-    """A row for each of the images (m, 3, S, S) uint8: the image, and its map in each of the
-    columns {title: maps (m, S, S)}; the colours of the classes that occur stand below. ValueError
-    without matplotlib, OSError if it cannot be written."""
-    fig, axes = plots.figure(len(images), 1 + len(columns), 1.6 * (1 + len(columns)),
-                             1.6 * len(images) + .8)
-    from matplotlib.patches import Patch
-    table = colours(len(classes))
-    for i, row in enumerate(axes):
-        shown = [images[i].permute(1, 2, 0).numpy()]  # (S, S, 3)
-        shown += [table[maps[i].numpy()] for maps in columns.values()]  # (S, S, 3) each
-        for ax, content in zip(row, shown):
-            ax.imshow(content, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-    for ax, title in zip(axes[0], ["image", *columns]):
-        ax.set_title(title, fontsize=9)
-    there = set(torch.cat([maps.flatten() for maps in columns.values()]).unique().tolist())
-    handles = [Patch(facecolor=table[c], edgecolor="grey", label=name)
-               for c, name in [*enumerate(classes), (IGNORED, "ignored")] if c in there]
-    fig.legend(handles=handles, loc="outside lower center", ncols=1 + len(columns),
-               frameon=False, fontsize=7)
-    plots.save(fig, file)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -473,12 +237,8 @@ def parser():
         "lab.eval_dense", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Segmentation by k-NN and a linear probe of frozen patch features.")
+    evaluation.add_network_flags(p, batch_size=64, results=RESULTS)
     add = p.add_argument
-    add("checkpoint", metavar="CKPT|RUN_DIR",
-        help="a ckpt.pt, the directory it lies in, or a foreign file with --arch")
-    add("--arch", help="architecture of a foreign file; None: a run of ours")
-    add("--which", choices=["teacher", "student"], default="teacher",
-        help="papers report the teacher")
     add("--data", default="shapes", metavar="NAME|FOLDER",
         help="the built-in images, or a folder in VOC layout")
     add("--img-size", type=int, metavar="PX",
@@ -491,113 +251,133 @@ def parser():
         f"{IMAGES_OF_FOLDER[1]} for folders")
     add("--probe", choices=[*PROBES], nargs="+", default=[*PROBES],
         help="which probes; k-NN is the faster one")
-    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
-        help="what is subtracted from pixels in [0, 1]; None: as in the run, ImageNet's for others")
-    add("--std", type=float, nargs=3, metavar=("R", "G", "B"),
-        help="what they are divided by then")
-    add("--batch-size", type=int, default=64, help="images per forward pass; changes speed only")
     add("--seed", type=int, default=0, help="of the held-out tenth and the untrained weights")
-    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--picture", metavar="FILE", help=f"{PICTURES} test images, their labels and the "
         "predictions from the backbone's features; needs matplotlib")
-    add("--results", metavar="FILE",
-        help="csv file to append to; None: results_dense.csv next to the checkpoint")
     return p
 
 
 def check_flags(flags):
     """ValueError, before the long work, for flags that cannot be. Sets flags.device, and
     flags.results where it was not given."""
-    check_values(flags, RANGES)
-    check_files(flags, "results", "picture", inputs=[flags.checkpoint])
+    evaluation.check_network_flags(flags, RANGES, "results", "picture")
     if flags.picture:
         plots.check_files(flags.picture)
-    flags.device = backbones.choose_device(flags.device)
     if flags.results is None:
-        flags.results = str(evaluation.run_folder(flags.checkpoint) / "results_dense.csv")
+        flags.results = str(evaluation.run_folder(flags.checkpoint) / RESULTS)
 
 
-def features_of(train, test, backbone, flags, args):
-    """{"backbone", "untrained", "pixels": (train, test) as Patches}, and g."""
-    backbone.to(flags.device)
-    twin = untrained(backbone, args, flags.seed).to(flags.device)
+def open_images(flags, args):
+    """(train, test, class names) of --data, the first two as Segmented. ValueError where there is
+    nothing to fit or to test."""
+    own = IMAGES.get(flags.data, IMAGES_OF_FOLDER)
+    most = flags.train_images or own[0], flags.test_images or own[1]
+    if flags.data in data.SETS:
+        train, test, classes = segmented.named_set(flags.data, args, flags.img_size, most)
+    else:
+        train, test, classes = segmented.voc_folder(flags.data, flags.img_size or 224, most)
+    if len(train) < 2:
+        raise ValueError(f"--data {flags.data} has {len(train)} training image, and a tenth of "
+                         "them, one at least, is held out for choosing")
+    for part, words in ((train, "training"), (test, "test")):
+        if bool((part.maps == IGNORED).all()):
+            raise ValueError(f"--data {flags.data}: all pixels of the {words} images have the "
+                             f"label {IGNORED}, ignored")
+    return train, test, classes
 
+
+def patches_of(train, test, g, backbone, flags, args):
+    """{"backbone": [train, test], "untrained": ..., "pixels": ...}: Patches with these features."""
     def through(net, words):
-        both = [patch_features(net, part.x, mean=args["mean"], std=args["std"],
-                               device=flags.device, batch_size=flags.batch_size)
-                for part in (train, test)]
-        if not all(bool(x.isfinite().all()) for x in both):
-            raise ValueError(f"{flags.checkpoint}: its network{words} gives features that are not "
-                             "finite (nan or inf)")
+        net.to(flags.device)
+        both = []
+        for part in (train, test):
+            batches = patch_batches(net, part, part.x.shape[-1], device=flags.device,
+                                    batch_size=flags.batch_size, progress=True, mean=args["mean"],
+                                    std=args["std"])
+            x = torch.cat(list(batches))  # (n, g*g, D)
+            evaluation.check_finite(x, f"{flags.checkpoint}: its network{words} gives features")
+            both.append(x)
         return both
 
-    features = {"backbone": through(backbone, "")}  # (n, g*g, D) each
-    g = grid_side(features["backbone"][0].shape[1], train.x.shape[-1])
-    features["untrained"] = through(twin, " with untrained weights")
-    features["pixels"] = [pixel_features(part.x, g) for part in (train, test)]
+    untrained = backbones.untrained(backbone, args, flags.seed)
+    features = {"backbone": through(backbone, ""),
+                "untrained": through(untrained, " with untrained weights"),
+                "pixels": [pixel_features(part.x, g) for part in (train, test)]}
     maps = [cut(part.maps, g) for part in (train, test)]  # (n, g*g, p, p) each
-    return {name: [Patches(x, part) for x, part in zip(xs, maps)]
-            for name, xs in features.items()}, g
+    return {name: [Patches(x, part) for x, part in zip(xs, maps)] for name, xs in features.items()}
+
+
+class Result(NamedTuple):
+    """Labels predicted for the test images, and how good they are in percent."""
+    maps: torch.Tensor  # (n, S, S) uint8
+    miou: float  # this and the next two: see probes.segmentation_measures
+    pixels: float
+    iou: torch.Tensor  # (C,)
+    chosen: str = ""  # setting of the probe
+    held_out: float = None  # its mIoU on the held-out tenth
+
+
+def bounds_of(train, test, g, C):
+    """{(name, ""): Result} of what needs no features: the commonest label of the training images
+    everywhere, and in each patch of the test images its own commonest label."""
+    known = train.maps[train.maps != IGNORED]
+    guess = torch.full_like(test.maps, int(known.long().bincount().argmax()))  # (n, S, S)
+    patches = cut(test.maps, g)  # (n, g*g, p, p)
+    own = modal(patches, without_ignored=True)  # (n, g*g)
+    own = paste(own[..., None, None].expand_as(patches), g)  # (n, S, S)
+    return {(name, ""): Result(maps, **probes.segmentation_measures(maps, test.maps, C))
+            for name, maps in (("commonest label", guess), ("own label of each patch", own))}
 
 
 def evaluate(flags):
     """What main does once the flags are parsed."""
     check_flags(flags)
-    backbone, args = open_backbone(flags)
+    # --img-size is not passed on: here it is the size of the images, and not of the positions
+    backbone, args = evaluation.open_backbone(flags)
     train, test, classes = open_images(flags, args)
     C, size = len(classes), train.x.shape[-1]
     patch = getattr(backbone, "patch_size", 1)
     if size % patch:
         raise ValueError(f"--img-size {size} must be a multiple of {patch}, the pixels of a patch")
-    patches, g = features_of(train, test, backbone, flags, args)
+    with torch.no_grad():  # one image, so that what is no grid is refused before the long work
+        g = grid_side(backbone(torch.zeros(1, 3, size, size))[1].shape[1], size)
     p = size // g
     device = flags.device if flags.device.startswith("cuda") else "cpu"
 
-    results, segmented, chosen = {}, {}, {}  # by (features, probe)
+    results = {}  # {(features, probe): Result}
+    patches = patches_of(train, test, g, backbone, flags, args)
     for features, (train_patches, test_patches) in patches.items():
         for probe in dict.fromkeys(flags.probe):
-            key = features, probe
             predicted, best, scores = choose_and_refit(probe, train_patches, test_patches, C,
                                                        flags.seed, device)
-            segmented[key] = paste(predicted, g)  # (n, S, S)
-            results[key] = measures(segmented[key], test.maps, C)
-            chosen[key] = words_of(best), scores[best]
-    known = train.maps[train.maps != IGNORED]
-    guess = torch.full_like(test.maps, int(known.long().bincount().argmax()))  # (n, S, S)
-    own = modal(cut(test.maps, g), without_ignored=True)  # (n, g*g)
-    own = paste(own[..., None, None].expand(-1, -1, p, p), g)  # (n, S, S)
-    bounds = {"commonest label": measures(guess, test.maps, C),
-              "own label of each patch": measures(own, test.maps, C)}
+            maps = paste(predicted, g)  # (n, S, S)
+            results[features, probe] = Result(
+                maps, **probes.segmentation_measures(maps, test.maps, C), chosen=words_of(best),
+                held_out=scores[best])
+    bounds = bounds_of(train, test, g, C)
 
-    print(f"{flags.data}: {len(train.x)} training images, {len(test.x)} test images, {C} classes")
+    print(f"{flags.data}: {len(train)} training images, {len(test)} test images, {C} classes")
     print(f"protocol {PROTOCOL}: {flags.which}'s patch features ({backbone.dim}-d, standardised), "
           f"{size} px, {g} x {g} patches of {p} px, {evaluation.normalisation(args)}, seed "
           f"{flags.seed}")
-    print_tables(results, bounds, chosen, classes)
+    print_tables(results | bounds, classes)
     row = evaluation.result_row("eval_dense", PROTOCOL, flags, backbone, args, flags.data) | {
-        "train": len(train.x), "test": len(test.x), "classes_known": C, "img_size": size,
-        "patch": p, "seed": flags.seed}
-    evaluation.append_results(flags, row, tables_of(results, bounds, chosen))
+        "train": len(train), "test": len(test), "classes_known": C, "img_size": size, "patch": p,
+        "seed": flags.seed}
+    evaluation.append_results(flags, row, tables_of(results | bounds))
     if flags.picture:
-        few = slice(0, PICTURES)
-        columns = {"labels": test.maps[few]}
-        columns |= {probe: segmented["backbone", probe][few] for probe in flags.probe}
-        picture(test.x[few], columns, classes, flags.picture)
+        columns = {"labels": test.maps[:PICTURES]}
+        columns |= {probe: results["backbone", probe].maps[:PICTURES] for probe in flags.probe}
+        plots.segmentation(test.x[:PICTURES], columns, classes, flags.picture)
         print(f"picture written to {flags.picture}")
-    return {"miou": {f"{features} {probe}": result["miou"]
-                     for (features, probe), result in results.items()},
-            "bounds": {name: result["miou"] for name, result in bounds.items()},
-            "chosen": {" ".join(key): setting for key, (setting, _) in chosen.items()},
-            "iou": {" ".join(key): dict(zip(classes, result["iou"].tolist()))
-                    for key, result in results.items()},
-            "classes": classes, "grid": g, "train": len(train.x), "test": len(test.x)}
-
-
-def open_backbone(flags):
-    """(backbone, args) as evaluation.open_backbone gives them, args["img_size"] being that of the
-    file: --img-size says what images are squeezed to, and --data may say it too."""
-    flags_of_file = argparse.Namespace(**{**vars(flags), "img_size": None})
-    return evaluation.open_backbone(flags_of_file)
+    named = {" ".join(key): result for key, result in results.items()}
+    return {"miou": {name: result.miou for name, result in named.items()},
+            "bounds": {name: result.miou for (name, _), result in bounds.items()},
+            "chosen": {name: result.chosen for name, result in named.items()},
+            "iou": {name: dict(zip(classes, result.iou.tolist()))
+                    for name, result in named.items()},
+            "classes": classes, "grid": g, "train": len(train), "test": len(test)}
 
 
 def words_of(setting):
@@ -605,36 +385,38 @@ def words_of(setting):
     return f"C={setting:.3g}" if isinstance(setting, float) else "k={} {}".format(*setting)
 
 
-def tables_of(results, bounds, chosen):
-    """{result: {column: value}} for the csv file. The IoUs of all classes stand in one column, in
-    their order and with a dash where a class is absent: other data has other classes."""
+def tables_of(results):
+    """{name of a result: {column: value}} for the csv file. The IoUs of all classes stand in one
+    column, in their order and with a dash where a class is absent: other data has other classes."""
     tables = {}
-    for key, result in [*results.items(), *bounds.items()]:
-        setting, score = chosen.get(key, (None, None))
-        per_class = " ".join("-" if math.isnan(v) else f"{v:.2f}" for v in result["iou"].tolist())
-        tables[key if isinstance(key, str) else " ".join(key)] = {
-            "miou": result["miou"], "pixels_right": result["pixels"], "chosen": setting,
-            "miou_held_out": score, "iou_of_classes": per_class}
+    for key, result in results.items():
+        tables[" ".join(key).strip()] = {
+            "miou": result.miou, "pixels_right": result.pixels, "chosen": result.chosen,
+            "miou_held_out": result.held_out,
+            "iou_of_classes": " ".join(map(or_dash, result.iou.tolist()))}
     return tables
 
 
-def print_tables(results, bounds, chosen, classes):
-    """A line for each result, in percent, and one for each class with the backbone's IoUs."""
+def or_dash(value):
+    """An IoU in percent, a dash for nan."""
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def print_tables(results, classes):
+    """A line for each of the results {(features, probe): Result}, in percent, and one for each
+    class with the backbone's IoUs."""
     print(f"{'features':>25} {'probe':>7}  {'chosen':<12}{'held out':>9}{'mIoU':>8}"
           f"{'pixels right':>14}")
     for (features, probe), result in results.items():
-        setting, score = chosen[features, probe]
-        print(f"{features:>25} {probe:>7}  {setting:<12}{score:9.2f}{result['miou']:8.2f}"
-              f"{result['pixels']:14.2f}")
-    for name, result in bounds.items():
-        print(f"{name:>25} {'':>7}  {'':<12}{'':>9}{result['miou']:8.2f}{result['pixels']:14.2f}")
-    of_backbone = {probe: result["iou"].tolist()
+        held_out = f"{result.held_out:.2f}" if probe else ""
+        print(f"{features:>25} {probe:>7}  {result.chosen:<12}{held_out:>9}{result.miou:8.2f}"
+              f"{result.pixels:14.2f}")
+    of_backbone = {probe: result.iou.tolist()
                    for (features, probe), result in results.items() if features == "backbone"}
     print(f"{'IoU of the backbone':>25}" + "".join(f"{probe:>9}" for probe in of_backbone))
     for c, name in enumerate(classes):
-        line = "".join(f"{'-':>9}" if math.isnan(ious[c]) else f"{ious[c]:9.2f}"
-                       for ious in of_backbone.values())
-        print(f"{name[:25]:>25}{line}")
+        print(f"{name[:25]:>25}"
+              + "".join(f"{or_dash(iou[c]):>9}" for iou in of_backbone.values()))
 
 
 def main(argv=None):

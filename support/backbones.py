@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from models import ARCHS, build
+from models import ARCHS, build, build_rope_vit
 from support import capi, checkpoints
 from support.checkpoints import AVERAGE, STUDENT, TEACHER, UNNAMED
 from support.features import features, width
@@ -135,6 +135,20 @@ def ours(path, which):
     else:
         method = f"{script} (K = {args.get('num_prototypes', '?')})"
     return backbone, args, f"{path}: step {ckpt['step']}, {method}, {which} {args['arch']}"
+
+
+def untrained(backbone, args, seed):
+    """The backbone as it was before training: the same architecture and sizes, weights drawn with
+    `seed`. args: of its run; img_size is that for which its positions were laid out."""
+    own = checkpoints.module_of(args.get("script", "train.py"))
+    if hasattr(own, "load_backbone"):
+        return own.load_backbone(None, args | {"seed": seed})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if hasattr(backbone, "sizes"):
+            return build_rope_vit(backbone.arch, **backbone.sizes)
+        return build(backbone.arch, patch_size=getattr(backbone, "patch_size", 16),
+                     img_size=args["img_size"], in_small=small_stem(backbone.state_dict()))
 
 
 def small_stem(weights):

@@ -20,68 +20,86 @@ from support import groups
 from support.files import TEXT, write
 from support.flags import check_files, check_values
 
-# (what a value must be, test, flags that all evaluation commands have)
-RANGES = [("be at least 1", lambda v: v >= 1, ["batch_size", "img_size"]),
-          ("not be negative", lambda v: v >= 0, ["head", "tail"]),
+# (what a value must be, test, flags of add_network_flags)
+RANGES = [("be at least 1", lambda v: v >= 1, ["batch_size"]),
           ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mean"]),
           ("be positive", lambda v: v > 0, ["std"])]
+# the same of add_common_flags
+COMMON_RANGES = [("be at least 1", lambda v: v >= 1, ["img_size"]),
+                 ("not be negative", lambda v: v >= 0, ["head", "tail"])]
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-def add_common_flags(parser):
-    """The checkpoint and the flags that all evaluation commands have."""
+def add_network_flags(parser, batch_size=512, results="results.csv"):
+    """The checkpoint, and the flags that every evaluation of a network has: how it is read, how it
+    is run and where the numbers go. batch_size: the default; results: the file next to the
+    checkpoint that is written by default."""
     add = parser.add_argument
     add("checkpoint", metavar="CKPT|RUN_DIR",
         help="a ckpt.pt, the directory it lies in, or a foreign file with --arch")
     add("--arch", help="architecture of a foreign file: DINO's, torchvision's, timm's; None: a run "
         "of ours")
-    add("--img-size", type=int, metavar="PX",
-        help="side of the images; None: what the backbone was made for")
+    add("--which", choices=["teacher", "student"], default="teacher",
+        help="papers report the teacher")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
         help="what is subtracted from pixels in [0, 1]; None: as in the run, ImageNet's for others")
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"),
         help="what they are divided by then; timm's plain ViTs have 0.5 for all six")
+    add("--batch-size", type=int, default=batch_size,
+        help="images per forward pass; changes speed only")
+    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
+    add("--results", metavar="FILE",
+        help=f"csv file to append to; None: {results} next to the checkpoint")
+
+
+def add_common_flags(parser):
+    """The flags that eval_knn.py and eval_linear.py have: those above, and those of images with one
+    label each."""
+    add_network_flags(parser)
+    add = parser.add_argument
+    add("--img-size", type=int, metavar="PX",
+        help="side of the images; None: what the backbone was made for")
     add("--data", metavar="NAME|FOLDER",
         help="labelled images; None: those the run was trained on")
     add("--data-root", metavar="DIR", help="where named data sets lie; None: as in the run")
-    add("--which", choices=["teacher", "student"], default="teacher",
-        help="papers report the teacher")
     add("--head", type=int, default=100, metavar="N",
         help="head classes have more training images than this")
     add("--tail", type=int, default=20, metavar="N",
         help="tail classes have fewer training images than this")
-    add("--batch-size", type=int, default=512, help="images per forward pass; changes speed only")
-    add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--dump", metavar="FILE", help="torch.save {train_x, train_y, test_x, test_y} there: the "
         "features of plain images; those of k-NN have length one")
     add("--no-cache", action="store_true",
         help="neither read nor write features/ next to the checkpoint")
-    add("--results", metavar="FILE",
-        help="csv file to append to; None: results.csv next to the checkpoint")
+
+
+def check_network_flags(flags, ranges, *files):
+    """ValueError, before the long work, for flags that cannot be. Sets flags.device to a device.
+
+    ranges: as RANGES, for the flags that the command has beside those of add_network_flags. files:
+    the names of its flags that name a file to be written.
+    """
+    check_values(flags, [*RANGES, *ranges])
+    check_files(flags, *files, inputs=[flags.checkpoint])
+    flags.device = backbones.choose_device(flags.device)
 
 
 def check_common_flags(flags, ranges):
-    """ValueError, before the long work, for flags that cannot be. Sets flags.device to a device.
-
-    ranges: as RANGES, for the flags that the command has beside these.
-    """
-    check_values(flags, [*RANGES, *ranges])
+    """check_network_flags for a command with add_common_flags; ranges: of its own flags."""
+    check_network_flags(flags, [*COMMON_RANGES, *ranges], "dump", "results")
     if flags.tail > flags.head + 1:
         raise ValueError(f"--tail {flags.tail} must be at most --head {flags.head} plus 1, so that "
                          "no class is both head and tail")
-    check_files(flags, "dump", "results", inputs=[flags.checkpoint])
-    flags.device = backbones.choose_device(flags.device)
 
 
 # ---- what is evaluated ---------------------------------------------------------------------------
 
-def open_backbone(flags, patch_size=None):
+def open_backbone(flags, img_size=None, patch_size=None):
     """(backbone on the CPU, args dict of its run), as backbones.load_backbone gives them, with the
-    mean and std of the pixels that it takes; a line that describes it is printed. patch_size:
-    refuse a ViT of other patches."""
+    mean and std of the pixels that it takes; a line that describes it is printed. img_size: to
+    evaluate at, in place of that of the file. patch_size: refuse a ViT of other patches."""
     backbone, args, description = backbones.load_backbone(
-        flags.checkpoint, flags.which, flags.arch, patch_size, flags.img_size)
+        flags.checkpoint, flags.which, flags.arch, patch_size, img_size)
     print(description)
     return backbone, args | {"mean": flags.mean or args.get("mean", views.MEAN),
                              "std": flags.std or args.get("std", views.STD)}
@@ -174,10 +192,14 @@ def features_of(images, backbone, flags, args, layers=1, pool="cls", crop=True):
     x = backbones.cached(backbone, images, args["img_size"], folder, layers=layers, pool=pool,
                          crop=crop, mean=args["mean"], std=args["std"], device=flags.device,
                          batch_size=flags.batch_size, progress=True)  # (N, D)
-    if not x.isfinite().all():
-        raise ValueError(f"{flags.checkpoint}: its network gives features that are not finite (nan "
-                         "or inf)")
+    check_finite(x, f"{flags.checkpoint}: its network gives features")
     return x
+
+
+def check_finite(x, words):
+    """ValueError if x has numbers that are not finite; words: how its sentence begins."""
+    if not x.isfinite().all():
+        raise ValueError(f"{words} that are not finite (nan or inf)")
 
 
 # ---- what comes out ------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""From an image file to its pixels: upright, RGB, 8 bits, and no larger than needed.
+"""From an image file to its pixels: upright, RGB, 8 bits, and no larger than needed; and from a
+mask to the labels in it.
 
 Pillow reads most files so that 0 is black and 255 is white. Files of one channel with more than 8
 bits (16-bit PNG, 32-bit or float TIFF) do not say which value is white: a camera of 12 bits leaves
 4,095 in a file that could hold 65,535. `white_of_files` finds it from the values of a set.
 """
+import contextlib
 import logging
 import threading
 import warnings
@@ -16,7 +18,8 @@ from PIL import Image, ImageOps
 WHITES = (1, 255, 1023, 4095, 16383, 65535, 2 ** 24 - 1, 2 ** 32 - 1)
 LARGE = 2 ** 26  # pixels; of images with more, one at a time is decoded
 one_large_image = threading.Lock()
-# `read` says itself what is wrong with a file; an image of many pixels is nothing wrong
+IGNORED = 255  # in a mask: the label of a pixel that is not counted
+# `opened` says itself what is wrong with a file; an image of many pixels is nothing wrong
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -28,12 +31,31 @@ def read(path, limit=None, white=None):
     white: the value of a deep file that stands for white; None: from this file's own values.
     ValueError, one sentence, where the file cannot be read.
     """
+    with opened(path) as image:
+        if image.width * image.height > LARGE:
+            with one_large_image:
+                return pixels(image, limit, white)
+        return pixels(image, limit, white)
+
+
+def read_mask(path):
+    """(H, W) uint8: the palette indices or grey values of a PNG. ValueError, one sentence, where it
+    cannot be read, or has neither."""
+    with opened(path) as image:
+        mode = image.mode
+        if mode in ("P", "L"):
+            return torch.from_numpy(np.array(image))  # (H, W)
+    raise ValueError(f"{path} is a picture of mode {mode}, and a mask has a palette or 8 bits of "
+                     "grey, whose values are the classes")
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The image in a file, as Pillow opens it. Whatever goes wrong until it is closed is a
+    ValueError, one sentence with the file's name."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > LARGE:
-                with one_large_image:
-                    return pixels(image, limit, white)
-            return pixels(image, limit, white)
+            yield image
     except Exception as error:  # Pillow has a dozen error types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read ({reason})") from None

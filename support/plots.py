@@ -1,6 +1,6 @@
 """
 Pictures of prototype sets: Fig. 1 (where they lie), Fig. 3a (unique against eps), Fig. 4a (over
-training), the table of an ablation, and images per prototype.
+training), the table of an ablation, images per prototype, and labels of pixels.
 
 Every function gets plain numbers and the name of the picture file. It raises ValueError where
 matplotlib is missing, and OSError where the file cannot be written. The colours are those of Okabe
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from support.files import write
+from support.pixels import IGNORED
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
@@ -328,4 +329,39 @@ def montage(rows, file):
             if image is not None:
                 ax.imshow(np.asarray(image).transpose(1, 2, 0))
         row_axes[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=8)
+    save(fig, file)
+
+
+# ---- labels of pixels ---------------------------------------------------------------------------
+def class_colours(C):
+    """(256, 3) floats in [0, 1]: black for class 0, white for IGNORED, and the circle of hues,
+    light and dark in turns, for the classes between."""
+    from matplotlib.colors import hsv_to_rgb
+    table = np.ones((IGNORED + 1, 3))
+    table[0] = 0
+    for c in range(1, C):
+        table[c] = hsv_to_rgb(((c - 1) / (C - 1), .85, .95 if c % 2 else .6))
+    return table
+
+
+def segmentation(images, columns, classes, file):
+    """A row for each of the images (m, 3, S, S) uint8: the image, and its label map in each of the
+    columns {title: maps (m, S, S)}. The names of the classes that occur stand below."""
+    fig, axes = figure(len(images), 1 + len(columns), 1.6 * (1 + len(columns)),
+                       1.6 * len(images) + .8)
+    from matplotlib.patches import Patch
+    table = class_colours(len(classes))
+    for i, row in enumerate(axes):
+        shown = [images[i].permute(1, 2, 0).numpy()]  # (S, S, 3)
+        shown += [table[maps[i].numpy()] for maps in columns.values()]  # (S, S, 3) each
+        for ax, content in zip(row, shown):
+            ax.imshow(content, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+    for ax, title in zip(axes[0], ["image", *columns]):
+        ax.set_title(title, fontsize=9)
+    there = set(torch.cat([maps.flatten() for maps in columns.values()]).unique().tolist())
+    handles = [Patch(facecolor=table[c], edgecolor="grey", label=name)
+               for c, name in [*enumerate(classes), (IGNORED, "ignored")] if c in there]
+    fig.legend(handles=handles, loc="outside lower center", ncols=1 + len(columns),
+               frameon=False, fontsize=7)
     save(fig, file)

@@ -1,5 +1,5 @@
-"""Classifiers on frozen features, by five solvers, and the precision measure of VOC: tensors in,
-tensors out. All but `attentive` are linear.
+"""Classifiers on frozen features, by five solvers, and the measures of VOC: tensors in, tensors
+out. All but `attentive` are linear.
 
     solver      protocol                                             method
     lbfgs       Fig. 4b, Table A.1 (Appendix B.1.2)                  full batch, torch.optim.LBFGS
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from support.pixels import IGNORED
 from views import indices
 
 LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)  # per 256 images of a batch
@@ -371,3 +372,27 @@ def map11(scores, y):
         raise ValueError("average precision needs a positive test image of some class, and there "
                          "is none")
     return 100 * sum(precisions) / len(precisions)
+
+
+# ---- segmentation --------------------------------------------------------------------------------
+
+def confusion(predicted, maps, C):
+    """(C, C) int64: pixels by true class (rows) and predicted class, of label maps of any one
+    shape (n, ...). Pixels whose true label is IGNORED are not counted."""
+    total = torch.zeros(C * C, dtype=torch.int64)
+    for guess, truth in zip(predicted.split(64), maps.split(64)):
+        counted = truth != IGNORED
+        pairs = truth[counted].long() * C + guess[counted].long()
+        total += pairs.bincount(minlength=C * C)
+    return total.view(C, C)
+
+
+def segmentation_measures(predicted, maps, C):
+    """How far predicted label maps (n, ...) are the true ones, in percent: {"iou": (C,) float64,
+    intersection over union of each class, nan for a class that is neither in the truth nor
+    predicted; "miou": their mean over the other classes; "pixels": pixels labelled rightly}."""
+    counts = confusion(predicted, maps, C)  # (C, C)
+    hits = counts.diagonal()  # (C,)
+    iou = 100 * hits.double() / (counts.sum(0) + counts.sum(1) - hits)  # (C,)
+    return {"miou": float(iou.nanmean()), "pixels": 100 * float(hits.sum() / counts.sum()),
+            "iou": iou}

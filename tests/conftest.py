@@ -7,13 +7,16 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch; two processes share the cores
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.utils import save_image
 
 import data
 import forked
 from support import shapes
+from support.pixels import IGNORED
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
 TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "6", "--num-prototypes", "16",
@@ -54,6 +57,38 @@ def make_folder(path, images=24, broken=0, size=32):
         with open(path / "ab"[i % 2] / f"{5 + i}.png", "r+b") as file:
             file.truncate(30)
     return str(path)
+
+
+def random_maps(*shape, C=3, ignored=0., seed=0):
+    """uint8 labels in 0..C-1, and a share of IGNORED ones."""
+    g = torch.Generator().manual_seed(seed)
+    maps = torch.randint(C, shape, generator=g).to(torch.uint8)
+    maps[torch.rand(shape, generator=g) < ignored] = IGNORED
+    return maps
+
+
+def make_voc_folder(folder, train=8, val=4, classes=3, size=(40, 24)):
+    """A folder of noisy images whose left part is class 0 and whose right part is another one, with
+    an ignored column between; palettes and grey values in turns. Returns its path."""
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    rng, width = np.random.RandomState(0), size[0]
+    for split, n in (("train", train), ("val", val)):
+        names = [f"{split}_{i}" for i in range(n)]
+        (folder / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
+        for i, name in enumerate(names):
+            label = 1 + i % (classes - 1)
+            pixels = rng.randint(0, 60, (size[1], width, 3)).astype(np.uint8)
+            pixels[:, width // 2:, label % 3] += 180
+            mask = np.zeros(size[::-1], dtype=np.uint8)
+            mask[:, width // 2:] = label
+            mask[:, width // 2 - 2:width // 2] = IGNORED
+            Image.fromarray(pixels).save(folder / f"JPEGImages/{name}.jpg", quality=95)
+            image = Image.fromarray(mask)
+            if i % 2:
+                image.putpalette([(37 * v) % 256 for v in range(768)])  # a mask in colour
+            image.save(folder / f"SegmentationClass/{name}.png")
+    return folder
 
 
 # ---- runs --------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import models
 import views
 from conftest import (compare_one_process_with_two, differences, read_checkpoint, read_log,
                       small_sets)
-from lab import eval_dense
 from support import backbones, checkpoint, ddp
 from support.features import embed, width
 from zoo import capi
@@ -404,7 +403,7 @@ def test_the_evaluations_read_a_run(tmp_path):
     assert torch.allclose(embed(backbone, image, pool="predictor"), guesses.mean(1), atol=1e-6)
     with pytest.raises(ValueError, match="a vit_micro has no predictor beside it"):
         width(models.build("vit_micro", patch_size=4, img_size=32), pool="predictor")
-    untrained = [eval_dense.untrained(backbone, args, seed) for seed in (0, 1)]
+    untrained = [backbones.untrained(backbone, args, seed) for seed in (0, 1)]
     fresh = capi.network(capi.completed(args)).backbone
     assert torch.equal(untrained[0].registers, fresh.registers)
     assert not torch.equal(untrained[1].registers, untrained[0].registers)

@@ -1,7 +1,6 @@
-"""lab/eval_dense.py: cutting and pasting, labels of patches, both probes, choosing, mIoU, folders
-in VOC layout, and the command. Oracles are loops in NumPy, or numbers worked out by hand."""
+"""lab/eval_dense.py: cutting and pasting, labels of patches, both probes, choosing, and the command,
+also on folders in VOC layout. Oracles are loops in NumPy, or numbers worked out by hand."""
 import csv
-import math
 from collections import Counter
 
 import numpy as np
@@ -12,22 +11,14 @@ from torch import nn
 
 import data
 import models
+from conftest import make_voc_folder, random_maps
 from lab import eval_dense as dense
 from support import backbones, probes, shapes
-
-I = dense.IGNORED
+from support.pixels import IGNORED as I
 
 
 def uint8(rows):
     return torch.tensor(rows, dtype=torch.uint8)
-
-
-def random_maps(*shape, C=3, ignored=0., seed=0):
-    """uint8 labels in 0..C-1, and a share of IGNORED ones."""
-    g = torch.Generator().manual_seed(seed)
-    maps = torch.randint(C, shape, generator=g).to(torch.uint8)
-    maps[torch.rand(shape, generator=g) < ignored] = I
-    return maps
 
 
 def commonest(labels, among=range(256)):
@@ -90,18 +81,6 @@ def test_patches_that_are_mostly_ignored_are_not_fitted_to():
     assert torch.equal(their_maps, maps.flatten(0, 1)[[1, 2]])
     with pytest.raises(ValueError, match="every patch"):
         dense.Patches(x, torch.full_like(maps, I)).to_fit()
-
-
-def test_squeezing_keeps_labels_labels_and_the_whole_image():
-    maps = random_maps(20, 40, C=2, ignored=.1)
-    x = maps.expand(3, -1, -1).clone()  # (3, 20, 40)
-    small, labels = dense.squeeze(x, maps, 10)
-    assert small.shape == (3, 10, 10) and labels.shape == (10, 10)
-    assert set(labels.unique().tolist()) <= {0, 1, I}
-    # 20 x 40 -> 10 x 10: the pixel in whose middle a new one's middle lies
-    assert torch.equal(labels, maps[1::2, 2::4])
-    again, same = dense.squeeze(x[:, :, :20], maps[:, :20], 20)
-    assert torch.equal(again, x[:, :, :20]) and torch.equal(same, maps[:, :20])
 
 
 # ---- k-NN ----------------------------------------------------------------------------------------
@@ -271,69 +250,8 @@ def test_features_that_are_the_labels_give_all_pixels(probe):
     test = patches(10, 1)
     predicted, _, scores = dense.choose_and_refit(probe, patches(20, 0), test, 3)
     assert torch.equal(predicted, test.maps)
-    assert dense.measures(predicted, test.maps, 3)["miou"] == 100 == max(scores.values())
-
-
-# ---- mIoU ----------------------------------------------------------------------------------------
-
-def test_miou_by_hand():
-    """Class 0: 2 of 4 pixels, class 1: 1 of 3, class 3: 0 of 1; class 2 is absent, and two pixels
-    are ignored whatever is predicted."""
-    truth = uint8([[0, 0, 0, I], [1, 1, I, 1]])
-    guess = uint8([[0, 0, 3, 1], [1, 0, 2, 0]])
-    result = dense.measures(guess, truth, 4)
-    assert result["iou"].tolist()[:2] == pytest.approx([100 * 2 / 5, 100 / 3])
-    assert math.isnan(result["iou"][2]) and result["iou"][3] == 0
-    assert result["miou"] == pytest.approx(100 * (2 / 5 + 1 / 3 + 0) / 3)
-    assert result["pixels"] == 50
-
-
-def test_miou_is_scikit_learns_over_all_images_together():
-    metrics = pytest.importorskip("sklearn.metrics")
-    truth = random_maps(150, 4, 4, C=5, ignored=.2)
-    guess = random_maps(150, 4, 4, C=5, seed=1)
-    counted = truth != I
-    wanted = metrics.jaccard_score(truth[counted], guess[counted], average="macro")
-    assert dense.measures(guess, truth, 5)["miou"] == pytest.approx(100 * wanted)
-    counts = dense.confusion(guess, truth, 5)
-    assert torch.equal(counts, torch.from_numpy(metrics.confusion_matrix(truth[counted],
-                                                                         guess[counted])))
-
-
-# ---- backbones -----------------------------------------------------------------------------------
-
-class Stub(nn.Module):
-    """A patch token is the mean colour of its patch of 4 pixels."""
-    arch, dim, patch_size = "vit_nano", 3, 4
-
-    def forward(self, x):
-        patches = nn.functional.avg_pool2d(x, 4).flatten(2).transpose(1, 2)
-        return patches.mean(1), patches
-
-
-def test_patch_features_are_those_of_eval_mode_for_normalised_pixels():
-    torch.manual_seed(0)
-    net = models.build("resnet18", in_small=True)
-    x = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
-    net.train()
-    got = dense.patch_features(net, x, mean=(.5, .4, .3), std=(.2, .3, .4), batch_size=2)
-    mean, std = torch.tensor((.5, .4, .3)), torch.tensor((.2, .3, .4))
-    wanted = net.eval()((x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))[1]
-    assert got.shape == (5, 16, 512) and torch.allclose(got, wanted, atol=1e-4)
-
-
-@pytest.mark.parametrize("arch, small", [("vit_nano", False), ("resnet18", True)])
-def test_the_untrained_network_has_the_shape_of_the_trained_one(arch, small):
-    net = models.build(arch, patch_size=8, img_size=32, in_small=small)
-    before = torch.random.get_rng_state()
-    args = {"img_size": 32}
-    twin, same = dense.untrained(net, args, 3), dense.untrained(net, args, 3)
-    assert torch.equal(before, torch.random.get_rng_state())
-    weights, others = net.state_dict(), dense.untrained(net, args, 4).state_dict()
-    for name, w in twin.state_dict().items():
-        assert w.shape == weights[name].shape and torch.equal(w, same.state_dict()[name])
-    assert any(not torch.equal(w, others[name]) for name, w in twin.state_dict().items())
-    assert any(not torch.equal(w, weights[name]) for name, w in twin.state_dict().items())
+    assert probes.segmentation_measures(predicted, test.maps, 3)["miou"] == 100
+    assert max(scores.values()) == 100
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -430,6 +348,15 @@ def test_the_commonest_label_and_the_patches_own_are_what_they_say(small, tmp_pa
     assert bounds["commonest label"] == pytest.approx(100 * share / len(np.unique(truth)))
 
 
+class Stub(nn.Module):
+    """A patch token is the mean colour of its patch of 4 pixels."""
+    arch, dim, patch_size = "vit_nano", 3, 4
+
+    def forward(self, x):
+        patches = nn.functional.avg_pool2d(x, 4).flatten(2).transpose(1, 2)
+        return patches.mean(1), patches
+
+
 def test_a_backbone_that_sees_the_labels(small, tmp_path, monkeypatch):
     """The colour of each patch tells its label, which all its pixels have. Every number but that of
     the commonest label is 100."""
@@ -441,7 +368,7 @@ def test_a_backbone_that_sees_the_labels(small, tmp_path, monkeypatch):
         images.x[:, 2] = images.label_map % 3 * 100
     made = Stub(), {"img_size": 32, "mean": [0] * 3, "std": [1] * 3}, "a stub"
     monkeypatch.setattr(backbones, "load_backbone", lambda *args: made)
-    monkeypatch.setattr(models, "build", lambda *args, **kw: Stub())
+    monkeypatch.setattr(backbones, "build", lambda *args, **kw: Stub())
     result = go(checkpoint(tmp_path / "run"), "--probe", "knn")
     assert result["grid"] == 8
     assert result["miou"] == {f"{f} knn": 100 for f in ("backbone", "untrained", "pixels")}
@@ -480,55 +407,13 @@ def test_bad_flags_are_one_sentence(small, tmp_path, capsys, monkeypatch):
 
 # ---- a folder in VOC layout ----------------------------------------------------------------------
 
-def voc(folder, train=8, val=4, classes=3, size=(40, 24)):
-    """A folder of noisy images whose left part is class 0 and whose right part is another one, with
-    an ignored column between; palettes and grey values in turns. Returns its path."""
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (folder / name).mkdir(parents=True)
-    rng, width = np.random.RandomState(0), size[0]
-    for split, n in (("train", train), ("val", val)):
-        names = [f"{split}_{i}" for i in range(n)]
-        (folder / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
-        for i, name in enumerate(names):
-            label = 1 + i % (classes - 1)
-            pixels = rng.randint(0, 60, (size[1], width, 3)).astype(np.uint8)
-            pixels[:, width // 2:, label % 3] += 180
-            mask = np.zeros(size[::-1], dtype=np.uint8)
-            mask[:, width // 2:] = label
-            mask[:, width // 2 - 2:width // 2] = I
-            Image.fromarray(pixels).save(folder / f"JPEGImages/{name}.jpg", quality=95)
-            image = Image.fromarray(mask)
-            if i % 2:
-                image.putpalette([(37 * v) % 256 for v in range(768)])  # a mask in colour
-            image.save(folder / f"SegmentationClass/{name}.png")
-    return folder
-
-
-def test_a_folder_in_voc_layout(tmp_path, monkeypatch, capsys):
+def test_the_command_on_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dense, "MAX_ITER", 20)
-    folder = voc(tmp_path / "voc")
-    train, test, classes = dense.voc_folder(str(folder), 40, (100, 3))
-    assert train.x.shape == (8, 3, 40, 40) and test.maps.shape == (3, 40, 40)
-    assert classes == ["class 0", "class 1", "class 2"]
-    for i in range(8):
-        row = train.maps[i, 5].tolist()
-        assert row == [0] * 18 + [I] * 2 + [1 + i % 2] * 20
-    # four are spread evenly: 0, 2, 4, 6
-    few, _, _ = dense.voc_folder(str(folder), 40, (4, 1))
-    assert torch.equal(few.x, train.x[::2])
-
+    folder = make_voc_folder(tmp_path / "voc")
     result = go(checkpoint(tmp_path / "run"), "--data", folder, "--img-size", 40)
     assert (result["train"], result["test"], result["grid"]) == (8, 4, 5)
     assert result["miou"]["pixels knn"] > 70
     assert "40 px, 5 x 5 patches of 8 px" in capsys.readouterr().out
-
-
-def test_vocs_names_are_given_where_there_are_21_classes(tmp_path):
-    folder = voc(tmp_path / "voc", train=20, val=1, classes=21)
-    *_, classes = dense.voc_folder(str(folder), 16, (20, 1))
-    assert len(classes) == 21 and classes[1] == "aeroplane" and classes[-1] == "tvmonitor"
-    *_, classes = dense.voc_folder(str(folder), 16, (5, 1))
-    assert classes[-1] == "class 17"
 
 
 def test_bad_folders_are_one_sentence(tmp_path, capsys):
@@ -536,7 +421,7 @@ def test_bad_folders_are_one_sentence(tmp_path, capsys):
 
     def refused(name, change, *flags):
         """The sentence after change(folder)."""
-        folder = voc(tmp_path / name, train=3, val=1)
+        folder = make_voc_folder(tmp_path / name, train=3, val=1)
         change(folder)
         return refusal(capsys, run, "--data", folder, "--img-size", 16, "--probe", "knn", *flags)
 

@@ -462,6 +462,20 @@ def test_the_copies_in_a_file(tmp_path):
         backbones.find(tmp_path / "f.pt", "teacher", "vit_nano")
 
 
+@pytest.mark.parametrize("arch, small", [("vit_nano", False), ("resnet18", True)])
+def test_the_untrained_network_has_the_shape_of_the_trained_one(arch, small):
+    net = models.build(arch, patch_size=8, img_size=32, in_small=small)
+    before = torch.random.get_rng_state()
+    args = {"img_size": 32}
+    twin, same = backbones.untrained(net, args, 3), backbones.untrained(net, args, 3)
+    assert torch.equal(before, torch.random.get_rng_state())
+    weights, others = net.state_dict(), backbones.untrained(net, args, 4).state_dict()
+    for name, w in twin.state_dict().items():
+        assert w.shape == weights[name].shape and torch.equal(w, same.state_dict()[name])
+    assert any(not torch.equal(w, others[name]) for name, w in twin.state_dict().items())
+    assert any(not torch.equal(w, weights[name]) for name, w in twin.state_dict().items())
+
+
 # ---- which data is a run's own -------------------------------------------------------------------
 
 def test_two_paths_of_a_folder_are_the_same_data(tmp_path, monkeypatch):

@@ -20,10 +20,12 @@ import data
 import eval_linear
 import models
 import views
+from conftest import random_maps
 from support import evaluation
 from support import backbones
 from support import features
 from support import probes
+from support.pixels import IGNORED as I
 
 
 def sample(N, D=12, C=4, seed=0, noise=1.5):
@@ -560,6 +562,32 @@ def test_without_scikit_learn_one_sentence(monkeypatch):
         probes.fit_logistic(*sample(20), 1.0)
 
 
+# ---- mIoU ----------------------------------------------------------------------------------------
+
+def test_miou_by_hand():
+    """Class 0: 2 of 4 pixels, class 1: 1 of 3, class 3: 0 of 1; class 2 is absent, and two pixels
+    are ignored whatever is predicted."""
+    truth = torch.tensor([[0, 0, 0, I], [1, 1, I, 1]], dtype=torch.uint8)
+    guess = torch.tensor([[0, 0, 3, 1], [1, 0, 2, 0]], dtype=torch.uint8)
+    result = probes.segmentation_measures(guess, truth, 4)
+    assert result["iou"].tolist()[:2] == pytest.approx([100 * 2 / 5, 100 / 3])
+    assert math.isnan(result["iou"][2]) and result["iou"][3] == 0
+    assert result["miou"] == pytest.approx(100 * (2 / 5 + 1 / 3 + 0) / 3)
+    assert result["pixels"] == 50
+
+
+def test_miou_is_scikit_learns_over_all_images_together():
+    metrics = pytest.importorskip("sklearn.metrics")
+    truth = random_maps(150, 4, 4, C=5, ignored=.2)
+    guess = random_maps(150, 4, 4, C=5, seed=1)
+    counted = truth != I
+    wanted = metrics.jaccard_score(truth[counted], guess[counted], average="macro")
+    assert probes.segmentation_measures(guess, truth, 5)["miou"] == pytest.approx(100 * wanted)
+    counts = probes.confusion(guess, truth, 5)
+    assert torch.equal(counts, torch.from_numpy(metrics.confusion_matrix(truth[counted],
+                                                                         guess[counted])))
+
+
 # ---- features ------------------------------------------------------------------------------------
 
 def test_layers_and_pools():
@@ -626,6 +654,19 @@ def test_ericsson_resizes_to_the_crop_itself(tmp_path, on_disk):
     torch.testing.assert_close(torch.cat(got), wanted, atol=1e-5, rtol=0)
     dino = torch.cat(list(views.eval_batches(images, 32)))  # which cuts more off
     assert (dino - wanted).abs().max() > 0.1
+
+
+def test_patch_features_are_those_of_eval_mode_for_normalised_pixels():
+    torch.manual_seed(0)
+    net = models.build("resnet18", in_small=True)
+    x = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    net.train()
+    images = data.Images(x, None, [], "noise")
+    got = torch.cat(list(features.patch_batches(net, images, 32, batch_size=2, mean=(.5, .4, .3),
+                                                std=(.2, .3, .4))))
+    mean, std = torch.tensor((.5, .4, .3)), torch.tensor((.2, .3, .4))
+    wanted = net.eval()((x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))[1]
+    assert got.shape == (5, 16, 512) and torch.allclose(got, wanted, atol=1e-4)
 
 
 # ---- the cache -----------------------------------------------------------------------------------

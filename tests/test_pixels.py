@@ -36,6 +36,24 @@ def test_image_modes(tmp_path):
     assert np.array_equal(pixels.read(tmp_path / "palette.png").numpy(), want)
 
 
+def test_a_mask_is_read_as_its_indices_or_greys(tmp_path):
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    labels[0, 0] = pixels.IGNORED
+    grey, palette = Image.fromarray(labels), Image.fromarray(labels)
+    palette.putpalette([255 - v % 256 for v in range(768)])
+    for name, image in (("grey.png", grey), ("palette.png", palette)):
+        image.save(tmp_path / name)
+        assert np.array_equal(pixels.read_mask(tmp_path / name).numpy(), labels), name
+    assert image.mode == "P"
+    image.convert("RGB").save(tmp_path / "rgb.png")
+    with pytest.raises(ValueError, match="rgb.png is a picture of mode RGB, and a mask has"):
+        pixels.read_mask(tmp_path / "rgb.png")
+    (tmp_path / "grey.png").write_bytes(b"no picture")
+    for name in ("grey.png", "missing.png"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            pixels.read_mask(tmp_path / name)
+
+
 def scene():
     """A picture of 16 x 12 pixels with grey, red and blue parts."""
     image = Image.new("RGB", (16, 12), (200, 200, 200))

@@ -9,7 +9,6 @@ import data
 import eval_knn
 import eval_linear
 import models
-from lab import eval_dense
 from support import backbones, features
 from zoo import rope_vit
 from zoo.rope_vit import Backbone, Encoder, Predictor
@@ -459,5 +458,5 @@ def test_the_evaluations_take_a_released_file(tmp_path, monkeypatch, capsys):
         assert (out["layers"], out["pool"]) == (1, pool)
         assert "(32-d" in capsys.readouterr().out
     net, args, _ = backbones.load_backbone(words[0], arch="capi")
-    twin = eval_dense.untrained(net, args, seed=0)
+    twin = backbones.untrained(net, args, seed=0)
     assert twin.sizes == net.sizes and not torch.equal(twin.registers, net.registers)
