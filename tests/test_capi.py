@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import collapse
+import config
 import heads
 import models
 import views
@@ -397,7 +398,7 @@ def test_the_evaluations_read_a_run(tmp_path):
     assert clusters.assign(h, tau=loss.tau).shape == (2, 16)
     assert torch.allclose(embed(backbone, image, pool="mean"), cls)
     # the predictor's first block, with all patches in sight; its one block is all it has here
-    whole = capi.network(capi.completed(args))
+    whole = capi.network(config.completed(args, capi.flags))
     whole.load_state_dict(state)
     everywhere = torch.arange(64).expand(2, -1)
     guesses = whole(image, everywhere, everywhere)  # (2, 64, 16)
@@ -405,7 +406,7 @@ def test_the_evaluations_read_a_run(tmp_path):
     with pytest.raises(ValueError, match="a vit_micro has no predictor beside it"):
         width(models.build("vit_micro", patch_size=4, img_size=32), pool="predictor")
     untrained = [eval_dense.untrained(backbone, args, seed) for seed in (0, 1)]
-    fresh = capi.network(capi.completed(args)).backbone
+    fresh = capi.network(config.completed(args, capi.flags)).backbone
     assert torch.equal(untrained[0].registers, fresh.registers)
     assert not torch.equal(untrained[1].registers, untrained[0].registers)
     student, _, _ = backbones.load_backbone(str(tmp_path / "run"), "student")
@@ -434,9 +435,9 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--momentum", "0.9"], "--momentum has no effect in zoo/capi.py, got 0.9"),
+    (["--momentum", "0.9"], "--momentum has no effect in zoo/capi.py; got 0.9"),
     (["--targets", "sinkhorn"], "--targets has no effect"),
-    (["--local-crops", "2"], "--local-crops has no effect in zoo/capi.py, got 2"),
+    (["--local-crops", "2"], "--local-crops has no effect in zoo/capi.py; got 2"),
     (["--accum", "2"], "--accum has no effect"),
     (["--export", "a.pt"], "--export has no effect"),
     (["--hidden-share", "0"], "--hidden-share must lie in (0, 1], got 0"),

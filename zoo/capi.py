@@ -57,6 +57,7 @@ from losses import Loss
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
+from support.flags import check_values
 from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
@@ -110,24 +111,17 @@ def flags(parser):
     flag("--patch-rows", type=int, default=4, metavar="S",
          help="patches of each image, drawn at random, that --prototypes decoupled takes in; other "
          "sets do not read it")
-    for action in parser._actions:
-        action.choices = CHOICES.get(action.dest, action.choices)
-        action.help = HELP.get(action.dest, action.help)
+    config.narrow(parser, PRESETS, CHOICES, HELP)
     parser.set_defaults(
-        method="capi", prototypes="clustered", student_prototypes="joint", arch="capi_micro",
+        prototypes="clustered", student_prototypes="joint", arch="capi_micro",
         patch_size=4, num_prototypes=256, local_crops=0, global_scale=[0.6, 1.0], jitter_p=0.0,
         gray=0.0, head_bn=False, lr=0.008, weight_decay=0.1, weight_decay_end=0.1, clip_grad=0.0,
         epochs=8.0)
-    for name in [*parser.presets]:  # those of other methods
-        if name != "tiny":
-            del parser.presets[name]
-    parser.presets.update(PRESETS)
 
 
 CHOICES = {"method": ["capi"], "arch": list(ENCODERS), "student_prototypes": ["joint", "frozen"],
            "prototypes": ["clustered", "frozen", "decoupled"]}
 HELP = {
-    "method": "no other is read",
     "arch": "dim, depth and heads of the encoder, and depth of the predictor: see ENCODERS",
     "prototypes": "the teacher's clusters: clustered, as published; frozen: those that a clustered "
                   "run starts from, never moved; decoupled: means of the mixture of Appendix A",
@@ -158,37 +152,31 @@ def parse(argv=None):
     return args
 
 
+# (what a value must be, test, flags); see support/flags.py
+RANGES = [
+    ("lie in (0, 1]", lambda v: 0 < v <= 1, ["hidden_share", "predicted_share"]),
+    ("not be negative", lambda v: v >= 0, ["ema_per_lr"]),
+    ("be at least 1", lambda v: v >= 1, ["patch_rows"]),
+]
+
+
 def check(args):
     """ValueError for values that cannot run, and for flags that would change nothing."""
-    parser = config.parser()
-    flags(parser)
-    default = parser.parse_args(["--prototypes", args.prototypes])
-    config.complete(default)
-    for name in NOT_READ:
-        # a run that goes on has the two that `parse` sets
-        if name not in ("bottleneck_dim", "logit_scale") or not args.resume:
-            if getattr(args, name) != getattr(default, name):
-                raise ValueError(f"--{name.replace('_', '-')} has no effect in {SCRIPT}, got "
-                                 f"{getattr(args, name)}")
-    for name in ("hidden_share", "predicted_share"):
-        if not 0 < getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in (0, 1], got "
-                             f"{getattr(args, name)}")
+    # parse sets these two after this check, and --resume reads them back as if typed
+    own = ("bottleneck_dim", "logit_scale") if args.resume else ()
+    config.check_not_read(args, flags, [name for name in NOT_READ if name not in own], SCRIPT)
+    check_values(args, RANGES)
     if args.registers < 0 or args.registers % 4:
         raise ValueError(f"--registers must be a multiple of 4, as equally many stand along each "
                          f"of the four sides of an image, got {args.registers}")
     if args.num_prototypes < 2:
         raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
                          "or more")
-    if not args.ema_per_lr >= 0:
-        raise ValueError(f"--ema-per-lr must not be negative, got {args.ema_per_lr}")
     largest_lr = max(args.lr * args.batch_size / 256, args.min_lr)
     if not args.ema_per_lr * largest_lr <= 1:
         raise ValueError(f"--ema-per-lr {args.ema_per_lr} times the largest learning rate "
                          f"{largest_lr:g} is above 1, and C.7 would give the teacher a negative "
                          "momentum")
-    if args.patch_rows < 1:
-        raise ValueError(f"--patch-rows must be at least 1, got {args.patch_rows}")
     if args.img_size % args.patch_size:
         raise ValueError(f"--img-size {args.img_size} must be a multiple of --patch-size "
                          f"{args.patch_size}")
@@ -651,21 +639,11 @@ def load_backbone(state, args):
     state: state dict of the student or the teacher; None: weights as they are before training.
     args: of the run, a dict.
     """
-    net = network(completed(args))
+    net = network(config.completed(args, flags))
     if state is not None:
         net.load_state_dict(state)
     net.backbone.predictor = net.predictor
     return net.backbone
-
-
-def completed(args):
-    """The flags of a run, a dict, as a Namespace; those that are newer have their defaults."""
-    parser = config.parser()
-    flags(parser)
-    namespace = parser.parse_args([])
-    vars(namespace).update(args)
-    config.complete(namespace)
-    return namespace
 
 
 class MeanToken(nn.Module):
@@ -682,7 +660,7 @@ class MeanToken(nn.Module):
 def load_run(path):
     """As checkpoint.load_run: an image is assigned to the cluster of its mean patch token."""
     ckpt = checkpoints.read(path)
-    args = completed(ckpt["args"])
+    args = config.completed(ckpt["args"], flags)
     clusters = teacher_clusters(args)
     checkpoint.restore(clusters, ckpt)
     net = MeanToken(load_backbone(ckpt["teacher"], ckpt["args"]))

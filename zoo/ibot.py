@@ -51,6 +51,7 @@ from losses import DINOLoss, sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
+from support.flags import check_values
 from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed, share
 from support.monitor import Monitor
 from support.signals import stop_requests
@@ -111,49 +112,64 @@ def flags(parser):
     flag("--shared-prototypes", action=argparse.BooleanOptionalAction, default=False,
          help="one set of prototypes for class tokens and patches, as in iBOT's recipes")
     flag("--patch-targets", choices=["center", "prob", "sinkhorn"],
-         help="--targets of the patches; None: that of --targets")
+         help="--targets of the patches; None: that of --targets; where that is prob and the "
+         "patches' kind is another, and not vmf: center")
     flag("--patch-temp", type=float, nargs=2, metavar=("START", "END"),
          help="--teacher-temp of the patches; None: that of --teacher-temp")
-    method, = (action for action in parser._actions if action.dest == "method")
-    method.choices = ["ibot"]  # no other is read
-    parser.set_defaults(method="ibot", prototypes="joint", targets="sinkhorn", num_prototypes=64,
+    flag("--patch-kp-weight", type=float,
+         help="--kp-weight of the patches; None: the same where their kind is kp or that of "
+         "--prototypes (none typed: 0.1 with kp), else 0")
+    parser.complete = complete
+    config.narrow(parser, PRESETS, {"method": ["ibot"]})
+    parser.set_defaults(prototypes="joint", targets="sinkhorn", num_prototypes=64,
                         arch="vit_micro", patch_size=4, head_bn=False, head_norm=True, epochs=8.0,
                         batch_size=32, lr=0.004, momentum=0.99, eval_every=312)
-    parser.presets.update(PRESETS)
+
+
+def complete(args):
+    """As config.complete, with the flags of the patches that take over from those of class
+    tokens."""
+    typed_kp_weight = args.kp_weight
+    config.complete(args)
+
+    def default(name, value):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    default("patch_prototypes", args.prototypes)
+    default("num_patch_prototypes", args.num_prototypes * (1 if args.shared_prototypes else 4))
+    default("patch_temp", args.teacher_temp)
+    same_kind = args.patch_prototypes == args.prototypes
+    # the targets of vMF are for vMF alone, unless somebody types them
+    prob_of_vmf_alone = args.targets == "prob" and not same_kind and args.patch_prototypes != "vmf"
+    default("patch_targets", "center" if prob_of_vmf_alone else args.targets)
+    if args.patch_prototypes == "kp" and not same_kind:
+        default("patch_kp_weight", 0.1 if typed_kp_weight is None else typed_kp_weight)
+    default("patch_kp_weight", args.kp_weight if same_kind else 0.0)
 
 
 def parse(argv=None):
     """argv -> checked Namespace; bad input is one sentence and exit code 2."""
     args = config.parse(argv, SCRIPT, flags)
-    if args.patch_prototypes is None:
-        args.patch_prototypes = args.prototypes
-    if args.num_patch_prototypes is None:
-        args.num_patch_prototypes = args.num_prototypes * (1 if args.shared_prototypes else 4)
-    if args.patch_targets is None:
-        own_kind = args.patch_prototypes != args.prototypes
-        args.patch_targets = ("prob" if args.patch_prototypes == "vmf" else "center"
-                              ) if own_kind and args.targets == "prob" else args.targets
-    if args.patch_temp is None:
-        args.patch_temp = args.teacher_temp
     with one_sentence(SCRIPT, args.out):
         check(args)
     return args
 
 
+# of patch_flags: (what a value must be, test, flags); see support/flags.py
+RANGES = [
+    ("be at least 1", lambda v: v >= 1, ["patch_rows", "num_patch_prototypes"]),
+    ("not be negative", lambda v: v >= 0, ["patch_weight"]),
+    ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mask_share"]),
+]
+
+
 def check_patches(args):
     """ValueError for values of patch_flags, and of flags of train.py, with which no patch can be
     hidden."""
+    check_values(args, RANGES)
     lo, hi = args.mask_ratio
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"--mask-ratio needs 0 <= LO <= HI <= 1, got {lo} {hi}")
-    if not 0 <= args.mask_share <= 1:
-        raise ValueError(f"--mask-share must lie in [0, 1], got {args.mask_share}")
-    if not args.patch_weight >= 0:
-        raise ValueError(f"--patch-weight must not be negative, got {args.patch_weight}")
-    for name in ("patch_rows", "num_patch_prototypes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got "
-                             f"{getattr(args, name)}")
     if args.arch == "vit_nano":
         raise ValueError("--arch vit_nano has a convolutional stem, through which its neighbours "
                          "see 39 of the 64 pixels of a hidden patch; use vit_micro, whose patches "
@@ -170,14 +186,13 @@ def check_patches(args):
 def check(args):
     """ValueError for values that cannot run."""
     check_patches(args)
-    if not min(args.patch_temp) > 0:
-        raise ValueError(f"--patch-temp must be positive, got {args.patch_temp[0]} "
-                         f"{args.patch_temp[1]}")
-    same = (args.patch_prototypes, args.num_patch_prototypes) == (args.prototypes,
-                                                                  args.num_prototypes)
-    if args.shared_prototypes and not same:
-        raise ValueError("--shared-prototypes is one set: --patch-prototypes and "
-                         "--num-patch-prototypes cannot differ from it")
+    check_values(args, [("be positive", lambda v: v > 0, ["patch_temp"]),
+                        ("not be negative", lambda v: v >= 0, ["patch_kp_weight"])])
+    of_patches = (args.patch_prototypes, args.num_patch_prototypes, args.patch_kp_weight)
+    if args.shared_prototypes and of_patches != (args.prototypes, args.num_prototypes,
+                                                 args.kp_weight):
+        raise ValueError("--shared-prototypes is one set: --patch-prototypes, "
+                         "--num-patch-prototypes and --patch-kp-weight cannot differ from it")
     for stream, kind, targets in (("", args.prototypes, args.targets),
                                   ("patch-", args.patch_prototypes, args.patch_targets)):
         cls = heads.prototype_class(kind)
@@ -193,7 +208,8 @@ def check(args):
     if args.targets == "sinkhorn" and args.num_prototypes > 2 * args.batch_size:
         raise ValueError(f"--targets sinkhorn shares {2 * args.batch_size} class tokens among "
                          f"--num-prototypes {args.num_prototypes}: no prototype gets a whole one; "
-                         "use at most twice --batch-size, and --num-patch-prototypes for patches")
+                         "use --num-prototypes of at most twice --batch-size; patches may have "
+                         "more (--num-patch-prototypes)")
 
 
 # ---- network -----------------------------------------------------------------------------------
@@ -352,8 +368,7 @@ def args_of_patches(args):
     of_patches.prototypes = args.patch_prototypes
     of_patches.num_prototypes = args.num_patch_prototypes
     of_patches.seed = args.seed + 1_000_003
-    of_patches.kp_weight = 0.1 if args.patch_prototypes == "kp" and not args.kp_weight else (
-        args.kp_weight if args.patch_prototypes == args.prototypes else 0.0)
+    of_patches.kp_weight = args.patch_kp_weight
     # a set chooses by the rows of a step, 2 x batch_size; `clustered` scales its rate with it
     of_patches.batch_size = args.batch_size * args.patch_rows
     of_patches.lr = args.lr / args.patch_rows
@@ -633,7 +648,7 @@ def printed_patches(row):
 def load_run(path):
     """As checkpoint.load_run: the teacher's class tokens, their prototypes and their loss."""
     ckpt = checkpoints.read(path)
-    args = config.completed(ckpt["args"])
+    args = config.completed(ckpt["args"], flags)
     net, protos = network(args), heads.prototypes(args)
     net.load_state_dict(ckpt["teacher"])
     checkpoint.restore(protos, ckpt)

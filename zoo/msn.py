@@ -32,10 +32,11 @@ import data
 import heads
 import models
 import views
-from losses import Loss, sinkhorn
+from losses import sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
+from support.flags import check_values
 from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
@@ -45,6 +46,21 @@ from zoo.kmeans import KMeans
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
 SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
 EPS = torch.finfo(torch.float32).tiny
+
+# Rows of Table C.2, for 16 GPUs; none was run. The official schedules stop at 0.8 of their length;
+# here they run to their end. lr 2.5e-4 is 1e-3 at 1,024 images
+PRESETS = {}
+PRESETS["paper-msn"] = dict(
+    data="inat18", arch="vit_small", patch_size=16, img_size=224, local_size=96, local_crops=10,
+    global_scale=[0.3, 1.0], local_scale=[0.05, 0.3], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2,
+    blur=[0.5, 0.5, 0.5], head_hidden=2048, bottleneck_dim=256, head_bn=True,
+    num_prototypes=8142, batch_size=1024, epochs=300, warmup_epochs=15, lr=2.5e-4, min_lr=1e-6,
+    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0, prior_weight=1.0,
+    workers=10, log_every=100, eval_every=4270, eval_bank=50000, eval_queries=10000)
+PRESETS["paper-pmsn"] = dict(PRESETS["paper-msn"], prior=0.25, prior_weight=5.0)
+
+# Flags of train.py about targets and prototypes that MSN does not read
+NOT_READ = ["targets", "teacher_temp", "teacher_temp_epochs", "student_prototypes"]
 
 
 # ---- what MSN adds to the command line ---------------------------------------------------------
@@ -58,10 +74,8 @@ def flags(parser):
     flag("--prior-weight", type=float, default=1.0,
          help="weight of M.4 (1 in MSN, 5 in PMSN's runs on iNaturalist)")
     flag("--prior", type=float, default=0.0, help="M.4: exponent of the shares; 0: equal ones, MSN")
-    method, = (action for action in parser._actions if action.dest == "method")
-    method.choices = ["msn"]  # no other is read
-    parser.set_defaults(method="msn", prototypes="joint", head_norm=True)
-    parser.presets.update(PRESETS)
+    config.narrow(parser, PRESETS, {"method": ["msn"]})
+    parser.set_defaults(prototypes="joint", head_norm=True)
 
 
 def parse(argv=None):
@@ -72,45 +86,26 @@ def parse(argv=None):
     return args
 
 
+# (what a value must be, test, flags); see support/flags.py
+RANGES = [
+    ("lie in [0, 1)", lambda v: 0 <= v < 1, ["patch_drop"]),
+    ("be positive", lambda v: v > 0, ["sharpen"]),
+    ("not be negative", lambda v: v >= 0, ["prior_weight", "prior"]),
+]
+
+
 def check(args):
     """ValueError for values that cannot run."""
-    if not 0 <= args.patch_drop < 1:
-        raise ValueError(f"--patch-drop must lie in [0, 1), got {args.patch_drop}")
-    if not args.sharpen > 0:
-        raise ValueError(f"--sharpen must be positive, got {args.sharpen}")
-    for name in ("prior_weight", "prior"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got "
-                             f"{getattr(args, name)}")
+    check_values(args, RANGES)
     kind = heads.prototype_class(args.prototypes)
     if issubclass(kind, (heads.VMF, KMeans)):
         raise ValueError(f"--prototypes {args.prototypes} does not work here: MSN's softmax has no "
                          "log-normaliser, and its teacher sees one view")
-    for name, fixed in NOT_READ.items():
-        if getattr(args, name) != fixed:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect in MSN, whose targets are "
-                             "those of --student-temp, --sharpen and --balance")
+    config.check_not_read(args, flags, NOT_READ, "MSN, whose targets are those of --student-temp, "
+                          "--sharpen and --balance")
     if args.patch_drop and args.arch not in models.VITS:
         raise ValueError(f"--patch-drop needs a ViT, whose patches can be left out, got --arch "
                          f"{args.arch}")
-
-
-# Rows of Table C.2, for 16 GPUs; none was run. The official schedules are cut off at 0.8 of their
-# length and lr does not scale with the batch; here they end, and lr is 1e-3 at 1,024 images
-PRESETS = {}
-PRESETS["paper-msn"] = dict(
-    data="inat18", arch="vit_small", patch_size=16, img_size=224, local_size=96, local_crops=10,
-    global_scale=[0.3, 1.0], local_scale=[0.05, 0.3], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2,
-    blur=[0.5, 0.5, 0.5], head_hidden=2048, bottleneck_dim=256, head_bn=True,
-    num_prototypes=8142, batch_size=1024, epochs=300, warmup_epochs=15, lr=2.5e-4, min_lr=1e-6,
-    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0, prior_weight=1.0,
-    workers=10, log_every=100, eval_every=4270, eval_bank=50000, eval_queries=10000)
-PRESETS["paper-pmsn"] = dict(PRESETS["paper-msn"], prior=0.25, prior_weight=5.0)
-
-
-# Flags of train.py about targets and prototypes that MSN does not read, and their defaults
-NOT_READ = {"targets": "center", "teacher_temp": list(Loss.teacher_temp), "teacher_temp_epochs": 0,
-            "student_prototypes": "same"}
 
 
 # ---- the loss ----------------------------------------------------------------------------------

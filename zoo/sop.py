@@ -36,6 +36,7 @@ import heads
 from support import checkpoint, checkpoints, ddp
 from support.errors import one_sentence
 from support.files import locked
+from support.flags import check_values
 from support.log import keep_freed_memory
 from support.signals import stop_requests
 from zoo import ibot
@@ -57,8 +58,8 @@ PRESETS["paper-sop-vits"] = dict(
     weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0,
     workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
 
-# Flags of train.py about targets that SOP does not read, and their defaults
-NOT_READ = {"targets": "center", "teacher_temp_epochs": 0}
+# Flags of train.py about targets that SOP does not read
+NOT_READ = ["targets", "teacher_temp_epochs"]
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -67,21 +68,24 @@ def flags(parser):
     flag("--patch-memory", type=int, metavar="M",
          help="vectors in the memory of patches; None: of the last 8 batches")
     flag("--patch-neighbours", type=int, default=0,
-         help="of an anchor of patches, which with it make one self-organising prototype")
-    for name, only in (("method", "sop"), ("prototypes", "bank")):
-        action, = (action for action in parser._actions if action.dest == name)
-        action.choices = [only]  # no other is read
-    parser.set_defaults(method="sop", prototypes="bank", num_prototypes=128, patch_rows=1,
-                        arch="vit_micro", patch_size=4, head_bn=False, batch_size=32,
-                        momentum=0.99)
-    parser.presets.update(PRESETS)
+         help="vectors next to an anchor that form a self-organising prototype with it; 0: it "
+         "alone")
+    parser.complete = complete
+    config.narrow(parser, PRESETS, {"method": ["sop"], "prototypes": ["bank"]})
+    parser.set_defaults(num_prototypes=128, patch_rows=1, arch="vit_micro", patch_size=4,
+                        head_bn=False, batch_size=32, momentum=0.99)
+
+
+def complete(args):
+    """As config.complete, with the number of anchors of the patches."""
+    config.complete(args)
+    if args.num_patch_prototypes is None:
+        args.num_patch_prototypes = args.num_prototypes
 
 
 def parse(argv=None):
     """argv -> checked Namespace; bad input is one sentence and exit code 2."""
     args = config.parse(argv, SCRIPT, flags)
-    if args.num_patch_prototypes is None:
-        args.num_patch_prototypes = args.num_prototypes
     with one_sentence(SCRIPT, args.out):
         check(args)
     return args
@@ -90,15 +94,10 @@ def parse(argv=None):
 def check(args):
     """ValueError for values that cannot run."""
     ibot.check_patches(args)
-    if args.patch_memory is not None and args.patch_memory < 1:
-        raise ValueError(f"--patch-memory must be at least 1, got {args.patch_memory}")
-    if args.patch_neighbours < 0:
-        raise ValueError(f"--patch-neighbours must not be negative, got {args.patch_neighbours}")
-    for name, fixed in NOT_READ.items():
-        if getattr(args, name) != fixed:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect in SOP, which neither "
-                             "centres nor balances its targets, nor warms up their temperature; "
-                             f"got {getattr(args, name)}")
+    check_values(args, [("be at least 1", lambda v: v >= 1, ["patch_memory"]),
+                        ("not be negative", lambda v: v >= 0, ["patch_neighbours"])])
+    config.check_not_read(args, flags, NOT_READ, "SOP, which neither centres nor balances its "
+                          "targets, nor warms up their temperature")
     start, end = args.teacher_temp
     if start != end:
         raise ValueError("--teacher-temp is one value in SOP, for class tokens and patches; got "
@@ -146,7 +145,7 @@ def main(argv=None):
 def load_run(path):
     """As checkpoint.load_run: the teacher's class tokens, their memory and their loss."""
     ckpt = checkpoints.read(path)
-    args = config.completed(ckpt["args"])
+    args = config.completed(ckpt["args"], flags)
     net, protos = ibot.network(args), heads.prototypes(args)
     net.load_state_dict(ckpt["teacher"])
     checkpoint.restore(protos, ckpt)
