@@ -327,8 +327,9 @@ def parse(argv=None, script="train.py", add_flags=None):
     """argv -> checked Namespace. Flags that cannot run get one sentence and exit code 2.
 
     script: the script that runs, as args.json will name it: train.py or zoo/NAME.py.
-    add_flags(parser): adds the flags that this script has on top, or changes defaults. A script
-    whose flags have defaults that depend on others replaces parser.complete too.
+    add_flags(parser): adds the flags that this script has on top, or changes defaults; --resume
+    finds it as `flags` in the script. A script whose flags have defaults that depend on others
+    replaces parser.complete too.
     """
     p = parser(add_flags)
     p.prog = script

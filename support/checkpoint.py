@@ -240,9 +240,12 @@ def network(args, drop_path=0.0):
     return models.MultiCrop(backbone, head)
 
 
-def networks_of(ckpt):
-    """(teacher, its prototypes, args as a Namespace) of a checkpoint that has been read."""
-    args = config.completed(ckpt["args"])
+def networks_of(ckpt, add_flags=None):
+    """(teacher, its prototypes, args as a Namespace) of a checkpoint that has been read.
+
+    add_flags: as for config.parse, of the script that wrote it.
+    """
+    args = config.completed(ckpt["args"], add_flags)
     net, protos = network(args), heads.prototypes(args)
     net.load_state_dict(ckpt["teacher"])
     restore(protos, ckpt)

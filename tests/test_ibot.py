@@ -10,6 +10,7 @@ import collapse
 import heads
 import models
 from conftest import TINY, compare_one_process_with_two, differences, read_checkpoint, read_log
+from support import measures
 from zoo import ibot
 
 CENTRE = ["--targets", "center", "--num-patch-prototypes", "16"]  # iBOT's, and not our default
@@ -189,24 +190,24 @@ def test_the_mask_token_stands_outside_the_backbone_and_the_teacher_has_none(tmp
 # ---- places ------------------------------------------------------------------------------------
 def test_sampled_places_depend_on_seed_and_step_and_name_their_crops():
     args = ibot.parse([*TINY, "--patch-rows", "3"])
-    places = ibot.sampled_places(args, 5, 16)
+    places = ibot.ibot_places(args, 5, 16)
     assert places.shape == (2, 8, 3)
-    assert torch.equal(places, ibot.sampled_places(args, 5, 16))
-    assert not torch.equal(places, ibot.sampled_places(args, 6, 16))
+    assert torch.equal(places, ibot.ibot_places(args, 5, 16))
+    assert not torch.equal(places, ibot.ibot_places(args, 6, 16))
     rows = ibot.rows_at(places)
     assert rows[:, 0].tolist() == [c for c in range(16) for _ in range(3)]
     assert torch.equal(rows[:, 1], places.flatten())
-    many = torch.cat([ibot.sampled_places(args, step, 16).flatten() for step in range(100)])
+    many = torch.cat([ibot.ibot_places(args, step, 16).flatten() for step in range(100)])
     assert many.bincount().min() > 0.8 * len(many) / 16  # evenly over the grid
 
 
 def test_mutual_information_by_hand():
     a = torch.tensor([0, 0, 1, 1])
-    assert ibot.mutual_information(a, a) == pytest.approx(math.log(2))
-    assert ibot.mutual_information(a, torch.tensor([0, 1, 0, 1])) == pytest.approx(0)
+    assert measures.mutual_information(a, a) == pytest.approx(math.log(2))
+    assert measures.mutual_information(a, torch.tensor([0, 1, 0, 1])) == pytest.approx(0)
     b = torch.tensor([0, 0, 0, 1])  # joint 1/2, 1/4, 1/4; margins 1/2 and 3/4
     expected = 0.5 * math.log(0.5 / 0.375) + 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(2)
-    assert ibot.mutual_information(a, b) == pytest.approx(expected)
+    assert measures.mutual_information(a, b) == pytest.approx(expected)
 
 
 def test_the_mean_of_each_place_follows_its_vectors_and_is_taken_off():

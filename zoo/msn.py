@@ -211,7 +211,10 @@ def train(args, device, stop_request):
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
 
-    log, monitor, metrics = Log(args, start, bool(record.rows)), Monitor(args.num_prototypes), {}
+    # a record with rows: the log's last row is there only because the run stopped at that step
+    log = Log(args, start, drop_last=bool(record.rows))
+    metrics = {}  # of the last evaluation
+    monitor = Monitor(args.num_prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))
@@ -225,7 +228,7 @@ def train(args, device, stop_request):
     # ==== training ==============================================================================
     for step in range(start, stop):
         crops = clock.next(batches)  # V tensors (B, 3, s, s): 2 global crops, then the local ones
-        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))
+        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))  # accum tuples of V
         torch.manual_seed(views.seed_of(views.DROP_PATH, args.seed, step, ddp.RANK))
         if step < warmup:
             lr = lr_peak * step / warmup
@@ -255,10 +258,12 @@ def train(args, device, stop_request):
             terms["loss"] = sum(terms.values())
             (terms["loss"] / args.accum).backward()
             record.add(terms, 1 / args.accum)
-        # if a value is not finite, all processes skip this step; only the mixture has moved
-        values, taken = take_step(record.take(), step, lr, weight_decay)
+        # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
+        # were. What phase 2 did is not undone
+        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms,) ()
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
+        # after the optimiser's step, as in train.py
         with torch.no_grad():
             for phi, theta in zip(averaged, trained):
                 phi.lerp_(theta, taken * (1 - m))
@@ -269,7 +274,7 @@ def train(args, device, stop_request):
         record.append(done, lr, values)
         leaving = ddp.largest(stop_request.number)  # a signal that any process received, or 0
         now = due(args, done, stop, total, leaving)
-        if device.type == "cpu" or now.row or now.checkpoint:
+        if device.type == "cpu" or now.row or now.checkpoint:  # a GPU is waited for only then
             record.read()
         if now.row:
             row = record.means() | report | clock.speed(args.batch_size)
@@ -311,7 +316,7 @@ def make_loss(args):
 def load_run(path):
     """As checkpoint.load_run, with the loss of this script."""
     ckpt = checkpoints.read(path)
-    net, protos, args = checkpoint.networks_of(ckpt)
+    net, protos, args = checkpoint.networks_of(ckpt, flags)
     loss = make_loss(args)
     loss.load_state_dict(ckpt["loss"])
     return net.eval(), protos, loss, vars(args)

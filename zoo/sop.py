@@ -12,11 +12,13 @@ tokens. For patches this differs from it:
 
     S.6  memory      one vector of each image enters it: the teacher's, at a place of the clean
                      second global crop that is drawn evenly over the grid, hidden or not
-    S.7  P           an anchor alone is a SOP, which the paper calls k = 1. So S.4 is a softmax over
-                     the K anchors a_k that is smoothed with o = 0.1 / (K - 1):
+    S.7  P           an anchor alone is a SOP. The paper counts it and says k = 1; here k counts
+                     neighbours: 0. So S.4 is a softmax over the K anchors a_k that is smoothed with
+                     o = 0.1 / (K - 1):
                      P(u)_k = (0.9 - o) softmax_k(<u, a_k> / tau) + o
     S.8  L_patch   = 1/2 sum over the two global crops of the mean over images of
-                     1/max(n, 1) sum over its n hidden patches of -sum_k P(h_t)_k log P(h_s)_k
+                     1/max(n_hidden, 1) sum over its hidden patches of
+                     -sum_k P(h_t)_k log P(h_s)_k
     S.9  L         = S.5 + patch-weight L_patch
 
 Nothing is centred or balanced, and no vector of a memory is trained: gradients reach the student
@@ -33,7 +35,7 @@ streams are.
 """
 import config
 import heads
-from support import checkpoint, checkpoints, ddp
+from support import ddp
 from support.errors import one_sentence
 from support.files import locked
 from support.flags import check_values
@@ -45,18 +47,14 @@ from zoo.bank import SOP, Bank
 SCRIPT = "zoo/sop.py"  # args.json names the script of a run
 
 # Anchors, neighbours, memories and momentum as the paper has them. The rest is iBOT's official
-# recipe, since SOP's commands are not published. For 16 GPUs; not run
+# recipe, since SOP's commands are not published, and shares much with paper-vits. For 16 GPUs; not
+# run
 PRESETS = {}
 PRESETS["paper-sop-vits"] = dict(
-    data="imagenet", arch="vit_small", patch_size=16, img_size=224, drop_path=0.1,
-    local_size=96, local_crops=10, global_scale=[0.25, 1.0], local_scale=[0.05, 0.25],
-    jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0],
-    head_hidden=2048, bottleneck_dim=256,
+    config.PRESETS["paper-vits"], epochs=800, momentum=0.996, clip_grad=3.0,
     num_prototypes=4096, neighbours=8, memory=65536,
     num_patch_prototypes=512, patch_neighbours=0, patch_memory=8192,
-    batch_size=1024, epochs=800, warmup_epochs=10, lr=5e-4, min_lr=1e-6,
-    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0,
-    workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
+    global_scale=[0.25, 1.0], local_scale=[0.05, 0.25])
 
 # Flags of train.py about targets that SOP does not read
 NOT_READ = ["targets", "teacher_temp_epochs"]
@@ -106,10 +104,10 @@ def check(args):
 
 # ---- streams -----------------------------------------------------------------------------------
 class PatchSOP(SOP):
-    """S.8. Its targets are those of S.5, for rows of patches."""
+    """S.8. Its targets are those of S.5, for hidden patches."""
 
     def forward(self, h_s, P_t, weights, protos_s):
-        """h_s (m, D), P_t (m, K), weights (m,): how much each row counts -> a scalar."""
+        """h_s (m, D), P_t (m, K), weights (m,): how much each patch counts -> a scalar."""
         log_P = protos_s.log_probabilities(h_s, self.tau)  # (m, K)
         return -(weights * (P_t * log_P).sum(-1)).sum()
 
@@ -118,8 +116,8 @@ def patch_bank(args):
     """The memory of patches, and its anchors: others than those of class tokens in each step."""
     vectors = args.batch_size * args.patch_rows  # that enter it in a step
     return Bank(args.num_patch_prototypes, args.bottleneck_dim, args.logit_scale,
-                args.seed + 1_000_003, M=args.patch_memory or 8 * vectors, k=args.patch_neighbours,
-                B=vectors, of="patch-")
+                args.seed + heads.SEED_OF_SECOND_SET, M=args.patch_memory or 8 * vectors,
+                k=args.patch_neighbours, B=vectors, of="patch-")
 
 
 def streams(args, steps_per_epoch, gmm_start, device):
@@ -144,12 +142,7 @@ def main(argv=None):
 
 def load_run(path):
     """As checkpoint.load_run: the teacher's class tokens, their memory and their loss."""
-    ckpt = checkpoints.read(path)
-    args = config.completed(ckpt["args"], flags)
-    net, protos = ibot.network(args), heads.prototypes(args)
-    net.load_state_dict(ckpt["teacher"])
-    checkpoint.restore(protos, ckpt)
-    return net.eval(), protos, SOP.from_args(args, steps_per_epoch=1), vars(args)
+    return ibot.load_run(path, flags, SOP)
 
 
 if __name__ == "__main__":
