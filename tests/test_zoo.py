@@ -142,7 +142,7 @@ def test_in_the_first_pass_deepcluster_takes_the_nearest_random_direction():
 
 
 # ---- clustered ---------------------------------------------------------------------------------
-def test_a_step_of_clustered_is_adamw_on_the_loss_of_c3():
+def test_a_step_of_clustered_is_adamw_on_the_loss_of_cl3():
     """Three steps beside autograd and an optimiser of its own, in float64 but for W itself."""
     N, K, D, lr, total = 12, 5, 4, 0.01, 10
     protos = Clustered(K, D, seed=3, lr=lr, total=total)
