@@ -120,8 +120,8 @@ def flags(parser):
 
 
 def complete(args):
-    """As config.complete, with the flags of the patches that take over from those of class
-    tokens."""
+    """As config.complete; what nobody says of the patches is what class tokens have, or goes with
+    their kind."""
     typed_kp_weight = args.kp_weight
     config.complete(args)
 
