@@ -106,14 +106,14 @@ FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_ever
         "script", "data_version", "data_seen"}  # support/checkpoint.py compares the data itself
 
 
-def parser():
-    """The command line of train.py."""
+def parser(add_flags=None):
+    """The command line of train.py; add_flags(parser): what a script adds to it, or changes."""
     p = argparse.ArgumentParser(
         "train.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Self-supervised learning with prototypes: "
                     f"{', '.join(losses.LOSSES)} x {', '.join(heads.PROTOTYPES)}.")
     on_off = argparse.BooleanOptionalAction
-    p.presets = dict(PRESETS)  # to which a script may add its own
+    p.presets, p.complete = dict(PRESETS), complete  # a script may have its own
 
     flag = p.add_argument_group("run").add_argument
     flag("--preset", default="tiny", choices=p.presets,
@@ -318,6 +318,8 @@ def parser():
          help="training images that vote in k-NN, and about how many global crops of coming steps "
          "the prototype measures see")
     flag("--eval-queries", type=int, default=2000, help="held-out images that k-NN classifies")
+    if add_flags:
+        add_flags(p)
     return p
 
 
@@ -325,12 +327,12 @@ def parse(argv=None, script="train.py", add_flags=None):
     """argv -> checked Namespace. Flags that cannot run get one sentence and exit code 2.
 
     script: the script that runs, as args.json will name it: train.py or zoo/NAME.py.
-    add_flags(parser): adds the flags that this script has on top, or changes defaults.
+    add_flags(parser): adds the flags that this script has on top, or changes defaults; --resume
+    finds it as `flags` in the script. A script whose flags have defaults that depend on others
+    replaces parser.complete too.
     """
-    p = parser()
+    p = parser(add_flags)
     p.prog = script
-    if add_flags:
-        add_flags(p)
     # a first look at the words that decide defaults: --preset, and the run to go on with
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="tiny")
@@ -344,7 +346,7 @@ def parse(argv=None, script="train.py", add_flags=None):
         except ValueError as error:
             p.error(error)
     args = p.parse_args(argv)
-    complete(args)
+    p.complete(args)
     check(args, p.error)
     args.device = device(args, p.error)
     args.resume = args.resume or ddp.RESTARTS > 0
@@ -354,6 +356,25 @@ def parse(argv=None, script="train.py", add_flags=None):
     args.script = script
     args.data_version = data.VERSIONS.get(args.data)  # None: images that are not made here
     return args
+
+
+def narrow(parser, presets, choices, helps=None):
+    """Make of the command line of train.py that of a script of zoo/ with fewer choices.
+
+    presets: its own; of those of train.py only "tiny" stays, as argparse would take the method of
+    another one unchecked. choices: {flag: what it can be}; a single one is the default. helps:
+    {flag: help text}.
+    """
+    for name in [*parser.presets]:
+        if name != "tiny":
+            del parser.presets[name]
+    parser.presets.update(presets)
+    for action in parser._actions:
+        action.choices = choices.get(action.dest, action.choices)
+        if len(choices.get(action.dest, ())) == 1:
+            action.default, = action.choices
+            action.help = f"the {action.dest} of this script; there is no choice"
+        action.help = (helps or {}).get(action.dest, action.help)
 
 
 def recipe(args):
@@ -447,6 +468,16 @@ def complete(args):
     default("gmm_start", 0.75 if args.gmm_init == "features" else 0.0)
     default("targets", "prob" if args.prototypes == "vmf" else "center")
     default("kp_weight", 0.1 if args.prototypes == "kp" else 0.0)
+
+
+def check_not_read(args, add_flags, names, script):
+    """ValueError for a flag among `names` that is not at its default, as the script does not read
+    it; script: its name, and perhaps why."""
+    default = completed({"prototypes": args.prototypes}, add_flags)
+    for name in names:
+        value = getattr(args, name)
+        if value != getattr(default, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect in {script}; got {value}")
 
 
 # (what a value must be, test, flags); see support/flags.py
@@ -555,20 +586,25 @@ def device(args, error):
     return name
 
 
-def completed(old):
-    """The args of a checkpoint as a Namespace; flags that are newer than it take their defaults."""
-    args = argparse.Namespace(**{**vars(parser().parse_args([])), **old})
-    complete(args)
+def completed(old, add_flags=None):
+    """The args of a checkpoint as a Namespace; flags that are newer than it take their defaults.
+
+    add_flags: as for `parse`, of the script that wrote it.
+    """
+    p = parser(add_flags)
+    args = argparse.Namespace(**{**vars(p.parse_args([])), **old})
+    p.complete(args)
     return args
 
 
-def differences(old, new):
+def differences(old, new, add_flags=None):
     """Flags that change what is computed and differ between two runs' args: ["--lr 1 -> 2"].
 
-    A value that a flag cannot have, as in a damaged file, differs from any.
+    A value that a flag cannot have, as in a damaged file, differs from any. add_flags: as for
+    `parse`, of the script that both runs are of.
     """
-    old = vars(completed(old))
-    flags = {action.dest: action for action in parser()._actions}
+    old = vars(completed(old, add_flags))
+    flags = {action.dest: action for action in parser(add_flags)._actions}
 
     def same(k):
         same_type = type(old.get(k)) is type(new[k])

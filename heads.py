@@ -29,6 +29,10 @@ from support import ddp
 from support.tables import class_of
 
 
+# added to a run's seed for its second set of prototypes, which so starts at other directions
+SEED_OF_SECOND_SET = 1_000_003
+
+
 class Head(nn.Module):
     """3-layer MLP (DINO, CARP): in_dim -> hidden -> hidden -> out_dim with GELU.
 

@@ -280,12 +280,13 @@ def refuse_another_run(run, out):
     script = old.get("script", "train.py")
     if old and script != run.script:
         raise ValueError(f"{out} holds a run of {script}, not of {run.script}; move it away")
-    parse = config.parse
+    parse, flags = config.parse, None
     if run.script != "train.py":  # a script with flags of its own has its own `parse`
-        parse = getattr(importlib.import_module(module_of(run.script)), "parse", config.parse)
+        module = importlib.import_module(module_of(run.script))
+        parse, flags = getattr(module, "parse", parse), getattr(module, "flags", flags)
     new = vars(parse(run.flags))
     old = {flag: value for flag, value in old.items() if flag in new}
-    if old and (changed := config.differences(old, new)):
+    if old and (changed := config.differences(old, new, flags)):
         raise ValueError(f"{out} holds a run with other flags ({', '.join(changed)}); move it away")
 
 

@@ -152,7 +152,9 @@ def resume(args, paths, parts, protos_s, protos_t):
         ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages "
                    "steps from it on")
     check_data_version(path, ckpt["args"], args)
-    if changed := config.differences(ckpt["args"], vars(args)):
+    from support import checkpoints
+    script = checkpoints.module_of(args.script)  # which may have flags of its own
+    if changed := config.differences(ckpt["args"], vars(args), getattr(script, "flags", None)):
         raise ValueError(f"--resume: {path} was made with other flags: {', '.join(changed)}")
     check_data(path, ckpt["args"].get("data_seen"), args)
     gmm = read_mixture(ckpt)
@@ -238,9 +240,12 @@ def network(args, drop_path=0.0):
     return models.MultiCrop(backbone, head)
 
 
-def networks_of(ckpt):
-    """(teacher, its prototypes, args as a Namespace) of a checkpoint that has been read."""
-    args = config.completed(ckpt["args"])
+def networks_of(ckpt, add_flags=None):
+    """(teacher, its prototypes, args as a Namespace) of a checkpoint that has been read.
+
+    add_flags: as for config.parse, of the script that wrote it.
+    """
+    args = config.completed(ckpt["args"], add_flags)
     net, protos = network(args), heads.prototypes(args)
     net.load_state_dict(ckpt["teacher"])
     restore(protos, ckpt)

@@ -108,11 +108,18 @@ def printed(step, total, row, first_term):
     text += f"  {row['images_per_s']:.0f} images/s"
     if "used" in row:
         knn = "" if row["knn"] is None else f"k-NN {row['knn']:.1f}  "
-        text += (f"\n     {knn}unique(.025) {share(row['unique_0.025'])}  "
-                 f"unique(.5) {share(row['unique_0.5'])} (ceiling {row['ceiling_0.5']:.3f})  "
-                 f"used {row['used']:.3f}  perplexity {row['perplexity']:.3f}  "
-                 f"drift {row['drift']:.3f}  |h| {row['h_norm']:.2f}")
+        text += f"\n     {knn}{of_set(row)}  |h| {row['h_norm']:.2f}"
     return text
+
+
+def of_set(row, set_=""):
+    """What a row of the log says of a prototype set, as text. set_: what the columns of a further
+    one begin with, "patch_" or "student_"."""
+    row = {name: row[set_ + name] for name in ("unique_0.025", "unique_0.5", "ceiling_0.5", "used",
+                                               "perplexity", "drift")}
+    return (f"unique(.025) {share(row['unique_0.025'])}  unique(.5) {share(row['unique_0.5'])} "
+            f"(ceiling {row['ceiling_0.5']:.3f})  used {row['used']:.3f}  "
+            f"perplexity {row['perplexity']:.3f}  drift {row['drift']:.3f}")
 
 
 def share(unique):

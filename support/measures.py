@@ -16,21 +16,31 @@ EPS = (0.025, 0.5)  # Def. 2.1: the threshold of the literature, and the strict 
 
 
 @torch.no_grad()
-def coming_vectors(teacher, images, recipe, step, args, device, autocast):
-    """Teacher vectors h (N, D) of all processes, of the global crops of the next steps.
+def of_coming_batches(compute, teacher, images, recipe, step, args, device, autocast):
+    """What `compute` makes of the global crops of the next steps, about --eval-bank crops in all.
 
-    About --eval-bank of them, made as training makes them, batch norm on batch statistics included:
-    a mixture knows no others.
+    compute(crops, step) -> a tuple of tensors, for the crops of a step on this process. Returns the
+    same tuple, each tensor now that of all steps and processes. The crops are made as training
+    makes them, batch norm on batch statistics included: a mixture knows no others.
     """
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
-    steps = max(1, min(args.eval_bank, 2 * len(images)) // (2 * args.batch_size))
-    crops = views.batches(images, replace(recipe, n_local=0), batch_size=args.batch_size,
-                          seed=args.seed, start=step, stop=step + steps, rank=ddp.RANK,
-                          world=ddp.WORLD, device=device, workers=args.workers)
+    recipe = replace(recipe, n_local=0)
+    V = len(recipe.views())  # global crops of an image
+    steps = max(1, min(args.eval_bank, V * len(images)) // (V * args.batch_size))
+    batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=step,
+                            stop=step + steps, rank=ddp.RANK, world=ddp.WORLD, device=device,
+                            workers=args.workers)
     with autocast:
-        h = ddp.all_gather(torch.cat([teacher(pair) for pair in crops]))  # (N, D)
+        parts = [compute(crops, coming) for coming, crops in enumerate(batches, step)]
     for name, buffer in teacher.named_buffers():  # to measure must not move running averages
         buffer.copy_(before[name])
+    return [ddp.all_gather(torch.cat(part)) for part in zip(*parts)]
+
+
+def coming_vectors(teacher, images, recipe, step, args, device, autocast):
+    """Teacher vectors h (N, D) of all processes, of the global crops of the next steps."""
+    h, = of_coming_batches(lambda crops, _: (teacher(crops),), teacher, images, recipe, step, args,
+                           device, autocast)
     return h
 
 
@@ -76,6 +86,30 @@ def student_measures(protos, loss, h, beta, seed):
     measures = prototype_measures(protos, loss, h, beta, seed)
     own = ("unique_0.025", "unique_0.5", "used", "perplexity", "drift")
     return {f"student_{name}": measures[name] for name in own}
+
+
+@torch.no_grad()
+def place_measures(protos, loss, h, places, beta, seed):
+    """{"place_nats", "place_nats_shuffled"} of teacher vectors h (N, D) of patches at places (N,).
+
+    The first is the mutual information of a patch's most probable prototype and its place. As it is
+    above 0 for any finite N, the second stands beside it: the same with the places shuffled.
+    """
+    winner = torch.cat([protos.assign(part, beta, loss.tau, loss.centre_over_tau()).argmax(1)
+                        for part in h.split(128)])  # (N,)
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))  # (N,)
+    shuffled = places[order.to(places.device)]  # (N,)
+    return {"place_nats": mutual_information(winner, places),
+            "place_nats_shuffled": mutual_information(winner, shuffled)}
+
+
+def mutual_information(a, b):
+    """Mutual information in nats of two labels a, b (N,) int64, from their joint counts."""
+    (a_of, b_of), joint = torch.stack([a, b]).unique(dim=1, return_counts=True)  # (pairs,)
+    p = joint.double() / len(a)  # (pairs,)
+    p_a = torch.bincount(a).double() / len(a)
+    p_b = torch.bincount(b).double() / len(b)
+    return float((p * (p / (p_a[a_of] * p_b[b_of])).log()).sum())
 
 
 def knn(bank, queries, args, of_images):

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import collapse
+import config
 import heads
 import models
 import views
@@ -69,7 +70,7 @@ def test_hidden_places_are_guessed_equally_often():
     assert (share - 10 / 64).abs().max() < 0.03
 
 
-# ---- C.2 ----------------------------------------------------------------------------------------
+# ---- CA.2 ---------------------------------------------------------------------------------------
 HAND = torch.tensor([[4.0, 1.0], [1.0, 1.0]]).log()[:, None]  # (2 images, 1 place, 2 clusters)
 
 
@@ -190,7 +191,7 @@ def one_step(args):
     student, teacher = capi.network(args), capi.network(args)
     clusters, protos = capi.teacher_clusters(args), capi.student_prototypes(args)
     image = randn(8, 3, 32, 32)
-    visible, predicted = capi.masks(args, 8, 0, 8, torch.device("cpu"))
+    visible, predicted = capi.visible_and_predicted(args, 8, 0, 8, torch.device("cpu"))
     x = F.normalize(teacher.backbone(image)[1], dim=-1)
     l = clusters.logits(x.detach())
     a = capi.targets_of(l.detach(), args)
@@ -219,7 +220,7 @@ def test_guesses_do_not_depend_on_one_another_nor_on_hidden_pixels():
     args = args_of()
     net = capi.network(args).eval()
     image = randn(2, 3, 32, 32)
-    visible, predicted = capi.masks(args, 2, 0, 8, torch.device("cpu"))
+    visible, predicted = capi.visible_and_predicted(args, 2, 0, 8, torch.device("cpu"))
     z = net(image, visible, predicted)
     one = net(image, visible, predicted[:, 3:4])
     assert torch.allclose(z[:, 3:4], one, atol=1e-6)
@@ -227,7 +228,7 @@ def test_guesses_do_not_depend_on_one_another_nor_on_hidden_pixels():
     pixels = hidden.view(2, 8, 8).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
     other = torch.where(pixels, randn(2, 3, 32, 32, seed=1), image)
     assert torch.equal(net(other, visible, predicted), z)
-    seen, _ = capi.masks(args, 2, 1, 8, torch.device("cpu"))
+    seen, _ = capi.visible_and_predicted(args, 2, 1, 8, torch.device("cpu"))
     assert not torch.allclose(net(image, seen, predicted), z, atol=1e-3)
 
 
@@ -247,7 +248,7 @@ def test_the_predictor_gets_all_visible_tokens_and_where_they_stand():
     args = args_of("--registers", "4")
     net = capi.network(args).eval()
     image = randn(2, 3, 32, 32)
-    visible, predicted = capi.masks(args, 2, 0, 8, torch.device("cpu"))
+    visible, predicted = capi.visible_and_predicted(args, 2, 0, 8, torch.device("cpu"))
     seen = []
     net.predictor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     net(image, visible, predicted)
@@ -269,8 +270,8 @@ def test_the_losses_of_a_run_as_loops_over_images_and_places(tmp_path, rule):
     """At step 0 teacher and student are the same network, and nothing has moved."""
     run(tmp_path, "--sinkhorn", rule, "--stop-at", "1", "--log-every", "1")
     args = args_of("--sinkhorn", rule)
-    image, = next(views.batches(small_sets()[0], capi.one_view(args), batch_size=8, seed=0, start=0,
-                                stop=1))
+    recipe = capi.OneView(**vars(config.recipe(args)))
+    image, = next(views.batches(small_sets()[0], recipe, batch_size=8, seed=0, start=0, stop=1))
     visible, predicted = capi_masks(range(8), 8, 8, 0, 0, 0.65, 0.25)
     net, clusters = capi.network(args), capi.teacher_clusters(args)
     protos = capi.student_prototypes(args)
@@ -396,7 +397,7 @@ def test_the_evaluations_read_a_run(tmp_path):
     assert clusters.assign(h, tau=loss.tau).shape == (2, 16)
     assert torch.allclose(embed(backbone, image, pool="mean"), cls)
     # the predictor's first block, with all patches in sight; its one block is all it has here
-    whole = capi.network(capi.completed(args))
+    whole = capi.network(config.completed(args, capi.flags))
     whole.load_state_dict(state)
     everywhere = torch.arange(64).expand(2, -1)
     guesses = whole(image, everywhere, everywhere)  # (2, 64, 16)
@@ -404,7 +405,7 @@ def test_the_evaluations_read_a_run(tmp_path):
     with pytest.raises(ValueError, match="a vit_micro has no predictor beside it"):
         width(models.build("vit_micro", patch_size=4, img_size=32), pool="predictor")
     untrained = [backbones.untrained(backbone, args, seed) for seed in (0, 1)]
-    fresh = capi.network(capi.completed(args)).backbone
+    fresh = capi.network(config.completed(args, capi.flags)).backbone
     assert torch.equal(untrained[0].registers, fresh.registers)
     assert not torch.equal(untrained[1].registers, untrained[0].registers)
     student, _, _ = backbones.load_backbone(str(tmp_path / "run"), "student")
@@ -433,9 +434,9 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, sentence", [
-    (["--momentum", "0.9"], "--momentum has no effect in zoo/capi.py, got 0.9"),
+    (["--momentum", "0.9"], "--momentum has no effect in zoo/capi.py; got 0.9"),
     (["--targets", "sinkhorn"], "--targets has no effect"),
-    (["--local-crops", "2"], "--local-crops has no effect in zoo/capi.py, got 2"),
+    (["--local-crops", "2"], "--local-crops has no effect in zoo/capi.py; got 2"),
     (["--accum", "2"], "--accum has no effect"),
     (["--export", "a.pt"], "--export has no effect"),
     (["--hidden-share", "0"], "--hidden-share must lie in (0, 1], got 0"),
@@ -443,9 +444,9 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     (["--registers", "6"], "--registers must be a multiple of 4"),
     (["--num-prototypes", "1"], "--num-prototypes 1 leaves nothing to guess"),
     (["--local-scale", "0.1", "0.2"], "--local-scale has no effect"),
-    (["--min-lr", "1"], "C.7 would give the teacher a negative momentum"),
+    (["--min-lr", "1"], "CA.7 would give the teacher a negative momentum"),
     (["--preset", "cifar10-cpu"], "--preset"),
-    (["--ema-per-lr", "9999"], "C.7 would give the teacher a negative momentum"),
+    (["--ema-per-lr", "9999"], "CA.7 would give the teacher a negative momentum"),
     (["--img-size", "30"], "--img-size 30 must be a multiple of --patch-size 4"),
     (["--prototypes", "joint"], "--prototypes"),
     (["--arch", "vit_tiny"], "--arch")])
@@ -459,11 +460,11 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
 def test_more_clusters_than_patches_can_fill_are_named(tmp_path, capsys):
     run(tmp_path / "many", "--num-prototypes", "64", "--stop-at", "1")
     printed = capsys.readouterr().out
-    assert ("warning: C.2 shares 8 patches among --num-prototypes 64, so the entropy of a target "
+    assert ("warning: CA.2 shares 8 patches among --num-prototypes 64, so the entropy of a target "
             "is about 2.1 nats or more; at most 32 prototypes are better" in printed)
     run(tmp_path / "few", "--num-prototypes", "32", "--stop-at", "1")
     run(tmp_path / "all", "--num-prototypes", "64", "--sinkhorn", "all", "--stop-at", "1")
-    assert "warning: C.2" not in capsys.readouterr().out
+    assert "warning: CA.2" not in capsys.readouterr().out
 
 
 def test_an_added_term_and_a_penalty_reach_the_gradient(tmp_path, monkeypatch):
@@ -489,7 +490,7 @@ def test_any_set_with_parameters_is_trained_by_the_clusters_own_loss(tmp_path, m
 
 def test_the_students_measures_look_at_all_of_the_image():
     args = args_of()
-    top = [float((capi.masks(args, 8, step, 8, "cpu")[1][:, 0] < 32).float().mean())
+    top = [float((capi.visible_and_predicted(args, 8, step, 8, "cpu")[1][:, 0] < 32).float().mean())
            for step in range(100)]
     assert 0.4 < sum(top) / 100 < 0.6
 

@@ -1,4 +1,4 @@
-"""lab/eval_dense.py: cutting and pasting, labels of patches, both probes, choosing, and the command,
+"""lab/eval_dense.py: cutting and pasting, labels of patches, both probes, choosing, the command,
 also on folders in VOC layout. Oracles are loops in NumPy, or numbers worked out by hand."""
 import csv
 from collections import Counter

@@ -10,6 +10,7 @@ import collapse
 import heads
 import models
 from conftest import TINY, compare_one_process_with_two, differences, read_checkpoint, read_log
+from support import measures
 from zoo import ibot
 
 CENTRE = ["--targets", "center", "--num-patch-prototypes", "16"]  # iBOT's, and not our default
@@ -189,24 +190,24 @@ def test_the_mask_token_stands_outside_the_backbone_and_the_teacher_has_none(tmp
 # ---- places ------------------------------------------------------------------------------------
 def test_sampled_places_depend_on_seed_and_step_and_name_their_crops():
     args = ibot.parse([*TINY, "--patch-rows", "3"])
-    places = ibot.sampled_places(args, 5, 16)
+    places = ibot.ibot_places(args, 5, 16)
     assert places.shape == (2, 8, 3)
-    assert torch.equal(places, ibot.sampled_places(args, 5, 16))
-    assert not torch.equal(places, ibot.sampled_places(args, 6, 16))
+    assert torch.equal(places, ibot.ibot_places(args, 5, 16))
+    assert not torch.equal(places, ibot.ibot_places(args, 6, 16))
     rows = ibot.rows_at(places)
     assert rows[:, 0].tolist() == [c for c in range(16) for _ in range(3)]
     assert torch.equal(rows[:, 1], places.flatten())
-    many = torch.cat([ibot.sampled_places(args, step, 16).flatten() for step in range(100)])
+    many = torch.cat([ibot.ibot_places(args, step, 16).flatten() for step in range(100)])
     assert many.bincount().min() > 0.8 * len(many) / 16  # evenly over the grid
 
 
 def test_mutual_information_by_hand():
     a = torch.tensor([0, 0, 1, 1])
-    assert ibot.mutual_information(a, a) == pytest.approx(math.log(2))
-    assert ibot.mutual_information(a, torch.tensor([0, 1, 0, 1])) == pytest.approx(0)
+    assert measures.mutual_information(a, a) == pytest.approx(math.log(2))
+    assert measures.mutual_information(a, torch.tensor([0, 1, 0, 1])) == pytest.approx(0)
     b = torch.tensor([0, 0, 0, 1])  # joint 1/2, 1/4, 1/4; margins 1/2 and 3/4
     expected = 0.5 * math.log(0.5 / 0.375) + 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(2)
-    assert ibot.mutual_information(a, b) == pytest.approx(expected)
+    assert measures.mutual_information(a, b) == pytest.approx(expected)
 
 
 def test_the_mean_of_each_place_follows_its_vectors_and_is_taken_off():
@@ -378,6 +379,10 @@ def test_without_the_patch_stream_the_class_stream_is_that_of_dino(tmp_path):
     (["--patch-prototypes", "kmeans"], "--patch-prototypes kmeans holds vectors of images"),
     (["--targets", "sinkhorn", "--num-prototypes", "32"], "shares 16 class tokens among"),
     (["--shared-prototypes", "--num-patch-prototypes", "9"], "--shared-prototypes is one set"),
+    (["--shared-prototypes", "--patch-kp-weight", "1"], "and --patch-kp-weight cannot differ"),
+    (["--patch-kp-weight", "-1"], "--patch-kp-weight must not be negative, got -1.0"),
+    (["--patch-temp", "0.1", "0"], "--patch-temp must be positive, got 0.1 0.0"),
+    (["--mask-share", "2"], "--mask-share must lie in [0, 1], got 2.0"),
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio needs 0 <= LO <= HI <= 1, got 0.5 0.1"),
     (["--patch-rows", "0"], "--patch-rows must be at least 1, got 0"),
     (["--method", "dino"], "--method")])
@@ -386,6 +391,40 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
         run(tmp_path / "run", *flags)
     assert refusal.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, of_class, of_patches", [
+    ("--patch-prototypes kp", 0, 0.1), ("--patch-prototypes kp --kp-weight 0.3", 0.3, 0.3),
+    ("--patch-prototypes kp --kp-weight 0", 0, 0), ("--prototypes kp", 0.1, 0.1),
+    ("--prototypes kp --kp-weight 0", 0, 0), ("--prototypes kp --kp-weight 0.3", 0.3, 0.3),
+    ("--prototypes kp --patch-prototypes joint --kp-weight 0.3", 0.3, 0), ("", 0, 0),
+    ("--patch-prototypes kp --patch-kp-weight 0.3", 0, 0.3), ("--kp-weight 0.3", 0.3, 0.3),
+    ("--prototypes kp --shared-prototypes --kp-weight 0", 0, 0)])
+def test_the_weight_of_koleo_that_is_typed_counts_wherever_the_kind_is_kp(flags, of_class,
+                                                                          of_patches):
+    args = ibot.parse([*TINY, *CENTRE, "--out", "nowhere", *flags.split()])
+    sets = [stream.student for stream in ibot.streams(args, 1, 0, torch.device("cpu"))]
+    assert [protos.kp for protos in sets] == [of_class, of_patches]
+
+
+def test_a_run_goes_on_with_the_weight_of_koleo_that_nobody_typed(tmp_path):
+    """Its args.json has 0 for class tokens, which must not look as if it had been typed."""
+    run(tmp_path, "--patch-prototypes", "kp", "--stop-at", "2")
+    args = ibot.parse(["--device", "cpu", "--out", str(tmp_path), "--resume"])
+    assert (args.kp_weight, args.patch_kp_weight) == (0, 0.1)
+    ibot.main(["--device", "cpu", "--out", str(tmp_path), "--resume", "--stop-at", "3"])
+    assert read_checkpoint(tmp_path)["step"] == 3
+
+
+def test_a_run_that_is_older_than_a_flag_of_ibot_goes_on(tmp_path):
+    run(tmp_path, "--stop-at", "2")
+    ckpt = read_checkpoint(tmp_path)
+    for flag in ("mask_share", "patch_temp", "patch_kp_weight"):
+        del ckpt["args"][flag]
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    (tmp_path / "args.json").unlink()
+    run(tmp_path, "--resume", "--stop-at", "3")
+    assert read_checkpoint(tmp_path)["step"] == 3
 
 
 def test_the_default_is_balanced_with_more_prototypes_for_patches():

@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+import views
+from zoo import masks
 from zoo.masks import block_mask, ibot_masks, inverse_block_mask
 
 
@@ -94,3 +96,9 @@ def test_a_block_is_shorter_than_both_sides_of_the_grid(height, width, hidden):
         def randint(self, low, high):
             return low
     assert int(block_mask(4, 4, 8, Rng()).sum()) == hidden
+
+
+def test_no_purpose_of_random_numbers_shares_its_seeds_with_another():
+    first = [views.ORDER, views.AUGMENT, views.LONG_TAIL, views.DROP_PATH,
+             masks.MASKS, masks.IBOT_PLACES, masks.CAPI_PLACES]
+    assert len(set(first)) == len(first)

@@ -129,6 +129,9 @@ def test_a_run_resumes_to_the_bit_and_is_evaluated(tmp_path, flags):
     _, protos, loss, _ = checkpoint.load_run(str(tmp_path / "whole"))
     assert isinstance(loss, msn.MSNLoss)
     assert protos.assign(unit(3, 8), tau=loss.tau).shape == (3, 16)
+    del ckpt["args"]["sharpen"]  # as if the run were older than this flag
+    torch.save(ckpt, tmp_path / "whole" / "ckpt.pt")
+    assert checkpoint.load_run(str(tmp_path / "whole"))[2].sharpen == 0.25
 
 
 def test_prototypes_are_one_set_and_the_teacher_follows_along_a_line(tmp_path):

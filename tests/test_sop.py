@@ -192,7 +192,7 @@ def test_one_patch_of_each_second_crop_enters_the_memory_first_in_first_out(tmp_
     for step, found in enumerate(seen):
         assert torch.allclose(found["patch"]["memory"], torch.stack(queue), atol=1e-5)
         patches = teacher.backbone(found["crops"][1])[1]  # (B, n, dim) of clean second crops
-        places = ibot.sampled_places(args, step, 64)[1, :, 0]  # (B,)
+        places = ibot.ibot_places(args, step, 64)[1, :, 0]  # (B,)
         new = teacher.head(torch.stack([patches[i, place] for i, place in enumerate(places)]))
         for vector in new:  # in the order of the images, after the step has used the memory
             is_there = (found["patch"]["memory"] @ vector > 1 - 1e-6).any()

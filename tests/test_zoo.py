@@ -1,4 +1,5 @@
 """Prototype sets and losses of zoo/: kmeans, clustered, bank, swav, against hand-worked cases."""
+import importlib
 import math
 import re
 
@@ -141,7 +142,7 @@ def test_in_the_first_pass_deepcluster_takes_the_nearest_random_direction():
 
 
 # ---- clustered ---------------------------------------------------------------------------------
-def test_a_step_of_clustered_is_adamw_on_the_loss_of_c3():
+def test_a_step_of_clustered_is_adamw_on_the_loss_of_cl3():
     """Three steps beside autograd and an optimiser of its own, in float64 but for W itself."""
     N, K, D, lr, total = 12, 5, 4, 0.01, 10
     protos = Clustered(K, D, seed=3, lr=lr, total=total)
@@ -542,3 +543,40 @@ def test_a_run_is_evaluated_counted_and_assigned(tmp_path, kind):
     gamma = protos.assign(h, tau=loss.tau, centre=loss.centre_over_tau())
     assert gamma.shape == (5, len(protos.vectors()))
     assert torch.allclose(gamma.sum(1), torch.ones(5), atol=1e-5)
+
+
+# ---- scripts with flags of their own -----------------------------------------------------------
+SCRIPTS = ["ibot", "sop", "msn", "capi"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_has_one_method_and_no_preset_of_another(name, capsys):
+    """argparse takes a preset's value unchecked, so a preset of DINO would set the method "dino".
+    """
+    script = importlib.import_module(f"zoo.{name}")
+    small = ["--device", "cpu", "--data", "shapes"]
+    for preset in ["tiny", *script.PRESETS]:
+        assert script.parse(["--preset", preset, *small]).method == name
+    for preset in config.PRESETS.keys() - {"tiny"}:
+        with pytest.raises(SystemExit) as refusal:
+            script.parse(["--preset", preset, *small])
+        assert refusal.value.code == 2
+        assert f"invalid choice: '{preset}'" in capsys.readouterr().err
+    method, = (a for a in config.parser(script.flags)._actions if a.dest == "method")
+    assert method.choices == [name] and method.default == name
+    assert method.help == "the method of this script; there is no choice"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_that_is_older_than_the_flags_of_its_script_has_their_defaults(name):
+    script = importlib.import_module(f"zoo.{name}")
+    new = vars(script.parse(["--device", "cpu"]))
+    own = {a.dest for a in config.parser(script.flags)._actions if a.dest in new}
+    own -= {a.dest for a in config.parser()._actions}
+    assert len(own) > 4
+    old = {flag: value for flag, value in new.items() if flag not in own}
+    assert config.differences(old, new, script.flags) == []
+    flag = sorted(own)[0]
+    change, = config.differences(new | {flag: 0.123}, new, script.flags)
+    assert change == f"--{flag.replace('_', '-')} 0.123 -> {new[flag]}"
+    assert vars(config.completed(old, script.flags)).items() >= {f: new[f] for f in own}.items()

@@ -12,24 +12,25 @@ some of the patches. From these a predictor guesses the clusters of some of the 
 
 There are two sets of K prototypes, which the targets tie together, index by index:
 
-    the teacher's clusters    W (K, D) and b (K,). C.3 alone trains them, with an optimiser of its
+    the teacher's clusters    W (K, D) and b (K,). CA.3 alone trains them, with an optimiser of its
                               own, so the student's loss never touches them: they are decoupled
-    the student's prototypes  V (K, D) and their lengths g (K,). C.5 trains them with the student,
+    the student's prototypes  V (K, D) and their lengths g (K,). CA.5 trains them with the student,
                               so they are joint. "Why Prototypes Collapse" counted the running
                               average of this set, as the released files lack the clusters
 
 The numbers of the equations are ours:
 
-    C.1  l = W x/|x| + b                       for each patch token x of the teacher
-    C.2  a = Sinkhorn-Knopp of l / 0.06        at each place of the grid on its own: over the images
-                                               of a step all clusters get about the same total there
-    C.3  L_clusters = mean over images and places of -sum_k a_k log softmax(l / 0.12)_k
-    C.4  s_k = g_k <v_k/|v_k|, z/|z|>          for each guess z of the student
-    C.5  L_student = mean over images and guessed places of -sum_k a_k log softmax(s / 0.12)_k
-    C.6  learning rate: a line up to its peak r over a tenth of the run, then
-         r_end + (r - r_end) (1 + cos(0.8 pi u)) / 2 with u from 0 to 1. The clusters learn at half
-         of it, with a weight decay of 0.01 and without clipping
-    C.7  momentum of the teacher: 1 - c times the student's learning rate
+    CA.1  l = W x/|x| + b                       for each patch token x of the teacher
+    CA.2  a = Sinkhorn-Knopp of l / 0.06        at each place of the grid on its own: over the
+                                                images of a step all clusters get about the same
+                                                total there
+    CA.3  L_clusters = mean over images and places of -sum_k a_k log softmax(l / 0.12)_k
+    CA.4  s_k = g_k <v_k/|v_k|, z/|z|>          for each guess z of the student
+    CA.5  L_student = mean over images and guessed places of -sum_k a_k log softmax(s / 0.12)_k
+    CA.6  learning rate: a line up to its peak r over a tenth of the run, then
+          r_end + (r - r_end) (1 + cos(0.8 pi u)) / 2 with u from 0 to 1. The clusters learn at half
+          of it, with a weight decay of 0.01 and without clipping
+    CA.7  momentum of the teacher: 1 - c times the student's learning rate
 
 Equation 5 of CAPI's paper has target and guess the other way round; its code is as here.
 
@@ -57,20 +58,18 @@ from losses import Loss
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
-from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
+from support.flags import check_values
+from support.log import Clock, Log, due, keep_freed_memory, of_set, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
-from zoo.ibot import mutual_information
-from zoo.masks import capi_masks
+from zoo.masks import capi_places, visible_and_predicted
 from zoo.rope_vit import Backbone, Predictor, take
 
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
 SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
-TAU_TARGETS, TAU = 0.06, 0.12  # temperatures: of C.2, and of the softmax in C.3 and C.5
-CLUSTER_RATE, CLUSTER_DECAY = 0.5, 0.01  # C.6; CAPI's code leaves the decay at AdamW's default
-PLACES = 6  # first number of a seed, beside those of views.py, masks.py and ibot.py
-OF_STUDENT = 1_000_003  # added to the seed, so that the student's prototypes start elsewhere
+TAU_TARGETS, TAU = 0.06, 0.12  # temperatures: of CA.2, and of the softmax in CA.3 and CA.5
+CLUSTER_RATE, CLUSTER_DECAY = 0.5, 0.01  # CA.6; CAPI's code leaves the decay at AdamW's default
 
 ENCODERS = {  # --arch: (dim, depth, heads, depth of the predictor)
     "capi_micro": (96, 3, 3, 2),
@@ -96,7 +95,7 @@ def flags(parser):
     flag("--predicted-share", type=float, default=0.25,
          help="share of the hidden patches that are guessed (0.05 in CAPI's code)")
     flag("--sinkhorn", default="place", choices=["place", "all"],
-         help="C.2: at each place on its own, as published, or over all patches of a step at once")
+         help="CA.2: at each place on its own, as published, or over all patches of a step at once")
     flag("--positions", default="rope", choices=["rope", "learned"],
          help="rope: queries and keys are rotated by a patch's place; learned: a learned vector "
          "for each place is added")
@@ -104,30 +103,23 @@ def flags(parser):
          help="learned tokens beside the patches: a multiple of 4, as equally many stand along "
          "each of the four sides (16 in CAPI)")
     flag("--ema-per-lr", type=float, default=10.0, metavar="C",
-         help="C.7: the teacher's momentum is 1 - C times the learning rate (1 in CAPI's long "
+         help="CA.7: the teacher's momentum is 1 - C times the learning rate (1 in CAPI's long "
          "runs), so --lr and --batch-size change it too; a short run needs a teacher that follows "
          "faster")
     flag("--patch-rows", type=int, default=4, metavar="S",
          help="patches of each image, drawn at random, that --prototypes decoupled takes in; other "
          "sets do not read it")
-    for action in parser._actions:
-        action.choices = CHOICES.get(action.dest, action.choices)
-        action.help = HELP.get(action.dest, action.help)
+    config.narrow(parser, PRESETS, CHOICES, HELP)
     parser.set_defaults(
-        method="capi", prototypes="clustered", student_prototypes="joint", arch="capi_micro",
+        prototypes="clustered", student_prototypes="joint", arch="capi_micro",
         patch_size=4, num_prototypes=256, local_crops=0, global_scale=[0.6, 1.0], jitter_p=0.0,
         gray=0.0, head_bn=False, lr=0.008, weight_decay=0.1, weight_decay_end=0.1, clip_grad=0.0,
         epochs=8.0)
-    for name in [*parser.presets]:  # those of other methods
-        if name != "tiny":
-            del parser.presets[name]
-    parser.presets.update(PRESETS)
 
 
 CHOICES = {"method": ["capi"], "arch": list(ENCODERS), "student_prototypes": ["joint", "frozen"],
            "prototypes": ["clustered", "frozen", "decoupled"]}
 HELP = {
-    "method": "no other is read",
     "arch": "dim, depth and heads of the encoder, and depth of the predictor: see ENCODERS",
     "prototypes": "the teacher's clusters: clustered, as published; frozen: those that a clustered "
                   "run starts from, never moved; decoupled: means of the mixture of Appendix A",
@@ -135,7 +127,7 @@ HELP = {
     "drop_path": "share of the images for which the student skips a branch of a block, the same in "
                  "all blocks",
     "weight_decay": "start of its cosine; gains of norms have a tenth of it, biases none",
-    "min_lr": "r_end of C.6, which is reached at a full half cosine; a run ends before it",
+    "min_lr": "r_end of CA.6, which is reached at a full half cosine; a run ends before it",
     "img_size": "side of the view, pixels",
     "global_scale": "share of the image that the view covers",
 }
@@ -158,37 +150,31 @@ def parse(argv=None):
     return args
 
 
+# (what a value must be, test, flags); see support/flags.py
+RANGES = [
+    ("lie in (0, 1]", lambda v: 0 < v <= 1, ["hidden_share", "predicted_share"]),
+    ("not be negative", lambda v: v >= 0, ["ema_per_lr"]),
+    ("be at least 1", lambda v: v >= 1, ["patch_rows"]),
+]
+
+
 def check(args):
     """ValueError for values that cannot run, and for flags that would change nothing."""
-    parser = config.parser()
-    flags(parser)
-    default = parser.parse_args(["--prototypes", args.prototypes])
-    config.complete(default)
-    for name in NOT_READ:
-        # a run that goes on has the two that `parse` sets
-        if name not in ("bottleneck_dim", "logit_scale") or not args.resume:
-            if getattr(args, name) != getattr(default, name):
-                raise ValueError(f"--{name.replace('_', '-')} has no effect in {SCRIPT}, got "
-                                 f"{getattr(args, name)}")
-    for name in ("hidden_share", "predicted_share"):
-        if not 0 < getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in (0, 1], got "
-                             f"{getattr(args, name)}")
+    # parse sets these two after this check, and --resume reads them back as if typed
+    own = ("bottleneck_dim", "logit_scale") if args.resume else ()
+    config.check_not_read(args, flags, [name for name in NOT_READ if name not in own], SCRIPT)
+    check_values(args, RANGES)
     if args.registers < 0 or args.registers % 4:
         raise ValueError(f"--registers must be a multiple of 4, as equally many stand along each "
                          f"of the four sides of an image, got {args.registers}")
     if args.num_prototypes < 2:
         raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
                          "or more")
-    if not args.ema_per_lr >= 0:
-        raise ValueError(f"--ema-per-lr must not be negative, got {args.ema_per_lr}")
     largest_lr = max(args.lr * args.batch_size / 256, args.min_lr)
     if not args.ema_per_lr * largest_lr <= 1:
         raise ValueError(f"--ema-per-lr {args.ema_per_lr} times the largest learning rate "
-                         f"{largest_lr:g} is above 1, and C.7 would give the teacher a negative "
+                         f"{largest_lr:g} is above 1, and CA.7 would give the teacher a negative "
                          "momentum")
-    if args.patch_rows < 1:
-        raise ValueError(f"--patch-rows must be at least 1, got {args.patch_rows}")
     if args.img_size % args.patch_size:
         raise ValueError(f"--img-size {args.img_size} must be a multiple of --patch-size "
                          f"{args.patch_size}")
@@ -198,12 +184,11 @@ def check(args):
                          "them")
 
 
-def warn_of_flat_targets(args, n):
-    """C.2 shares patches among K clusters: with many more clusters than patches, the target of a
-    patch is spread over many of them. n: patches of an image."""
-    rows = args.batch_size * (n if args.sinkhorn == "all" else 1)
+def warn_of_flat_targets(args, rows):
+    """CA.2 shares this many patches among K clusters: with many more clusters than patches, the
+    target of a patch is spread over many of them."""
     if args.num_prototypes > 4 * rows:
-        ddp.print0(f"warning: C.2 shares {rows} patches among --num-prototypes "
+        ddp.print0(f"warning: CA.2 shares {rows} patches among --num-prototypes "
                    f"{args.num_prototypes}, so the entropy of a target is about "
                    f"{math.log(args.num_prototypes / rows):.1f} nats or more; at most {4 * rows} "
                    "prototypes are better")
@@ -257,7 +242,7 @@ def optimizer_of(modules, device):
 
 # ---- the teacher's clusters --------------------------------------------------------------------
 class LinearClusters(heads.Frozen):
-    """W (K, D) from N(0, 1) and b (K,) from 0, which C.3 trains.
+    """W (K, D) from N(0, 1) and b (K,) from 0, which CA.3 trains.
 
     Rows of W are about sqrt(D) long, so that l has standard deviation 1 at the start for every D.
     """
@@ -274,7 +259,7 @@ class LinearClusters(heads.Frozen):
         return F.normalize(self.W.detach(), dim=1)
 
     def logits(self, h, ks=None):
-        # C.1; float32 also under autocast
+        # CA.1; float32 also under autocast
         with torch.autocast(h.device.type, enabled=False):
             l = F.linear(F.normalize(h.float(), dim=-1), self.W, self.b)  # (..., K)
         return l if ks is None else l[..., ks]
@@ -288,7 +273,8 @@ def teacher_clusters(args, begin=0):
     """
     if args.prototypes == "decoupled":
         of_mixture = copy.copy(args)
-        # it chooses its form by the vectors of a step, 2 batch_size in train.py
+        # Decoupled takes 2 batch_size for the vectors of a step, and chooses gmm.py or fast/gmm.py
+        # by it
         of_mixture.batch_size = math.ceil(args.batch_size * args.patch_rows / 2)
         return heads.prototypes(of_mixture, begin)
     # not the set of zoo/clustered.py, which is this rule in the loop of train.py
@@ -298,7 +284,7 @@ def teacher_clusters(args, begin=0):
 
 @torch.no_grad()
 def balanced(l, tau=TAU_TARGETS, iters=3, all_reduce=lambda x, op: x):
-    """C.2: logits l (B, n, K) of this process -> a (B, n, K), whose rows sum to 1.
+    """CA.2: logits l (B, n, K) of this process -> a (B, n, K), whose rows sum to 1.
 
     Each round scales every cluster, at every place, to the same total over the images of all
     processes, and then every row to 1. all_reduce(x, op): sums ("sum") or takes the maximum ("max")
@@ -325,7 +311,7 @@ def targets_of(l, args):
 
 
 def cross_entropy(a, logits, bias=0.0):
-    """C.3 and C.5: a (..., K) and logits (..., K) -> a scalar, the mean over rows.
+    """CA.3 and CA.5: a (..., K) and logits (..., K) -> a scalar, the mean over rows.
 
     bias: `bias(TAU)` of a prototype set.
     """
@@ -343,18 +329,19 @@ class StudentPrototypes(heads.Joint):
         self.start.copy_(F.normalize(self.weight.detach(), dim=1))
 
     def logits(self, h, ks=None):
-        return super().logits(F.normalize(h.float(), dim=-1), ks)  # C.4
+        return super().logits(F.normalize(h.float(), dim=-1), ks)  # CA.4
 
 
 def student_prototypes(args):
     """The set that --student-prototypes names."""
-    protos = StudentPrototypes(args.num_prototypes, args.bottleneck_dim, args.seed + OF_STUDENT)
+    protos = StudentPrototypes(args.num_prototypes, args.bottleneck_dim,
+                               args.seed + heads.SEED_OF_SECOND_SET)
     return protos.requires_grad_(args.student_prototypes != "frozen")
 
 
 # ---- schedules ---------------------------------------------------------------------------------
 def rate_at(step, total, peak, end=0.0):
-    """C.6: the learning rate of a step."""
+    """CA.6: the learning rate of a step."""
     warmup = total / 10
     if step < warmup:
         return peak * step / warmup
@@ -368,24 +355,6 @@ class OneView(views.Recipe):
 
     def views(self):
         return super().views()[:1]
-
-
-def one_view(args):
-    return OneView(**vars(config.recipe(args)))
-
-
-def masks(args, B, step, grid, device):
-    """(visible (B, v), predicted (B, q)): places of this process's B images."""
-    positions = range(ddp.RANK * B, (ddp.RANK + 1) * B)
-    chosen = capi_masks(positions, grid, grid, args.seed, step, args.hidden_share,
-                        args.predicted_share)
-    return [places.to(device) for places in chosen]
-
-
-def sampled_places(args, step, n):
-    """(batch_size, S): the places whose tokens move a mixture, for all processes."""
-    return torch.randint(n, (args.batch_size, args.patch_rows),
-                         generator=views.generator(PLACES, args.seed, step))
 
 
 def main(argv=None):
@@ -405,7 +374,7 @@ def train(args, device, stop_request):
         imbalance=args.imbalance, imbalance_law=args.imbalance_law))
     bank = data.subset(images, args.eval_bank)
     queries = None if test is None else data.subset(test, args.eval_queries)
-    recipe = one_view(args)
+    recipe = OneView(**vars(config.recipe(args)))
     steps_per_epoch, total, stop = config.lengths(args, len(images))
     args.data_seen = data.identity(images, args.data) | {"steps": total}  # compared by --resume
     gmm_start = args.gmm_start * total if args.gmm_start < 1 else args.gmm_start
@@ -422,7 +391,8 @@ def train(args, device, stop_request):
     optimizer, factors = optimizer_of([student, protos_s], device)
     parts = {"student": student, "teacher": teacher, "loss": Temperature(), "optimizer": optimizer,
              "student_average": average_s}
-    trained_clusters = [p for p in clusters.parameters() if p.requires_grad]  # [] of a mixture
+    # [] of frozen ones and of a mixture
+    trained_clusters = [p for p in clusters.parameters() if p.requires_grad]
     if trained_clusters:
         # its learning rate and weight decay are those that take_cluster_step is called with
         cluster_optimizer = torch.optim.AdamW(trained_clusters, lr=0.0, betas=(0.9, 0.95),
@@ -439,12 +409,15 @@ def train(args, device, stop_request):
     lr_peak = args.lr * args.batch_size / 256
     grid = student.backbone.grid
     n = grid ** 2
-    rows = args.batch_size * (n if args.sinkhorn == "all" else 1)  # that C.2 balances together
+    rows = args.batch_size * (n if args.sinkhorn == "all" else 1)  # that CA.2 balances together
     entropy_floor = max(0.0, math.log(args.num_prototypes / rows))
 
-    log, monitor, metrics = Log(args, start, bool(record.rows)), Monitor(args.num_prototypes), {}
+    # a record with rows: the log's last row is there only because the run stopped at that step
+    log = Log(args, start, drop_last=bool(record.rows))
+    metrics = {}  # of the last evaluation
+    monitor = Monitor(args.num_prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
-    warn_of_flat_targets(args, n)
+    warn_of_flat_targets(args, rows)
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))
     batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start,
@@ -460,12 +433,12 @@ def train(args, device, stop_request):
         B = len(image)
         torch.manual_seed(views.seed_of(views.DROP_PATH, args.seed, step, ddp.RANK))
         # differs from train.py: both schedules
-        lr = rate_at(step, total, lr_peak, args.min_lr)  # C.6
-        m = 1 - args.ema_per_lr * lr  # C.7
+        lr = rate_at(step, total, lr_peak, args.min_lr)  # CA.6
+        m = 1 - args.ema_per_lr * lr  # CA.7
         weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
         beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1 of the mixture
         # differs from train.py: what the student sees, and what it has to guess
-        visible, predicted = masks(args, B, step, grid, device)  # (B, v) (B, q)
+        visible, predicted = visible_and_predicted(args, B, step, grid, device)  # (B, v) (B, q)
 
         # ---- 1. teacher: the tokens of whole images, no gradient
         with torch.no_grad(), amp(args, device):
@@ -474,9 +447,9 @@ def train(args, device, stop_request):
 
         # ---- 2. assign each patch to the clusters, which have not moved yet in this step
         # differs from train.py: they have a loss of their own, whose gradient reaches them alone
-        l = clusters.logits(x)  # (B, n, K), C.1
-        a = targets_of(l.detach(), args)  # (B, n, K), C.2
-        clustering_loss = cross_entropy(a, l, clusters.bias(TAU))  # C.3
+        l = clusters.logits(x)  # (B, n, K), CA.1
+        a = targets_of(l.detach(), args)  # (B, n, K), CA.2
+        clustering_loss = cross_entropy(a, l, clusters.bias(TAU))  # CA.3
         if trained_clusters:
             clustering_loss.backward()
 
@@ -484,18 +457,20 @@ def train(args, device, stop_request):
         target = take(a, predicted)  # (B, q, K)
         with amp(args, device):
             z = student(image, visible, predicted)  # (B, q, D)
-        s = protos_s.logits(z)  # (B, q, K), C.4
-        terms = {"cross_entropy": cross_entropy(target, s, protos_s.bias(TAU))}  # C.5
+        s = protos_s.logits(z)  # (B, q, K), CA.4
+        terms = {"cross_entropy": cross_entropy(target, s, protos_s.bias(TAU))}  # CA.5
         terms["penalty"] = protos_s.penalty()
         terms["loss"] = sum(terms.values())
         terms["loss"].backward()
         of_targets = {"clustering_loss": clustering_loss,
                       "target_entropy": torch.special.entr(a).sum(-1).mean()}
         record.add(terms | of_targets, 1.0)
-        # if a value is not finite, all processes skip this step; only a mixture moves
-        values, taken = take_step(record.take(), step, lr, weight_decay)
+        # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
+        # were. What phase 5 does to a mixture is done all the same
+        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms,) ()
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
+        # after the optimiser's step, as in train.py
         with torch.no_grad():
             for phi, theta in zip(averaged, trained, strict=True):
                 phi.lerp_(theta, taken * (1 - m))
@@ -504,7 +479,7 @@ def train(args, device, stop_request):
         # paper about collapse)
         if trained_clusters:  # skipped where the student's step was: the sum is then not finite
             take_cluster_step(values.sum()[None], step, CLUSTER_RATE * lr, CLUSTER_DECAY)
-        places = sampled_places(args, step, n).to(device).chunk(ddp.WORLD)[ddp.RANK]  # (B, S)
+        places = capi_places(args, step, n).to(device).chunk(ddp.WORLD)[ddp.RANK]  # (B, S)
         vectors = ddp.all_gather(take(x, places))  # (batch_size, S, D)
         report = clusters.step(vectors.flatten(0, 1), step, beta)
 
@@ -514,7 +489,7 @@ def train(args, device, stop_request):
         record.append(done, lr, values)
         leaving = ddp.largest(stop_request.number)  # a signal that any process received, or 0
         now = due(args, done, stop, total, leaving)
-        if device.type == "cpu" or now.row or now.checkpoint:
+        if device.type == "cpu" or now.row or now.checkpoint:  # a GPU is waited for only then
             record.read()
         if now.row:
             row = record.means() | report | clock.speed(args.batch_size)
@@ -536,7 +511,7 @@ def train(args, device, stop_request):
                 log.row(done, row, terms | of_targets)
                 tqdm.write(printed(done, total, row, "cross_entropy"))
                 if now.evaluation:
-                    tqdm.write(printed_student(row))
+                    tqdm.write(printed_student(row, args.num_prototypes))
                 for sentence in monitor.new(troubles(row)):
                     tqdm.write(f"warning, step {done}: {sentence}")
                 for sentence in monitor.remarks(row):
@@ -553,8 +528,7 @@ def train(args, device, stop_request):
     bar.close()
     if ddp.RANK:
         return {}
-    print(f"targets: entropy {metrics['target_entropy']:.2f} nats; C.2 allows about "
-          f"{metrics['entropy_floor']:.2f}, and even ones have {math.log(args.num_prototypes):.2f}")
+    print(printed_targets(metrics, args.num_prototypes))
     return measures.summary(args, log, metrics, bank, queries, stop)
 
 
@@ -583,32 +557,27 @@ def spread(clusters):
             "cluster_bias_sd": clusters.b.detach().std(correction=0)}
 
 
-@torch.no_grad()
 def coming_tokens(student, teacher, images, recipe, step, args, device):
-    """(h (N, D), places (N,), h_s (N, D)) of the images of the next steps, of all processes.
+    """[h (N, D), places (N,), h_s (N, D)] of the images of the next steps, of all processes.
 
     h: the teacher's token of one place of each image, drawn evenly over the grid. h_s: the
     student's guess of one hidden place. Both of length one. N is about --eval-bank.
     """
-    was_training = student.training
+    grid, was_training = teacher.backbone.grid, student.training
+
+    def one_place_each(crops, step):
+        image, = crops  # (B, 3, s, s)
+        places = capi_places(args, step, grid ** 2).chunk(ddp.WORLD)[ddp.RANK][:, :1].to(device)
+        visible, predicted = visible_and_predicted(args, len(image), step, grid, device)
+        x = take(teacher.backbone(image)[1], places)  # (B, 1, D)
+        z = student(image, visible, predicted[:, :1])  # (B, 1, D)
+        h, h_s = (F.normalize(part[:, 0].float(), dim=1) for part in (x, z))  # (B, D) each
+        return h, places[:, 0], h_s
     student.eval()  # no drop path
-    steps = max(1, min(args.eval_bank, len(images)) // args.batch_size)
-    crops = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=step,
-                          stop=step + steps, rank=ddp.RANK, world=ddp.WORLD, device=device,
-                          workers=args.workers)
-    n = teacher.backbone.grid ** 2
-    h, at, h_s = [], [], []
-    for coming, (image,) in enumerate(crops, step):
-        places = sampled_places(args, coming, n).chunk(ddp.WORLD)[ddp.RANK][:, :1].to(device)
-        visible, predicted = masks(args, len(image), coming, teacher.backbone.grid, device)
-        with amp(args, device):
-            x = take(teacher.backbone(image)[1], places)  # (B, 1, D)
-            z = student(image, visible, predicted[:, :1])  # (B, 1, D)
-        h.append(F.normalize(x[:, 0].float(), dim=1))
-        h_s.append(F.normalize(z[:, 0].float(), dim=1))
-        at.append(places[:, 0])
+    found = measures.of_coming_batches(one_place_each, teacher, images, recipe, step, args, device,
+                                       amp(args, device))
     student.train(was_training)
-    return tuple(ddp.all_gather(torch.cat(part)) for part in (h, at, h_s))
+    return found
 
 
 @torch.no_grad()
@@ -616,9 +585,7 @@ def measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta, seed):
     """{NAME: value} of the teacher's clusters, for its tokens h (N, D) at places at (N,), and
     {student_NAME: value} of the student's prototypes, for its guesses h_s (N, D).
 
-    place_nats: mutual information of a patch's most probable cluster, before C.2 balances, and its
-    place. As it is above 0 for any finite N, place_nats_shuffled stands beside it: the same with
-    the places shuffled.
+    The cluster of a patch is its most probable one before CA.2 balances.
     """
     found = measures.prototype_measures(clusters, Temperature(), h, beta, seed)
     of_student = measures.prototype_measures(protos_s, Temperature(), h_s, beta, seed)
@@ -626,22 +593,18 @@ def measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta, seed):
     found |= {f"student_{name}": of_student[name] for name in names}
     of_average = measures.prototype_measures(average_s, Temperature(), h_s, beta, seed)
     found["student_average_unique_0.025"] = of_average["unique_0.025"]
-    winner = torch.cat([clusters.assign(part, beta, TAU).argmax(1)
-                        for part in h.split(128)])  # (N,)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = at[torch.randperm(len(at), generator=generator).to(at.device)]
-    return found | {"place_nats": mutual_information(winner, at),
-                    "place_nats_shuffled": mutual_information(winner, shuffled)}
+    return found | measures.place_measures(clusters, Temperature(), h, at, beta, seed)
 
 
-def printed_student(row):
-    return (f"     student: unique(.025) {row['student_unique_0.025']:.3f}  "
-            f"unique(.5) {row['student_unique_0.5']:.3f} "
-            f"(ceiling {row['student_ceiling_0.5']:.3f})  used {row['student_used']:.3f}  "
-            f"perplexity {row['student_perplexity']:.3f}  drift {row['student_drift']:.3f}\n"
-            f"     targets: {row['target_entropy']:.2f} nats (C.2 allows about "
-            f"{row['entropy_floor']:.2f}); "
-            f"place {row['place_nats']:.3f} nats ({row['place_nats_shuffled']:.3f} shuffled)")
+def printed_student(row, K):
+    return (f"     student: {of_set(row, 'student_')}\n"
+            f"     {printed_targets(row, K)}\n"
+            f"     place {row['place_nats']:.3f} nats ({row['place_nats_shuffled']:.3f} shuffled)")
+
+
+def printed_targets(row, K):
+    return (f"targets: entropy {row['target_entropy']:.2f} nats, between about "
+            f"{row['entropy_floor']:.2f} (the least under CA.2) and ln K = {math.log(K):.2f}")
 
 
 # ---- for the evaluation tools ------------------------------------------------------------------
@@ -651,21 +614,11 @@ def load_backbone(state, args):
     state: state dict of the student or the teacher; None: weights as they are before training.
     args: of the run, a dict.
     """
-    net = network(completed(args))
+    net = network(config.completed(args, flags))
     if state is not None:
         net.load_state_dict(state)
     net.backbone.predictor = net.predictor
     return net.backbone
-
-
-def completed(args):
-    """The flags of a run, a dict, as a Namespace; those that are newer have their defaults."""
-    parser = config.parser()
-    flags(parser)
-    namespace = parser.parse_args([])
-    vars(namespace).update(args)
-    config.complete(namespace)
-    return namespace
 
 
 class MeanToken(nn.Module):
@@ -682,7 +635,7 @@ class MeanToken(nn.Module):
 def load_run(path):
     """As checkpoint.load_run: an image is assigned to the cluster of its mean patch token."""
     ckpt = checkpoints.read(path)
-    args = completed(ckpt["args"])
+    args = config.completed(ckpt["args"], flags)
     clusters = teacher_clusters(args)
     checkpoint.restore(clusters, ckpt)
     net = MeanToken(load_backbone(ckpt["teacher"], ckpt["args"]))

@@ -3,10 +3,10 @@
 The prototypes are the rows of a linear layer on the teacher's unit vectors. They have a loss and an
 optimiser of their own, so the encoder's loss never touches them:
 
-    C.1  u_i = h_i / |h_i|,   l_i = W u_i + b                          (N, K)
-    C.2  a = Sinkhorn-Knopp of l / 0.06: every prototype gets the same total over the N vectors
-    C.3  L_C = mean_i -sum_k a_ik log softmax(l_i / 0.12)_k, the loss of Eq. 3
-    C.4  one step of AdamW on W and b, at half the student's learning rate
+    CL.1  u_i = h_i / |h_i|,   l_i = W u_i + b                          (N, K)
+    CL.2  a = Sinkhorn-Knopp of l / 0.06: every prototype gets the same total over the N vectors
+    CL.3  L_C = mean_i -sum_k a_ik log softmax(l_i / 0.12)_k, the loss of Eq. 3
+    CL.4  one step of AdamW on W and b, from half of the student's peak rate on (see `lr`)
 
 The logits that reach the encoder's loss are l / 0.12. With `--student-prototypes joint` the student
 has a set of its own, which the encoder's loss trains, as in CAPI: what Sec. 3 of the paper calls
@@ -29,12 +29,13 @@ TAU_TARGETS, TAU = 0.06, 0.12
 
 
 class Clustered(Frozen):
-    """W (K, D) and b (K,), moved by C.1 to C.4.
+    """W (K, D) and b (K,), moved by CL.1 to CL.4.
 
     lr      peak of the learning rate, which falls along the first 0.8 of a half cosine in `total`
             steps, as in CAPI: to a tenth of the peak
     differs: in CAPI these prototypes move after the student, which therefore meets the ones of the
-    step before; here they move first, as Eq. 3 comes before Eq. 4. Rows of W start at equal length.
+    step before; here they move first, as Eq. 3 comes before Eq. 4. Rows of W start at equal length,
+    and there is no warm-up.
     """
 
     def __init__(self, K, D, scale=1.0, seed=0, *, lr, total):
@@ -55,7 +56,7 @@ class Clustered(Frozen):
         return F.normalize(self.W, dim=1)
 
     def logits(self, h, ks=None):
-        # C.1, over the temperature of C.3; float32 also under autocast
+        # CL.1, over the temperature of CL.3; float32 also under autocast
         with torch.autocast(h.device.type, enabled=False):
             l = F.linear(F.normalize(h.float(), dim=-1), self.W, self.b)  # (..., K)
         z = self.scale / TAU * l  # (..., K)
@@ -67,14 +68,14 @@ class Clustered(Frozen):
         h = h[torch.isfinite(h).all(1)].float()  # (N, D), as the run skips what is not finite
         if len(h) == 0:
             return {}
-        # C.1 and C.2
+        # CL.1 and CL.2
         u = F.normalize(h, dim=1)  # (N, D)
         l = F.linear(u, self.W, self.b)  # (N, K)
         a = sinkhorn(l, TAU_TARGETS)  # (N, K)
-        # C.3
+        # CL.3
         log_p = (l / TAU).log_softmax(1)  # (N, K)
         loss = -(a * log_p).sum(1).mean()
-        # C.4; a is a constant of the loss, whose gradient in l is therefore (p - a) / (0.12 N)
+        # CL.4; a is a constant of the loss, whose gradient in l is therefore (p - a) / (0.12 N)
         gradient = (log_p.exp() - a) / (TAU * len(h))  # (N, K)
         self.W.grad = gradient.T @ u  # (K, D)
         self.b.grad = gradient.sum(0)  # (K,)

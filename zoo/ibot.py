@@ -11,14 +11,13 @@ says of the same places of the clean crop:
 
     I.1  L_class = mean over pairs of crops i != j and images of -sum_k p_t,jk log p_s,ik
     I.2  L_patch = 1/2 sum over the two global crops of the mean over images of
-                   1/max(n, 1) sum over its n hidden patches of -sum_k p_t,k log p_s,k
+                   1/max(n_hidden, 1) sum over its hidden patches of -sum_k p_t,k log p_s,k
     I.3  L = L_class + patch-weight L_patch
 
 Patches have prototypes and targets of their own, of any kind that class tokens can have; with
 --shared-prototypes both streams have one set. A set that follows the teacher (decoupled, live,
-clustered) meets the patch vectors of --patch-rows places of each clean crop, drawn evenly over the
-grid: the hidden places lie mostly in the middle, and patches of one image tell little more than one
-of them does.
+clustered) is fed the vectors of --patch-rows random places of each clean crop. Hidden places would
+not do, as most lie in the middle, and all places are not needed, as patches of one image are alike.
 
 differs: by default the targets of both streams are balanced by Sinkhorn-Knopp, as in DINOv2; under
 the centre of iBOT (--targets center) a run of this size does not begin to learn. And iBOT's
@@ -29,13 +28,13 @@ over hidden patches alone.
 The loop is that of train.py; what differs from it is marked. zoo/sop.py runs it too, with streams
 of its own.
 
-    V views of B images on this process, 2 of them global; n patches of a global crop; m hidden
-    patches of a step; R patch rows of a step; D dimensions of h; K prototypes
+    V views of B images on this process, 2 of them global; n patches of a global crop; D dimensions
+    of h; K prototypes. A row (crop, place) names one patch: m rows of hidden patches in a step, R
+    places drawn for prototypes
 """
 import argparse
 import copy
 import os
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -51,29 +50,24 @@ from losses import DINOLoss, sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
-from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed, share
+from support.flags import check_values
+from support.log import Clock, Log, due, keep_freed_memory, of_set, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
 from zoo.kmeans import KMeans
-from zoo.masks import ibot_masks
+from zoo.masks import hidden_patches, ibot_places, rows_at
 
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
 SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
-PLACES = 5  # first number of a seed, beside those of views.py and masks.py
 
-# Official recipes, for 16 and more GPUs; none of them was run
+# Official recipes, for 16 and more GPUs; none of them was run. They share the rest with paper-vits
 PRESETS = {}
 PRESETS["paper-ibot-vits"] = dict(
-    data="imagenet", arch="vit_small", patch_size=16, img_size=224, drop_path=0.1,
-    local_size=96, local_crops=10, global_scale=[0.25, 1.0], local_scale=[0.05, 0.25],
-    jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0],
-    head_hidden=2048, bottleneck_dim=256, num_prototypes=8192, shared_prototypes=True,
-    targets="center",
-    norm_last_layer=False, batch_size=1024, epochs=800, warmup_epochs=10, lr=5e-4, min_lr=1e-6,
-    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0, freeze_prototypes=1,
+    config.PRESETS["paper-vits"], epochs=800, momentum=0.996, clip_grad=3.0, freeze_prototypes=1,
+    num_prototypes=8192, shared_prototypes=True, norm_last_layer=False, targets="center",
     teacher_temp=[0.04, 0.07], teacher_temp_epochs=30, patch_temp=[0.04, 0.07],
-    workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
+    global_scale=[0.25, 1.0], local_scale=[0.05, 0.25])
 PRESETS["paper-ibot-vitb"] = dict(
     PRESETS["paper-ibot-vits"], arch="vit_base", epochs=400, lr=7.5e-4, min_lr=2e-6, clip_grad=0.3,
     freeze_prototypes=3, global_scale=[0.32, 1.0], local_scale=[0.05, 0.32])
@@ -99,8 +93,8 @@ def patch_flags(parser):
          help="places of each clean crop whose vectors move prototypes that follow the teacher, or "
          "enter a memory")
     flag("--place-mean", action=on_off, default=False,
-         help="take off the running mean of each place from patch vectors, so that prototypes do "
-         "not become places")
+         help="subtract the running mean of patch vectors at each place of the grid; else a "
+         "prototype may come to stand for a place and not for content")
     return flag
 
 
@@ -111,49 +105,64 @@ def flags(parser):
     flag("--shared-prototypes", action=argparse.BooleanOptionalAction, default=False,
          help="one set of prototypes for class tokens and patches, as in iBOT's recipes")
     flag("--patch-targets", choices=["center", "prob", "sinkhorn"],
-         help="--targets of the patches; None: that of --targets")
+         help="--targets of the patches; None: that of --targets; where that is prob and the "
+         "patches' kind is another, and not vmf: center")
     flag("--patch-temp", type=float, nargs=2, metavar=("START", "END"),
          help="--teacher-temp of the patches; None: that of --teacher-temp")
-    method, = (action for action in parser._actions if action.dest == "method")
-    method.choices = ["ibot"]  # no other is read
-    parser.set_defaults(method="ibot", prototypes="joint", targets="sinkhorn", num_prototypes=64,
+    flag("--patch-kp-weight", type=float,
+         help="--kp-weight of the patches; None: the same where their kind is kp or that of "
+         "--prototypes (none typed: 0.1 with kp), else 0")
+    parser.complete = complete
+    config.narrow(parser, PRESETS, {"method": ["ibot"]})
+    parser.set_defaults(prototypes="joint", targets="sinkhorn", num_prototypes=64,
                         arch="vit_micro", patch_size=4, head_bn=False, head_norm=True, epochs=8.0,
                         batch_size=32, lr=0.004, momentum=0.99, eval_every=312)
-    parser.presets.update(PRESETS)
+
+
+def complete(args):
+    """As config.complete; what nobody says of the patches is what class tokens have, or goes with
+    their kind."""
+    typed_kp_weight = args.kp_weight
+    config.complete(args)
+
+    def default(name, value):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    default("patch_prototypes", args.prototypes)
+    default("num_patch_prototypes", args.num_prototypes * (1 if args.shared_prototypes else 4))
+    default("patch_temp", args.teacher_temp)
+    same_kind = args.patch_prototypes == args.prototypes
+    # the targets of vMF are for vMF alone, unless somebody types them
+    prob_of_vmf_alone = args.targets == "prob" and not same_kind and args.patch_prototypes != "vmf"
+    default("patch_targets", "center" if prob_of_vmf_alone else args.targets)
+    if args.patch_prototypes == "kp" and not same_kind:
+        default("patch_kp_weight", 0.1 if typed_kp_weight is None else typed_kp_weight)
+    default("patch_kp_weight", args.kp_weight if same_kind else 0.0)
 
 
 def parse(argv=None):
     """argv -> checked Namespace; bad input is one sentence and exit code 2."""
     args = config.parse(argv, SCRIPT, flags)
-    if args.patch_prototypes is None:
-        args.patch_prototypes = args.prototypes
-    if args.num_patch_prototypes is None:
-        args.num_patch_prototypes = args.num_prototypes * (1 if args.shared_prototypes else 4)
-    if args.patch_targets is None:
-        own_kind = args.patch_prototypes != args.prototypes
-        args.patch_targets = ("prob" if args.patch_prototypes == "vmf" else "center"
-                              ) if own_kind and args.targets == "prob" else args.targets
-    if args.patch_temp is None:
-        args.patch_temp = args.teacher_temp
     with one_sentence(SCRIPT, args.out):
         check(args)
     return args
 
 
+# of patch_flags: (what a value must be, test, flags); see support/flags.py
+RANGES = [
+    ("be at least 1", lambda v: v >= 1, ["patch_rows", "num_patch_prototypes"]),
+    ("not be negative", lambda v: v >= 0, ["patch_weight"]),
+    ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mask_share"]),
+]
+
+
 def check_patches(args):
     """ValueError for values of patch_flags, and of flags of train.py, with which no patch can be
     hidden."""
+    check_values(args, RANGES)
     lo, hi = args.mask_ratio
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"--mask-ratio needs 0 <= LO <= HI <= 1, got {lo} {hi}")
-    if not 0 <= args.mask_share <= 1:
-        raise ValueError(f"--mask-share must lie in [0, 1], got {args.mask_share}")
-    if not args.patch_weight >= 0:
-        raise ValueError(f"--patch-weight must not be negative, got {args.patch_weight}")
-    for name in ("patch_rows", "num_patch_prototypes"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got "
-                             f"{getattr(args, name)}")
     if args.arch == "vit_nano":
         raise ValueError("--arch vit_nano has a convolutional stem, through which its neighbours "
                          "see 39 of the 64 pixels of a hidden patch; use vit_micro, whose patches "
@@ -170,14 +179,13 @@ def check_patches(args):
 def check(args):
     """ValueError for values that cannot run."""
     check_patches(args)
-    if not min(args.patch_temp) > 0:
-        raise ValueError(f"--patch-temp must be positive, got {args.patch_temp[0]} "
-                         f"{args.patch_temp[1]}")
-    same = (args.patch_prototypes, args.num_patch_prototypes) == (args.prototypes,
-                                                                  args.num_prototypes)
-    if args.shared_prototypes and not same:
-        raise ValueError("--shared-prototypes is one set: --patch-prototypes and "
-                         "--num-patch-prototypes cannot differ from it")
+    check_values(args, [("be positive", lambda v: v > 0, ["patch_temp"]),
+                        ("not be negative", lambda v: v >= 0, ["patch_kp_weight"])])
+    of_patches = (args.patch_prototypes, args.num_patch_prototypes, args.patch_kp_weight)
+    if args.shared_prototypes and of_patches != (args.prototypes, args.num_prototypes,
+                                                 args.kp_weight):
+        raise ValueError("--shared-prototypes is one set: --patch-prototypes, "
+                         "--num-patch-prototypes and --patch-kp-weight cannot differ from it")
     for stream, kind, targets in (("", args.prototypes, args.targets),
                                   ("patch-", args.patch_prototypes, args.patch_targets)):
         cls = heads.prototype_class(kind)
@@ -193,7 +201,8 @@ def check(args):
     if args.targets == "sinkhorn" and args.num_prototypes > 2 * args.batch_size:
         raise ValueError(f"--targets sinkhorn shares {2 * args.batch_size} class tokens among "
                          f"--num-prototypes {args.num_prototypes}: no prototype gets a whole one; "
-                         "use at most twice --batch-size, and --num-patch-prototypes for patches")
+                         "use --num-prototypes of at most twice --batch-size; patches may have "
+                         "more (--num-patch-prototypes)")
 
 
 # ---- network -----------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ def network(args, drop_path=0.0, student=False):
 
 # ---- the patch stream --------------------------------------------------------------------------
 class PatchLoss(DINOLoss):
-    """I.2 for rows of patches; their number may differ between processes, and be zero."""
+    """I.2 for hidden patches; their number may differ between processes, and be zero."""
 
     @torch.no_grad()
     def targets(self, h_t, protos_t, step):
@@ -250,7 +259,7 @@ class PatchLoss(DINOLoss):
         if self.how == "sinkhorn":
             return sinkhorn(z_tau, 1.0, all_reduce=ddp.all_reduce)
         p_t = (z_tau - self.centre_over_tau(tau)).softmax(-1)  # (m, K)
-        # a mean over the rows of all processes, which may have different numbers of them
+        # a mean over the patches of all processes, which may have different numbers of them
         seen = z_tau.softmax(-1) if self.how == "prob" else z  # (m, K)
         total = ddp.all_reduce(torch.cat([seen.sum(0), seen.new_tensor([len(seen)])]))  # (K + 1,)
         if total[-1] > 0:
@@ -260,14 +269,14 @@ class PatchLoss(DINOLoss):
         return p_t
 
     def forward(self, h_s, p_t, weights, protos_s):
-        """h_s (m, D), p_t (m, K), weights (m,): how much each row counts -> a scalar."""
+        """h_s (m, D), p_t (m, K), weights (m,): how much each patch counts -> a scalar."""
         z = protos_s.logits(h_s) / self.tau + protos_s.bias(self.tau)  # (m, K)
         return -(weights * (p_t * z.log_softmax(-1)).sum(-1)).sum()
 
 
 def row_weights(hidden, rows):
-    """Masks hidden (2b, n) and their rows (m, 2), as (crop, place) -> (m,), the weights of I.2: a
-    row is one of the hidden patches of its crop, which is one of 2b crops."""
+    """Masks hidden (2b, n) and their rows (m, 2) -> (m,), the weights of I.2: a patch is one of the
+    hidden ones of its crop, which is one of 2b crops."""
     n_hidden = hidden.sum(1)[rows[:, 0]]  # (m,)
     return 1 / (n_hidden * len(hidden)).float()
 
@@ -276,21 +285,23 @@ class PlaceMean(nn.Module):
     """The running mean of teacher vectors at each of the n places, taken off patch vectors.
 
     Without it, prototypes that follow the patches may become places: the mutual information of
-    component and place in the log says whether they did.
+    component and place in the log says whether they did. on: False: vectors stay as they are.
     """
 
-    def __init__(self, n, D, momentum=0.9):
+    def __init__(self, n, D, momentum=0.9, on=True):
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.on = momentum, on
         self.register_buffer("mean", torch.zeros(n, D))
 
     def forward(self, h, places):
         """h (m, D) at places (m,) -> unit vectors (m, D)."""
-        return F.normalize(h - self.mean[places], dim=1)
+        return F.normalize(h - self.mean[places], dim=1) if self.on else h
 
     @torch.no_grad()
     def update(self, h, places):
         """Take in the teacher vectors h (R, D) of all processes, at places (R,)."""
+        if not self.on:
+            return
         finite = torch.isfinite(h).all(1)  # (R,), as the run skips steps that are not finite
         h, places = h[finite], places[finite]
         count = torch.bincount(places, minlength=len(self.mean))  # (n,)
@@ -300,29 +311,11 @@ class PlaceMean(nn.Module):
                                     self.mean))
 
 
-def hidden_patches(args, B, step, grid):
-    """(2, B, n) bool: the masks of this process's B images in both global crops."""
-    positions = range(ddp.RANK * B, (ddp.RANK + 1) * B)
-    return torch.stack([ibot_masks(positions, grid, grid, args.seed, step, view,
-                                   tuple(args.mask_ratio), args.mask_share) for view in range(2)])
-
-
-def sampled_places(args, step, n):
-    """(2, batch_size, S): the places whose vectors move prototypes, for all processes."""
-    return torch.stack([
-        torch.randint(n, (args.batch_size, args.patch_rows),
-                      generator=views.generator(PLACES, args.seed, step, view))
-        for view in range(2)])
-
-
-def rows_at(places):
-    """places (2, b, S) -> (2bS, 2): rows of `Network.forward`."""
-    crop = torch.arange(places.shape[0] * places.shape[1], device=places.device)
-    return torch.stack([crop.repeat_interleave(places.shape[2]), places.flatten()], 1)
-
-
 class Stream:
-    """Prototypes and loss of one stream. teacher is student where no gradient reaches them."""
+    """Prototypes and loss of one stream.
+
+    A set without gradients needs no average: teacher is then the same object as student.
+    """
 
     def __init__(self, student, loss):
         self.student, self.teacher, self.loss = student, student.twin(), loss
@@ -331,7 +324,7 @@ class Stream:
 def streams(args, steps_per_epoch, gmm_start, device):
     """(class stream, patch stream); with --shared-prototypes they hold the same sets."""
     cls = Stream(heads.prototypes(args, gmm_start).to(device),
-                 class_loss(args, steps_per_epoch).to(device))
+                 DINOLoss.from_args(args, steps_per_epoch).to(device))
     patch = copy.copy(cls)
     if not args.shared_prototypes:
         protos = heads.prototypes(args_of_patches(args), gmm_start)
@@ -342,19 +335,15 @@ def streams(args, steps_per_epoch, gmm_start, device):
     return cls, patch
 
 
-def class_loss(args, steps_per_epoch=1):
-    return DINOLoss.from_args(args, steps_per_epoch)
-
-
 def args_of_patches(args):
     """The flags of the patches' prototypes. They start at other random directions."""
     of_patches = copy.copy(args)
     of_patches.prototypes = args.patch_prototypes
     of_patches.num_prototypes = args.num_patch_prototypes
-    of_patches.seed = args.seed + 1_000_003
-    of_patches.kp_weight = 0.1 if args.patch_prototypes == "kp" and not args.kp_weight else (
-        args.kp_weight if args.patch_prototypes == args.prototypes else 0.0)
-    # a set chooses by the rows of a step, 2 x batch_size; `clustered` scales its rate with it
+    of_patches.seed = args.seed + heads.SEED_OF_SECOND_SET
+    of_patches.kp_weight = args.patch_kp_weight
+    # Decoupled takes 2 batch_size for the vectors of a step, and chooses gmm.py or fast/gmm.py by
+    # it; `clustered` scales its rate with it
     of_patches.batch_size = args.batch_size * args.patch_rows
     of_patches.lr = args.lr / args.patch_rows
     return of_patches
@@ -389,15 +378,16 @@ def train(args, device, stop_request, make_streams=streams):
     # differs from train.py: two streams, and networks with a mask token
     student = ddp.sync_batchnorm(network(args, args.drop_path, student=True)).to(device)
     teacher = ddp.sync_batchnorm(network(args)).to(device).requires_grad_(False)
-    teacher.load_state_dict(without_mask_token(student.state_dict()))
+    teacher.load_state_dict(student.state_dict(), strict=False)  # it has no mask token
     cls, patch = make_streams(args, steps_per_epoch, int(gmm_start), device)
     shared = patch.teacher is cls.teacher  # --shared-prototypes
     sets = [cls] if shared else [cls, patch]
     loss_fn = nn.ModuleDict({"class": cls.loss, "patch": patch.loss})
     grid = args.img_size // args.patch_size
-    place_mean = PlaceMean(grid ** 2, args.bottleneck_dim).to(device)
+    place_mean = PlaceMean(grid ** 2, args.bottleneck_dim, on=args.place_mean).to(device)
     trained = [*student.parameters(), *(p for s in sets for p in s.student.parameters())]  # theta
-    averaged = pairs(student, teacher)  # (phi, theta)
+    of_student = dict(student.named_parameters())
+    averaged = [(phi, of_student[name]) for name, phi in teacher.named_parameters()]  # (phi, theta)
     averaged += [pair for s in sets for pair in zip(s.teacher.parameters(), s.student.parameters())]
     optimizer = optim.make(args, trained, device)
 
@@ -419,7 +409,9 @@ def train(args, device, stop_request, make_streams=streams):
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
 
-    log, metrics = Log(args, start, bool(record.rows)), {}
+    # a record with rows: the log's last row is there only because the run stopped at that step
+    log = Log(args, start, drop_last=bool(record.rows))
+    metrics = {}  # of the last evaluation
     monitor = Monitor(len(cls.teacher.vectors()))
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
@@ -435,7 +427,7 @@ def train(args, device, stop_request, make_streams=streams):
     for step in range(start, stop):
         crops = clock.next(batches)  # V tensors (B, 3, s, s): 2 global crops, then the local ones
         B = len(crops[0])
-        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))
+        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))  # accum tuples of V
         torch.manual_seed(views.seed_of(views.DROP_PATH, args.seed, step, ddp.RANK))
         if step < warmup:
             lr = lr_peak * step / warmup
@@ -448,26 +440,23 @@ def train(args, device, stop_request, make_streams=streams):
         hidden = hidden_patches(args, B, step, grid).to(device)  # (2, B, n)
         hidden_parts = [part.flatten(0, 1) for part in hidden.chunk(args.accum, 1)]  # (2b, n)
         rows_parts = [part.nonzero() for part in hidden_parts]  # (m_b, 2)
-        all_places = sampled_places(args, step, grid ** 2).to(device)  # (2, batch_size, S)
+        all_places = ibot_places(args, step, grid ** 2).to(device)  # (2, batch_size, S)
         places = all_places.chunk(ddp.WORLD, 1)[ddp.RANK]  # (2, B, S)
 
         # ---- 1. teacher: h_t of clean class tokens and of patches, no gradient
         h_t, patch_t, sampled = [], [], []
         with torch.no_grad(), amp(args, device):
             for part, rows, place in zip(micro_batches, rows_parts, places.chunk(args.accum, 1)):
-                h, h_rows = teacher(part[:2], rows=torch.cat([rows, rows_at(place)]))
+                h, h_patches = teacher(part[:2], rows=torch.cat([rows, rows_at(place)]))
                 h_t.append(h.view(2, -1, args.bottleneck_dim))
-                patch_t.append(h_rows[:len(rows)])
-                sampled.append(h_rows[len(rows):].view(2, -1, args.bottleneck_dim))
+                patch_t.append(h_patches[:len(rows)])
+                sampled.append(h_patches[len(rows):].view(2, -1, args.bottleneck_dim))
         h_t = torch.cat(h_t, dim=1)  # (2, B, D)
         counts = [len(rows) for rows in rows_parts]
         where = torch.cat(rows_parts)[:, 1]  # (m,), places of the hidden patches
-        patch_t = torch.cat(patch_t)  # (m, D)
-        sampled = ddp.gather_views(torch.cat(sampled, dim=1))  # (R, D), of all processes
-        raw = sampled
-        if args.place_mean:
-            patch_t = place_mean(patch_t, where)
-            sampled = place_mean(sampled, all_places.flatten())
+        patch_t = place_mean(torch.cat(patch_t), where)  # (m, D)
+        raw = ddp.gather_views(torch.cat(sampled, dim=1))  # (R, D), of all processes
+        sampled = place_mean(raw, all_places.flatten())  # (R, D)
 
         # ---- 2. prototypes: those that follow the teacher, one step each
         if shared:
@@ -486,8 +475,7 @@ def train(args, device, stop_request, make_streams=streams):
             with amp(args, device):
                 h_s, patch_s = student(part, hide, rows)
             h_s = h_s.view(len(part), -1, args.bottleneck_dim)  # (V, B/accum, D)
-            if args.place_mean:
-                patch_s = place_mean(patch_s, rows[:, 1])
+            patch_s = place_mean(patch_s, rows[:, 1])  # (m_b, D)
             weights = row_weights(hide, rows)  # (m_b,), I.2
             terms = cls.loss(h_s, target, cls.student, cls.teacher, step)
             patch_term = patch.loss(patch_s, patch_target, weights, patch.student)
@@ -496,15 +484,16 @@ def train(args, device, stop_request, make_streams=streams):
             terms["loss"] = sum(terms.values())
             (terms["loss"] / args.accum).backward()
             record.add(terms, 1 / args.accum)
-        # if a value is not finite, all processes skip this step; only the mixtures have moved
-        values, taken = take_step(record.take(), step, lr, weight_decay)
+        # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
+        # were. What phase 2 did is not undone
+        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms,) ()
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
+        # after the optimiser's step, as in train.py
         with torch.no_grad():
             for phi, theta in averaged:
                 phi.lerp_(theta, taken * (1 - m))
-        if args.place_mean:
-            place_mean.update(raw, all_places.flatten())
+        place_mean.update(raw, all_places.flatten())
 
         # ---- 5. everything below is logging, evaluation, saving ---------------------------------
         done = step + 1
@@ -512,19 +501,19 @@ def train(args, device, stop_request, make_streams=streams):
         record.append(done, lr, values)
         leaving = ddp.largest(stop_request.number)  # a signal that any process received, or 0
         now = due(args, done, stop, total, leaving)
-        if device.type == "cpu" or now.row or now.checkpoint:
+        if device.type == "cpu" or now.row or now.checkpoint:  # a GPU is waited for only then
             record.read()
         if now.row:
             row = record.means() | report | clock.speed(args.batch_size)
             row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
                     "memory_mb": peak_memory(device)}
             row["loss_over_ln_k"] = row["cross_entropy"] / cls.loss.uniform
+            # the patch term of a uniform student: crops without a mask count 0
             scale = args.patch_weight * args.mask_share * patch.loss.uniform
             row["patch_over_ln_k"] = row["patch"] / scale if scale else None
             if now.evaluation:
                 h, h_patch, at = coming_vectors(teacher, images, recipe, done, args, device)
-                if args.place_mean:
-                    h_patch = place_mean(h_patch, at)
+                h_patch = place_mean(h_patch, at)
                 if ddp.RANK == 0:
                     metrics = measures.prototype_measures(cls.teacher, cls.loss, h, beta, args.seed)
                     metrics |= patch_measures(patch, h_patch, at, beta, args.seed)
@@ -557,90 +546,46 @@ def train(args, device, stop_request, make_streams=streams):
     return metrics
 
 
-def without_mask_token(state):
-    return {name: value for name, value in state.items() if name != "mask_token"}
-
-
-def pairs(student, teacher):
-    """[(phi, theta)] of the parameters that both networks have, by name."""
-    of_student = dict(student.named_parameters())
-    return [(phi, of_student[name]) for name, phi in teacher.named_parameters()]
-
-
 # ---- what an evaluation measures of the patches ------------------------------------------------
-@torch.no_grad()
 def coming_vectors(teacher, images, recipe, step, args, device):
-    """As measures.coming_vectors, (h of class tokens, h of patches, places of these patches): one
+    """As measures.coming_vectors, [h of class tokens, h of patches, places of these patches]: one
     place of each coming crop, drawn evenly over the grid."""
-    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
-    steps = max(1, min(args.eval_bank, 2 * len(images)) // (2 * args.batch_size))
-    crops = views.batches(images, replace(recipe, n_local=0), batch_size=args.batch_size,
-                          seed=args.seed, start=step, stop=step + steps, rank=ddp.RANK,
-                          world=ddp.WORLD, device=device, workers=args.workers)
     n = (args.img_size // args.patch_size) ** 2
-    of_class, of_patches, at = [], [], []
-    for coming, pair in enumerate(crops, step):
-        place = sampled_places(args, coming, n).chunk(ddp.WORLD, 1)[ddp.RANK][..., :1].to(device)
-        with amp(args, device):
-            h, h_patch = teacher(pair, rows=rows_at(place))
-        of_class.append(h)
-        of_patches.append(h_patch)
-        at.append(place.flatten())
-    for name, buffer in teacher.named_buffers():  # to measure must not move running averages
-        buffer.copy_(before[name])
-    return tuple(ddp.all_gather(torch.cat(x)) for x in (of_class, of_patches, at))
+
+    def one_place_each(crops, step):
+        place = ibot_places(args, step, n).chunk(ddp.WORLD, 1)[ddp.RANK][..., :1].to(device)
+        return *teacher(crops, rows=rows_at(place)), place.flatten()
+    return measures.of_coming_batches(one_place_each, teacher, images, recipe, step, args, device,
+                                      amp(args, device))
 
 
 @torch.no_grad()
 def patch_measures(patch, h, places, beta, seed):
-    """{patch_NAME: value} of the patches' prototypes, for teacher vectors h (N, D) at places (N,).
-
-    patch_place_nats: mutual information of a patch's prototype and its place. As it is above 0 for
-    any finite N, patch_place_nats_shuffled stands beside it: the same with the places shuffled.
-    """
+    """{patch_NAME: value} of the patches' prototypes, for vectors h (N, D) at places (N,)."""
     found = measures.prototype_measures(patch.teacher, patch.loss, h, beta, seed)
     names = ("unique_0.025", "unique_0.5", "ceiling_0.5", "used", "perplexity", "drift", "h_rank",
              "h_cosine", "z_sd")
-    winner = torch.cat([patch.teacher.assign(part, beta, patch.loss.tau,
-                                             patch.loss.centre_over_tau()).argmax(1)
-                        for part in h.split(128)])  # (N,)
-    shuffled = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed)
-                                     ).to(places.device)]
-    return {f"patch_{name}": found[name] for name in names} | {
-        "patch_place_nats": mutual_information(winner, places),
-        "patch_place_nats_shuffled": mutual_information(winner, shuffled)}
-
-
-def mutual_information(a, b):
-    """Mutual information in nats of two labels a, b (N,) int64, from their joint counts."""
-    (a_of, b_of), joint = torch.stack([a, b]).unique(dim=1, return_counts=True)  # (pairs,)
-    p = joint.double() / len(a)  # (pairs,)
-    p_a = torch.bincount(a).double() / len(a)
-    p_b = torch.bincount(b).double() / len(b)
-    return float((p * (p / (p_a[a_of] * p_b[b_of])).log()).sum())
+    found = {name: found[name] for name in names} | measures.place_measures(
+        patch.teacher, patch.loss, h, places, beta, seed)
+    return {f"patch_{name}": value for name, value in found.items()}
 
 
 def printed_patches(row):
-    return (f"     patches: unique(.025) {share(row['patch_unique_0.025'])}  "
-            f"unique(.5) {share(row['patch_unique_0.5'])} "
-            f"(ceiling {row['patch_ceiling_0.5']:.3f})  used {row['patch_used']:.3f}  "
-            f"perplexity {row['patch_perplexity']:.3f}  "
-            f"drift {row['patch_drift']:.3f}\n"
+    return (f"     patches: {of_set(row, 'patch_')}\n"
             f"     patches: place {row['patch_place_nats']:.3f} nats "
             f"({row['patch_place_nats_shuffled']:.3f} shuffled)")
 
 
-def load_run(path):
+def load_run(path, add_flags=flags, loss_class=DINOLoss):
     """As checkpoint.load_run: the teacher's class tokens, their prototypes and their loss."""
     ckpt = checkpoints.read(path)
-    args = config.completed(ckpt["args"])
+    args = config.completed(ckpt["args"], add_flags)
     net, protos = network(args), heads.prototypes(args)
     net.load_state_dict(ckpt["teacher"])
     checkpoint.restore(protos, ckpt)
-    loss = class_loss(args)
-    state = {name.removeprefix("class."): value for name, value in ckpt["loss"].items()
-             if name.startswith("class.")}
-    loss.load_state_dict(state)
+    loss = loss_class.from_args(args, steps_per_epoch=1)
+    loss.load_state_dict({name.removeprefix("class."): value for name, value in ckpt["loss"].items()
+                          if name.startswith("class.")})
     return net.eval(), protos, loss, vars(args)
 
 

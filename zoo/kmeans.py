@@ -11,8 +11,9 @@ on the memory:
                       without members keeps its vector
     KM.4  label       KM.2 and KM.3 ten times, and then KM.2 once more: a_i is the label of image i
 
-As prototypes, the c_k serve any loss: Eq. 3 with L_C the loss of k-means and t in passes. Their own
-loss is the cross-entropy of every crop with the label of its image (`--method deepcluster`).
+As prototypes, the c_k serve any loss: Eq. 3 with L_C the loss of k-means, and t counts passes.
+Their own loss is the cross-entropy of every crop with the label of its image (`--method
+deepcluster`).
 
     python train.py --prototypes kmeans
     python train.py --prototypes kmeans --method deepcluster
@@ -107,8 +108,9 @@ class KMeans(Frozen):
 class DeepCluster(Loss):
     """Cross-entropy of every student view with the cluster of its image; targets from KMeans.
 
-    The crop that made the label is no exception: there are no pairs of views. An image without a
-    label takes the prototype nearest to its teacher's vector: all do so in the first pass.
+    All V crops count, the one whose vector was clustered too: no pair i == j is left out. An image
+    without a label takes the prototype nearest to its teacher's vector: all do so in the first
+    pass.
     """
 
     only_with = "kmeans"

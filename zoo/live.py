@@ -35,9 +35,9 @@ component whose mean is nearest to a vector wins this vector, and only component
   nearest mean: one product, and no (N, K) matrix to store. Softer responsibilities were tried, and
   so were responsibilities balanced by Sinkhorn-Knopp. While N < K, both give each vector to several
   means, which become twins.
-* L.3 instead of A.3. The exponent that the paper prints is a mean over the batch, and hardly moves
-  a mean within a run. Here the exponent counts vectors, as in the rule that the paper cites (Celaya
-  and Agostini). n starts at 1, so a new mean soon consists of the vectors it wins.
+* L.3 instead of A.3. The printed exponent is averaged over the batch, so that components hardly
+  move in a run. Here the exponent counts vectors, as in the rule that the paper cites (Celaya and
+  Agostini). n starts at 1, so a new mean soon consists of the vectors it wins.
 * L.4. Decoupling alone does not make prototypes unique: where vectors lie close together, so do
   their means. The default of apart is a little above 0.025, an eps of Def. 2.1. L.4 then asks for
   what the definition counts, so unique(0.025) is built in and not a finding.

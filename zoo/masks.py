@@ -1,32 +1,42 @@
-"""Which patches of a crop are hidden: the block masks of iBOT, and the inverse blocks of CAPI.
+"""Which patches of a crop are hidden, and which are drawn: the block masks of iBOT, the inverse
+blocks of CAPI, and the random places whose vectors move prototypes.
 
 A mask is a function of (seed, step, view, position in the global batch). So it does not depend on
 the number of processes or on a resumed run, and it draws from a stream of its own: turning masks on
-does not change a crop.
+does not change a crop. The same holds of random places.
 
-    H x W patches of a crop; n = H W
+    H x W patches of a crop; n = H W; B images on this process
 """
 import math
 import random
 
 import torch
 
-from views import seed_of
+from support import ddp
+from views import generator, seed_of
 
-MASKS = 4  # first number of a seed, beside those of views.py
+# Every seed of masks starts with the first of these numbers, and every seed of random places with
+# one of the others; other files use others
+MASKS, IBOT_PLACES, CAPI_PLACES = 4, 5, 6
 
 
 def rng_of(seed, step, view, position):
     return random.Random(seed_of(MASKS, seed, step, view, position))
 
 
+def positions(B):
+    """Those of this process's images in the global batch."""
+    return range(ddp.RANK * B, (ddp.RANK + 1) * B)
+
+
+# ---- iBOT --------------------------------------------------------------------------------------
 def block_mask(H, W, most, rng):
     """iBOT's mask, (H, W) bool: rectangles until `most` patches are covered, or until ten in a row
     did not fit.
 
     most: a real number, and the mask never covers more. A rectangle is drawn up to ten times: its
     area between a ninth of the grid and the room that is left, its height over width between .3
-    and 1 / .3, its place anywhere. It counts if it is shorter than both sides of the grid, and if
+    and 1 / .3, its place anywhere. It counts if it is less high and less wide than the grid, and if
     what it newly covers is at least one patch and fits. The mask ends where ten in a row do not.
     """
     mask = torch.zeros(H, W, dtype=torch.bool)
@@ -51,10 +61,46 @@ def block_mask(H, W, most, rng):
     return mask
 
 
+def ibot_masks(positions, H, W, seed, step, view, ratio=(0.1, 0.5), share=0.5):
+    """(B, n) bool, the masks of a view for these `positions` in the global batch.
+
+    share: the probability that a crop is masked at all, drawn for each crop. ratio: a masked crop
+    hides at most a share of its patches that is uniform in this range.
+    """
+    masks = []
+    for position in positions:
+        rng = rng_of(seed, step, view, position)
+        most = rng.uniform(*ratio) * H * W if rng.random() < share else 0
+        masks.append(block_mask(H, W, most, rng).flatten())
+    return torch.stack(masks)
+
+
+def hidden_patches(args, B, step, grid):
+    """(2, B, n) bool: the masks of this process's images in both global crops."""
+    return torch.stack([ibot_masks(positions(B), grid, grid, args.seed, step, view,
+                                   tuple(args.mask_ratio), args.mask_share) for view in range(2)])
+
+
+def ibot_places(args, step, n):
+    """(2, batch_size, S): the places whose vectors move prototypes, for all processes."""
+    return torch.stack([
+        torch.randint(n, (args.batch_size, args.patch_rows),
+                      generator=generator(IBOT_PLACES, args.seed, step, view))
+        for view in range(2)])
+
+
+def rows_at(places):
+    """places (2, b, S) -> rows (2bS, 2), each (crop of the 2b, place)."""
+    crop = torch.arange(places.shape[0] * places.shape[1], device=places.device)
+    return torch.stack([crop.repeat_interleave(places.shape[2]), places.flatten()], 1)
+
+
+# ---- CAPI --------------------------------------------------------------------------------------
 def inverse_block_mask(H, W, visible, rng):
     """CAPI's mask, (H, W) bool: all is hidden but one rectangle of exactly `visible` patches, which
     is shifted cyclically by random rows and columns, so that every place is hidden equally
     often."""
+    # height over width: between 1/2 and 2, and such that h <= H and w <= W
     low = max(math.log(0.5), math.log(visible / W ** 2))
     high = min(math.log(2), math.log(H ** 2 / (visible + 1e-5)))
     ratio = math.exp(rng.uniform(low, high))
@@ -90,15 +136,14 @@ def capi_masks(positions, H, W, seed, step, hidden_share=0.65, predicted_share=0
     return torch.stack(visible), torch.stack(predicted)
 
 
-def ibot_masks(positions, H, W, seed, step, view, ratio=(0.1, 0.5), share=0.5):
-    """(B, n) bool, the masks of a view for these `positions` in the global batch.
+def visible_and_predicted(args, B, step, grid, device):
+    """(visible (B, v), predicted (B, q)): places of this process's images."""
+    chosen = capi_masks(positions(B), grid, grid, args.seed, step, args.hidden_share,
+                        args.predicted_share)
+    return [places.to(device) for places in chosen]
 
-    share: of the crops that are masked at all; each is a coin of its own. ratio: a masked crop
-    hides at most a share of its patches that is uniform in this range.
-    """
-    masks = []
-    for position in positions:
-        rng = rng_of(seed, step, view, position)
-        most = rng.uniform(*ratio) * H * W if rng.random() < share else 0
-        masks.append(block_mask(H, W, most, rng).flatten())
-    return torch.stack(masks)
+
+def capi_places(args, step, n):
+    """(batch_size, S): the places whose tokens move a mixture, for all processes."""
+    return torch.randint(n, (args.batch_size, args.patch_rows),
+                         generator=generator(CAPI_PLACES, args.seed, step))

@@ -32,10 +32,11 @@ import data
 import heads
 import models
 import views
-from losses import Loss, sinkhorn
+from losses import sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
+from support.flags import check_values
 from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
@@ -45,6 +46,21 @@ from zoo.kmeans import KMeans
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
 SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
 EPS = torch.finfo(torch.float32).tiny
+
+# Rows of Table C.2, for 16 GPUs; none was run. The official schedules stop at 0.8 of their length;
+# here they run to their end. lr 2.5e-4 is 1e-3 at 1,024 images
+PRESETS = {}
+PRESETS["paper-msn"] = dict(
+    data="inat18", arch="vit_small", patch_size=16, img_size=224, local_size=96, local_crops=10,
+    global_scale=[0.3, 1.0], local_scale=[0.05, 0.3], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2,
+    blur=[0.5, 0.5, 0.5], head_hidden=2048, bottleneck_dim=256, head_bn=True,
+    num_prototypes=8142, batch_size=1024, epochs=300, warmup_epochs=15, lr=2.5e-4, min_lr=1e-6,
+    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0, prior_weight=1.0,
+    workers=10, log_every=100, eval_every=4270, eval_bank=50000, eval_queries=10000)
+PRESETS["paper-pmsn"] = dict(PRESETS["paper-msn"], prior=0.25, prior_weight=5.0)
+
+# Flags of train.py about targets and prototypes that MSN does not read
+NOT_READ = ["targets", "teacher_temp", "teacher_temp_epochs", "student_prototypes"]
 
 
 # ---- what MSN adds to the command line ---------------------------------------------------------
@@ -58,10 +74,8 @@ def flags(parser):
     flag("--prior-weight", type=float, default=1.0,
          help="weight of M.4 (1 in MSN, 5 in PMSN's runs on iNaturalist)")
     flag("--prior", type=float, default=0.0, help="M.4: exponent of the shares; 0: equal ones, MSN")
-    method, = (action for action in parser._actions if action.dest == "method")
-    method.choices = ["msn"]  # no other is read
-    parser.set_defaults(method="msn", prototypes="joint", head_norm=True)
-    parser.presets.update(PRESETS)
+    config.narrow(parser, PRESETS, {"method": ["msn"]})
+    parser.set_defaults(prototypes="joint", head_norm=True)
 
 
 def parse(argv=None):
@@ -72,45 +86,26 @@ def parse(argv=None):
     return args
 
 
+# (what a value must be, test, flags); see support/flags.py
+RANGES = [
+    ("lie in [0, 1)", lambda v: 0 <= v < 1, ["patch_drop"]),
+    ("be positive", lambda v: v > 0, ["sharpen"]),
+    ("not be negative", lambda v: v >= 0, ["prior_weight", "prior"]),
+]
+
+
 def check(args):
     """ValueError for values that cannot run."""
-    if not 0 <= args.patch_drop < 1:
-        raise ValueError(f"--patch-drop must lie in [0, 1), got {args.patch_drop}")
-    if not args.sharpen > 0:
-        raise ValueError(f"--sharpen must be positive, got {args.sharpen}")
-    for name in ("prior_weight", "prior"):
-        if not getattr(args, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, got "
-                             f"{getattr(args, name)}")
+    check_values(args, RANGES)
     kind = heads.prototype_class(args.prototypes)
     if issubclass(kind, (heads.VMF, KMeans)):
         raise ValueError(f"--prototypes {args.prototypes} does not work here: MSN's softmax has no "
                          "log-normaliser, and its teacher sees one view")
-    for name, fixed in NOT_READ.items():
-        if getattr(args, name) != fixed:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect in MSN, whose targets are "
-                             "those of --student-temp, --sharpen and --balance")
+    config.check_not_read(args, flags, NOT_READ, "MSN, whose targets are those of --student-temp, "
+                          "--sharpen and --balance")
     if args.patch_drop and args.arch not in models.VITS:
         raise ValueError(f"--patch-drop needs a ViT, whose patches can be left out, got --arch "
                          f"{args.arch}")
-
-
-# Rows of Table C.2, for 16 GPUs; none was run. The official schedules are cut off at 0.8 of their
-# length and lr does not scale with the batch; here they end, and lr is 1e-3 at 1,024 images
-PRESETS = {}
-PRESETS["paper-msn"] = dict(
-    data="inat18", arch="vit_small", patch_size=16, img_size=224, local_size=96, local_crops=10,
-    global_scale=[0.3, 1.0], local_scale=[0.05, 0.3], jitter=[0.4, 0.4, 0.4, 0.1], gray=0.2,
-    blur=[0.5, 0.5, 0.5], head_hidden=2048, bottleneck_dim=256, head_bn=True,
-    num_prototypes=8142, batch_size=1024, epochs=300, warmup_epochs=15, lr=2.5e-4, min_lr=1e-6,
-    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0, prior_weight=1.0,
-    workers=10, log_every=100, eval_every=4270, eval_bank=50000, eval_queries=10000)
-PRESETS["paper-pmsn"] = dict(PRESETS["paper-msn"], prior=0.25, prior_weight=5.0)
-
-
-# Flags of train.py about targets and prototypes that MSN does not read, and their defaults
-NOT_READ = {"targets": "center", "teacher_temp": list(Loss.teacher_temp), "teacher_temp_epochs": 0,
-            "student_prototypes": "same"}
 
 
 # ---- the loss ----------------------------------------------------------------------------------
@@ -216,7 +211,10 @@ def train(args, device, stop_request):
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
 
-    log, monitor, metrics = Log(args, start, bool(record.rows)), Monitor(args.num_prototypes), {}
+    # a record with rows: the log's last row is there only because the run stopped at that step
+    log = Log(args, start, drop_last=bool(record.rows))
+    metrics = {}  # of the last evaluation
+    monitor = Monitor(args.num_prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))
@@ -230,7 +228,7 @@ def train(args, device, stop_request):
     # ==== training ==============================================================================
     for step in range(start, stop):
         crops = clock.next(batches)  # V tensors (B, 3, s, s): 2 global crops, then the local ones
-        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))
+        micro_batches = list(zip(*(crop.chunk(args.accum) for crop in crops)))  # accum tuples of V
         torch.manual_seed(views.seed_of(views.DROP_PATH, args.seed, step, ddp.RANK))
         if step < warmup:
             lr = lr_peak * step / warmup
@@ -260,10 +258,12 @@ def train(args, device, stop_request):
             terms["loss"] = sum(terms.values())
             (terms["loss"] / args.accum).backward()
             record.add(terms, 1 / args.accum)
-        # if a value is not finite, all processes skip this step; only the mixture has moved
-        values, taken = take_step(record.take(), step, lr, weight_decay)
+        # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
+        # were. What phase 2 did is not undone
+        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms,) ()
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
+        # after the optimiser's step, as in train.py
         with torch.no_grad():
             for phi, theta in zip(averaged, trained):
                 phi.lerp_(theta, taken * (1 - m))
@@ -274,7 +274,7 @@ def train(args, device, stop_request):
         record.append(done, lr, values)
         leaving = ddp.largest(stop_request.number)  # a signal that any process received, or 0
         now = due(args, done, stop, total, leaving)
-        if device.type == "cpu" or now.row or now.checkpoint:
+        if device.type == "cpu" or now.row or now.checkpoint:  # a GPU is waited for only then
             record.read()
         if now.row:
             row = record.means() | report | clock.speed(args.batch_size)
@@ -316,7 +316,7 @@ def make_loss(args):
 def load_run(path):
     """As checkpoint.load_run, with the loss of this script."""
     ckpt = checkpoints.read(path)
-    net, protos, args = checkpoint.networks_of(ckpt)
+    net, protos, args = checkpoint.networks_of(ckpt, flags)
     loss = make_loss(args)
     loss.load_state_dict(ckpt["loss"])
     return net.eval(), protos, loss, vars(args)

@@ -12,11 +12,13 @@ tokens. For patches this differs from it:
 
     S.6  memory      one vector of each image enters it: the teacher's, at a place of the clean
                      second global crop that is drawn evenly over the grid, hidden or not
-    S.7  P           an anchor alone is a SOP, which the paper calls k = 1. So S.4 is a softmax over
-                     the K anchors a_k that is smoothed with o = 0.1 / (K - 1):
+    S.7  P           an anchor alone is a SOP. The paper counts it and says k = 1; here k counts
+                     neighbours: 0. So S.4 is a softmax over the K anchors a_k that is smoothed with
+                     o = 0.1 / (K - 1):
                      P(u)_k = (0.9 - o) softmax_k(<u, a_k> / tau) + o
     S.8  L_patch   = 1/2 sum over the two global crops of the mean over images of
-                     1/max(n, 1) sum over its n hidden patches of -sum_k P(h_t)_k log P(h_s)_k
+                     1/max(n_hidden, 1) sum over its hidden patches of
+                     -sum_k P(h_t)_k log P(h_s)_k
     S.9  L         = S.5 + patch-weight L_patch
 
 Nothing is centred or balanced, and no vector of a memory is trained: gradients reach the student
@@ -33,9 +35,10 @@ streams are.
 """
 import config
 import heads
-from support import checkpoint, checkpoints, ddp
+from support import ddp
 from support.errors import one_sentence
 from support.files import locked
+from support.flags import check_values
 from support.log import keep_freed_memory
 from support.signals import stop_requests
 from zoo import ibot
@@ -44,21 +47,17 @@ from zoo.bank import SOP, Bank
 SCRIPT = "zoo/sop.py"  # args.json names the script of a run
 
 # Anchors, neighbours, memories and momentum as the paper has them. The rest is iBOT's official
-# recipe, since SOP's commands are not published. For 16 GPUs; not run
+# recipe, since SOP's commands are not published, and shares much with paper-vits. For 16 GPUs; not
+# run
 PRESETS = {}
 PRESETS["paper-sop-vits"] = dict(
-    data="imagenet", arch="vit_small", patch_size=16, img_size=224, drop_path=0.1,
-    local_size=96, local_crops=10, global_scale=[0.25, 1.0], local_scale=[0.05, 0.25],
-    jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0],
-    head_hidden=2048, bottleneck_dim=256,
+    config.PRESETS["paper-vits"], epochs=800, momentum=0.996, clip_grad=3.0,
     num_prototypes=4096, neighbours=8, memory=65536,
     num_patch_prototypes=512, patch_neighbours=0, patch_memory=8192,
-    batch_size=1024, epochs=800, warmup_epochs=10, lr=5e-4, min_lr=1e-6,
-    weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip_grad=3.0,
-    workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
+    global_scale=[0.25, 1.0], local_scale=[0.05, 0.25])
 
-# Flags of train.py about targets that SOP does not read, and their defaults
-NOT_READ = {"targets": "center", "teacher_temp_epochs": 0}
+# Flags of train.py about targets that SOP does not read
+NOT_READ = ["targets", "teacher_temp_epochs"]
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -67,21 +66,24 @@ def flags(parser):
     flag("--patch-memory", type=int, metavar="M",
          help="vectors in the memory of patches; None: of the last 8 batches")
     flag("--patch-neighbours", type=int, default=0,
-         help="of an anchor of patches, which with it make one self-organising prototype")
-    for name, only in (("method", "sop"), ("prototypes", "bank")):
-        action, = (action for action in parser._actions if action.dest == name)
-        action.choices = [only]  # no other is read
-    parser.set_defaults(method="sop", prototypes="bank", num_prototypes=128, patch_rows=1,
-                        arch="vit_micro", patch_size=4, head_bn=False, batch_size=32,
-                        momentum=0.99)
-    parser.presets.update(PRESETS)
+         help="vectors next to an anchor that form a self-organising prototype with it; 0: it "
+         "alone")
+    parser.complete = complete
+    config.narrow(parser, PRESETS, {"method": ["sop"], "prototypes": ["bank"]})
+    parser.set_defaults(num_prototypes=128, patch_rows=1, arch="vit_micro", patch_size=4,
+                        head_bn=False, batch_size=32, momentum=0.99)
+
+
+def complete(args):
+    """As config.complete, with the number of anchors of the patches."""
+    config.complete(args)
+    if args.num_patch_prototypes is None:
+        args.num_patch_prototypes = args.num_prototypes
 
 
 def parse(argv=None):
     """argv -> checked Namespace; bad input is one sentence and exit code 2."""
     args = config.parse(argv, SCRIPT, flags)
-    if args.num_patch_prototypes is None:
-        args.num_patch_prototypes = args.num_prototypes
     with one_sentence(SCRIPT, args.out):
         check(args)
     return args
@@ -90,15 +92,10 @@ def parse(argv=None):
 def check(args):
     """ValueError for values that cannot run."""
     ibot.check_patches(args)
-    if args.patch_memory is not None and args.patch_memory < 1:
-        raise ValueError(f"--patch-memory must be at least 1, got {args.patch_memory}")
-    if args.patch_neighbours < 0:
-        raise ValueError(f"--patch-neighbours must not be negative, got {args.patch_neighbours}")
-    for name, fixed in NOT_READ.items():
-        if getattr(args, name) != fixed:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect in SOP, which neither "
-                             "centres nor balances its targets, nor warms up their temperature; "
-                             f"got {getattr(args, name)}")
+    check_values(args, [("be at least 1", lambda v: v >= 1, ["patch_memory"]),
+                        ("not be negative", lambda v: v >= 0, ["patch_neighbours"])])
+    config.check_not_read(args, flags, NOT_READ, "SOP, which neither centres nor balances its "
+                          "targets, nor warms up their temperature")
     start, end = args.teacher_temp
     if start != end:
         raise ValueError("--teacher-temp is one value in SOP, for class tokens and patches; got "
@@ -107,10 +104,10 @@ def check(args):
 
 # ---- streams -----------------------------------------------------------------------------------
 class PatchSOP(SOP):
-    """S.8. Its targets are those of S.5, for rows of patches."""
+    """S.8. Its targets are those of S.5, for hidden patches."""
 
     def forward(self, h_s, P_t, weights, protos_s):
-        """h_s (m, D), P_t (m, K), weights (m,): how much each row counts -> a scalar."""
+        """h_s (m, D), P_t (m, K), weights (m,): how much each patch counts -> a scalar."""
         log_P = protos_s.log_probabilities(h_s, self.tau)  # (m, K)
         return -(weights * (P_t * log_P).sum(-1)).sum()
 
@@ -119,8 +116,8 @@ def patch_bank(args):
     """The memory of patches, and its anchors: others than those of class tokens in each step."""
     vectors = args.batch_size * args.patch_rows  # that enter it in a step
     return Bank(args.num_patch_prototypes, args.bottleneck_dim, args.logit_scale,
-                args.seed + 1_000_003, M=args.patch_memory or 8 * vectors, k=args.patch_neighbours,
-                B=vectors, of="patch-")
+                args.seed + heads.SEED_OF_SECOND_SET, M=args.patch_memory or 8 * vectors,
+                k=args.patch_neighbours, B=vectors, of="patch-")
 
 
 def streams(args, steps_per_epoch, gmm_start, device):
@@ -145,12 +142,7 @@ def main(argv=None):
 
 def load_run(path):
     """As checkpoint.load_run: the teacher's class tokens, their memory and their loss."""
-    ckpt = checkpoints.read(path)
-    args = config.completed(ckpt["args"])
-    net, protos = ibot.network(args), heads.prototypes(args)
-    net.load_state_dict(ckpt["teacher"])
-    checkpoint.restore(protos, ckpt)
-    return net.eval(), protos, SOP.from_args(args, steps_per_epoch=1), vars(args)
+    return ibot.load_run(path, flags, SOP)
 
 
 if __name__ == "__main__":
