@@ -1,8 +1,10 @@
 """Every foreseeable error of a command is one sentence and an exit code."""
 import contextlib
 import io
+import multiprocessing
 import os
 import sys
+import traceback
 
 import torch
 
@@ -50,6 +52,7 @@ def one_sentence(script, out=None):
             leave(f"there is not enough memory ({str(error).splitlines()[0]})", 2)
         raise
     finally:
+        end_child_processes(sys.exc_info()[1])
         ddp.cleanup()
         drop_unwritten_output()
 
@@ -74,6 +77,18 @@ def sentence_of(error, out=None):
     """What an OSError says, with the file that it names, or else the folder `out`."""
     place, words = error.filename or out, error.strerror or str(error)
     return f"{place}: {words}" if place else words
+
+
+def end_child_processes(error):
+    """End the processes that decode images, if an error, or a SystemExit, ends this one.
+
+    They ignore SIGTERM (views.ignore_stop_signals), and Python would wait for them at the end. They
+    leave once nothing refers to their DataLoader, and what may still do so are local variables of
+    functions that the error came through.
+    """
+    while error and multiprocessing.active_children():
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def is_of_decoding(error):

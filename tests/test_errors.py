@@ -2,6 +2,7 @@
 import argparse
 import io
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,13 +11,34 @@ import pytest
 import torch
 
 import config
+import data
 import forked
-from conftest import sentence_of_refusal
+import views
+from conftest import make_folder, sentence_of_refusal
 from lab import chaos
 from support import ddp, errors, flags
 from support.files import write
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# ---- processes that decode images --------------------------------------------------------------
+@pytest.mark.parametrize("error", [SystemExit(130), ValueError("no"), ZeroDivisionError()])
+def test_no_decoding_process_outlives_an_error(tmp_path, error):
+    """Not even while somebody holds the error, and with it the functions that it came through."""
+    images, recipe = data.load(make_folder(tmp_path / "set"), img_size=32)[0], views.Recipe(32, 16)
+    images = data.Files(images.paths, images.y, images.classes, "set")  # not in memory
+
+    def train():
+        batches = views.batches(images, recipe, batch_size=4, seed=0, start=0, stop=9, rank=0,
+                                world=1, device="cpu", workers=1)
+        next(batches)
+        assert multiprocessing.active_children()
+        raise error
+
+    with pytest.raises((SystemExit, ZeroDivisionError)) as held, errors.one_sentence("tool"):
+        train()
+    assert held.value.__traceback__ and not multiprocessing.active_children()
 
 
 # ---- the environment ---------------------------------------------------------------------------
