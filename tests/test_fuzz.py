@@ -1,4 +1,5 @@
 """lab/fuzz.py: a few cases pass, and what it takes for a failure is one."""
+import faulthandler
 import os
 import sys
 
@@ -47,12 +48,17 @@ def test_a_failed_case_must_lose_no_file():
     assert fuzz.what_is_wrong(CASE, 0, "", before, {"a": b"1"}) == ""
 
 
+def abort():
+    faulthandler.disable()  # pytest's, which would print a hundred lines
+    os.abort()
+
+
 def test_a_fork_says_how_it_ended(monkeypatch):
     assert fuzz.run_in_fork(lambda: print("x") or 1) == (1, "x\n")
     assert fuzz.run_in_fork(lambda: sys.exit(2)) == (2, "")
     code, output = fuzz.run_in_fork(lambda: 1 / 0)
     assert code == 99 and "ZeroDivisionError" in output
-    assert fuzz.run_in_fork(lambda: os.abort())[0] == -6
+    assert fuzz.run_in_fork(abort)[0] == -6
     monkeypatch.setattr(fuzz, "LIMIT", 0.5)
     assert fuzz.run_in_fork(lambda: __import__("time").sleep(20))[0] is None
 
