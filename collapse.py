@@ -39,7 +39,7 @@ def covering(A, eps_list):
     for eps in eps_list:
         cover = itself.clone()  # (M,)
         if eps > 0:  # at eps = 0 nothing is a duplicate
-            duplicate = 1 - cos < max(eps, ROUNDING)  # (M, M); rounding parts no equal rows
+            duplicate = 1 - cos < max(eps, ROUNDING)  # (M, M); ROUNDING: equal rows always are
             later = duplicate.triu(1).cpu()  # (M, M): row i may cover column j, as it comes earlier
             for i in later.any(1).nonzero()[:, 0].tolist():
                 if cover[i] == i:  # nobody else covers i, so it is a representative

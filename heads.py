@@ -309,7 +309,7 @@ class Decoupled(Frozen):
 # name of --prototypes: a class, or "module.Class" of one that is loaded when it is asked for
 PROTOTYPES = {
     "joint": Joint,
-    "kp": Joint,  # with a --kp-weight
+    "kp": Joint,  # --kp-weight then is 0.1 by default
     "vmf": VMF,
     "frozen": Frozen,
     "decoupled": Decoupled,

@@ -260,7 +260,7 @@ def train(args, device, stop_request):
             record.add(terms, 1 / args.accum)
         # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
         # were. What phase 2 did is not undone
-        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms,) ()
+        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms + 1,) ()
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
         # after the optimiser's step, as in train.py
