@@ -346,6 +346,7 @@ def parse(argv=None, script="train.py", add_flags=None):
         except ValueError as error:
             p.error(error)
     args = p.parse_args(argv)
+    check_changes(args, p)
     p.complete(args)
     check(args, p.error)
     args.device = device(args, p.error)
@@ -478,6 +479,51 @@ def check_not_read(args, add_flags, names, script):
         value = getattr(args, name)
         if value != getattr(default, name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect in {script}; got {value}")
+
+
+# What each loss and each prototype set reads, of the flags that not all of them read. One that is
+# not here, as that of a fork, may read any. Sizes and lengths are not among these flags, although
+# CARP alone reads --partition-size and mixtures alone read --gmm-start: so one line of them serves
+# all methods and sets
+SOFTMAX = "student_temp teacher_temp teacher_temp_epochs"
+READ_BY_METHODS = {
+    "carp": "", "carl": "", "carp-uniform": "uniformity",
+    "dino": f"{SOFTMAX} targets", "swav": f"{SOFTMAX} queue", "deepcluster": "student_temp",
+    "sop": "student_temp teacher_temp", "supervised": ""}
+TRAINED = "kp_weight freeze_prototypes"
+READ_BY_PROTOTYPES = {
+    "joint": f"{TRAINED} norm_last_layer", "kp": f"{TRAINED} norm_last_layer", "vmf": TRAINED,
+    "decoupled": "gmm_init beta eta_a eta_c forgetting resurrect rescale var_floor proto_norm",
+    "live": "live_eta live_patience live_apart", "bank": "memory neighbours",
+    "frozen": "", "kmeans": "", "clustered": ""}
+
+
+def not_read(method, kinds):
+    """{flag: "--method NAME" or "--prototypes NAME and NAME", with which it is not read}.
+
+    method: name of the loss; kinds: names of the prototype sets of a run.
+    """
+    result = {}
+    for flag, table, names in (("--method", READ_BY_METHODS, [method]),
+                               ("--prototypes", READ_BY_PROTOTYPES, kinds)):
+        if all(name in table for name in names):
+            read = [name for chosen in names for name in table[chosen].split()]
+            result |= {name: f"{flag} {' and '.join(names)}" for of_one in table.values()
+                       for name in of_one.split() if name not in read}
+    return result
+
+
+def check_changes(args, parser):
+    """One sentence and exit code 2 for a typed flag that would change nothing in this run."""
+    kinds = [getattr(args, of, None) for of in ("prototypes", "student_prototypes",
+                                                "patch_prototypes")]
+    kinds = [kind for kind in dict.fromkeys(kinds) if kind not in (None, "same")]
+    for name, choice in not_read(args.method, kinds).items():
+        if getattr(args, name) != parser.get_default(name):
+            readers = [reader for table in (READ_BY_METHODS, READ_BY_PROTOTYPES)
+                       for reader, flags in table.items() if name in flags.split()]
+            parser.error(f"--{name.replace('_', '-')} changes nothing with {choice}; it is for "
+                         f"{', '.join(readers)}")
 
 
 # (what a value must be, test, flags); see support/flags.py

@@ -70,7 +70,7 @@ BALANCED_OVER = {"each place": "place", "all patches": "all"}
 # The instrument: what its k-NN does if a run is shorter or longer, and with other seeds
 EPOCHS = config.parser().get_default("epochs")
 SYSTEMS = {"CARP, joint": CARP + "joint", "CARP, frozen": CARP + "frozen",
-           "CARP, decoupled": CARP + "decoupled", "DINO, joint": DINO + "joint"}
+           "CARP, decoupled": CARP + "decoupled", "DINO, joint": DINO + "joint --batch-size 32"}
 LENGTHS = {"a third": 1 / 3, "default length": 1, "three times": 3}
 INSTRUMENT = [(f"{system}, {length}", f"{command} --epochs {factor * EPOCHS:g}")
               for system, command in SYSTEMS.items() for length, factor in LENGTHS.items()]
@@ -464,13 +464,15 @@ def lines_of_block(name, block, rows):
     order = [row for row, _ in TABLES[name][1] if row in rows]
     results = [result for row in order for result in rows[row]]
     command = f"python -m lab.ablate {name}" + (f" -- {block}" if block else "")
-    steps = " and ".join(sorted({result["steps"] for result in results}))
+    steps = " and ".join(sorted({result["steps"] for result in results},
+                                key=lambda number: (len(number), number)))
+    hardware = " and ".join(sorted({result["hardware"] for result in results}))
     raw, untrained = mean(results, "raw_knn", 1), mean(results, "untrained_knn", 1)
     lines = [f"`{command}`",
              "",
              f"* {TABLES[name][0]}",
              f"* {steps} steps; k-NN of raw pixels {raw}, of the untrained backbone {untrained}",
-             f"* {results[0]['hardware']}, torch {results[0]['torch']}, "
+             f"* {hardware}, torch {results[0]['torch']}, "
              f"{max(result['date'] for result in results)}"]
     if any(result.get("raw_miou") for result in results):
         raw, untrained = mean(results, "raw_miou", 1), mean(results, "untrained_miou", 1)

@@ -14,25 +14,15 @@ import config
 import losses
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Flags that frozen prototypes do not read, beside those of the mixtures (--gmm-..., --live-...)
-OF_OTHER_SETS = {"kp_weight", "norm_last_layer", "freeze_prototypes", "proto_norm", "beta", "eta_a",
-                 "eta_c", "forgetting", "resurrect", "rescale", "var_floor", "memory",
-                 "neighbours"}
-
-
-def matters(flag):
-    """Whether a flag changes what a run with frozen prototypes computes."""
-    free = config.FREE - {"data"} | {"preset", "prototypes", "seed"}
-    return flag not in free | OF_OTHER_SETS and not flag.startswith(("gmm_", "live_"))
 
 
 def computed(args):
     """{flag: value} of what decides the results of a run's control, apart from the seed."""
-    values = {name: value for name, value in vars(args).items() if matters(name)}
-    values.pop("epochs" if args.steps else "steps", None)  # --steps wins over --epochs
-    if args.method == "carl":
-        values.pop("partition_size", None)  # always K
-    return values
+    free = config.FREE - {"data"} | {"preset", "prototypes", "seed"}
+    free |= {"epochs" if args.steps else "steps"}  # --steps wins over --epochs
+    free |= config.not_read(args.method, ["frozen"]).keys()
+    free |= {"gmm_start"} | ({"partition_size"} if args.method == "carl" else set())  # always K
+    return {name: value for name, value in vars(args).items() if name not in free}
 
 
 def interpret(words):

@@ -235,7 +235,8 @@ def result(row, seed, knn, block=""):
 def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
     first, second = (row for row, _ in ablate.TABLES["A2"][1][:2])
     file = str(tmp_path / "A2.csv")
-    for r in (result(second, 0, 60), result(first, 0, 50), result(first, 1, 54),
+    elsewhere = {"hardware": "another", "steps": "9"}
+    for r in (result(second, 0, 60), result(first, 0, 50) | elsewhere, result(first, 1, 54),
               result(first, 2, 55), result(first, 0, 20, "--steps 3")):
         ablate.add(file, ablate.read_results("A2", file), r)
     text = ablate.table("A2", ablate.read_results("A2", file))
@@ -245,6 +246,7 @@ def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
     assert f"| {first} | 1 | 20.0 |" in text
     assert text.index(first) < text.index(second)  # the order of the table, not of the file
     assert text.startswith("`python -m lab.ablate A2`\n\n* Table A.2")
+    assert "* 9 and 10 steps; k-NN" in text and "* a machine and another, torch 2, d" in text
     assert "`python -m lab.ablate A2 -- --steps 3`\n\n* Table A.2" in text
     assert len(ablate.main(["A2", "--show", "--results", str(tmp_path)])) == 5
     assert (tmp_path / "A2.png").stat().st_size > 1000 or not pytest.importorskip("matplotlib")

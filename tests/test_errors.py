@@ -107,7 +107,7 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
     ("--jitter .4 inf .4 .1", "--jitter must be a number below 4294967296 in size, got 0.4 inf"),
     ("--jitter .4 .4 .4 .6", "--jitter needs a hue of at most 0.5"),
     ("--jitter .4 .4 .4", "--jitter: expected 4 arguments"),
-    ("--teacher-temp .04 nan", "--teacher-temp must be positive, got 0.04 nan"),
+    ("--method dino --teacher-temp .04 nan", "--teacher-temp must be positive, got 0.04 nan"),
     ("--global-scale nan 1", "--global-scale must be a number below 4294967296 in size, got nan"),
     ("--imbalance inf", "--imbalance must be a number below 4294967296 in size, got inf"),
     ("--imbalance nan", "--imbalance must be at least 1"),

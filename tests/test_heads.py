@@ -1,6 +1,8 @@
 """heads.py: the projection head, and prototype sets against float64 and cases worked by hand."""
+import inspect
 import math
 import os
+import re
 import sys
 
 import pytest
@@ -363,6 +365,27 @@ def test_the_rule_of_samples_runs_in_both_mixtures(batch_size):
         gmm.update(h, 0.5, 0.9)
         assert torch.allclose(gmm.S_pi, expected, rtol=1e-4)
         assert (expected - of_A3).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("table, class_of_name, names", [
+    (config.READ_BY_METHODS, losses.loss_class, list(losses.LOSSES)),
+    (config.READ_BY_PROTOTYPES, heads.prototype_class, list(heads.PROTOTYPES))])
+def test_the_lists_of_what_is_read_are_what_the_classes_read(table, class_of_name, names):
+    """What a class reads of the flags stands in its from_args; of the loop it has beta, and the
+    optimiser knows of --freeze-prototypes."""
+    flags = {flag for words in table.values() for flag in words.split()}
+    assert sorted(table) == sorted(names)
+    for name, words in table.items():
+        read = set(re.findall(r"args\.(\w+)", inspect.getsource(class_of_name(name).from_args)))
+        of_the_loop = {"beta", "freeze_prototypes"} & set(words.split())
+        assert (read & flags) | of_the_loop == set(words.split()), name
+    assert {"student_temp", "uniformity"} <= flags or {"kp_weight", "live_eta"} <= flags
+
+
+def test_a_set_of_a_fork_may_read_any_flag(monkeypatch):
+    monkeypatch.setitem(heads.PROTOTYPES, "mine", Frozen)
+    args = arguments("--prototypes mine --beta 1 1 --live-eta 0.5 --kp-weight 1")
+    assert args.beta == [1.0, 1.0]
 
 
 def test_what_the_table_names_by_a_string_is_loaded_when_asked_for():

@@ -176,11 +176,22 @@ def check_patches(args):
         raise ValueError("--student-prototypes is for train.py; both streams have one kind here")
 
 
+def check_trained(weight_flag, weight, kind_flag, kind):
+    """ValueError for a weight of KoLeo above 0 where no loss trains the prototypes."""
+    if weight and not issubclass(heads.prototype_class(kind), heads.Joint):
+        raise ValueError(f"--{weight_flag} {weight} changes nothing with --{kind_flag} {kind}, "
+                         "which no loss trains")
+
+
 def check(args):
     """ValueError for values that cannot run."""
     check_patches(args)
     check_values(args, [("be positive", lambda v: v > 0, ["patch_temp"]),
                         ("not be negative", lambda v: v >= 0, ["patch_kp_weight"])])
+    if args.kp_weight and args.patch_prototypes != "kp":
+        check_trained("kp-weight", args.kp_weight, "prototypes", args.prototypes)
+    check_trained("patch-kp-weight", args.patch_kp_weight, "patch-prototypes",
+                  args.patch_prototypes)
     of_patches = (args.patch_prototypes, args.num_patch_prototypes, args.patch_kp_weight)
     if args.shared_prototypes and of_patches != (args.prototypes, args.num_prototypes,
                                                  args.kp_weight):

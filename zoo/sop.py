@@ -56,9 +56,6 @@ PRESETS["paper-sop-vits"] = dict(
     num_patch_prototypes=512, patch_neighbours=0, patch_memory=8192,
     global_scale=[0.25, 1.0], local_scale=[0.05, 0.25])
 
-# Flags of train.py about targets that SOP does not read
-NOT_READ = ["targets", "teacher_temp_epochs"]
-
 
 # ---- command line ------------------------------------------------------------------------------
 def flags(parser):
@@ -94,8 +91,6 @@ def check(args):
     ibot.check_patches(args)
     check_values(args, [("be at least 1", lambda v: v >= 1, ["patch_memory"]),
                         ("not be negative", lambda v: v >= 0, ["patch_neighbours"])])
-    config.check_not_read(args, flags, NOT_READ, "SOP, which neither centres nor balances its "
-                          "targets, nor warms up their temperature")
     start, end = args.teacher_temp
     if start != end:
         raise ValueError("--teacher-temp is one value in SOP, for class tokens and patches; got "
