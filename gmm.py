@@ -9,21 +9,23 @@ Its means are the prototypes.
     mu         mu_k = c_k      means, the prototypes                              (K, D)
     var        diag Sigma_k    diagonal covariances                               (K, D)
     gamma      gamma_ik        responsibility of component k for vector i         (N, K)
-    T_*        S~_k            statistics of this step                            (K,) (K, D) (K, D)
+    T_*        S~_k            statistics of this step; * is pi, mu or sig        (K,) (K, D) (K, D)
     S_*        S_k             running statistics; S_pi counts samples            (K,) (K, D) (K, D)
     g          gamma^_k        mean responsibility over the step                  (K,)
     eta        eta             forgetting factor (A.7); eta^g is the share of S that is kept
     beta       beta            exponent of the density; below 1 it flattens gamma (A.1)
     mass       JB / K          samples that a component of weight 1/K starts with (A.4)
     c                          mean of h, around which products are taken         (D,)
+                               (in A.7 c is a number, where eta starts)
     ks                         a block of components, as a slice                  |ks| of them
 
 gamma^_k is the paper's gamma with a hat, S~ its S with a tilde; eta^g is eta to the power of g. The
 mixture keeps S; mu and var follow from it (A.5) and are computed when they are asked for. S is
-float64, since at large K a step changes it by less than float32 can show (g = 1/65,536). Components
-are handled in blocks: that bounds all memory but gamma's own, and changes no more than rounding.
-fast/gmm.py computes the same for very large N K. The paper leaves some things open and misprints
-others; each choice of ours is a line that starts with `# differs:`.
+float64: with K = 65,536 the mean g is 1/K, and a late step (eta near 0.99) then changes S by about
+1e-7 of itself, which float32 would round away. Components are handled in blocks: that bounds all
+memory but gamma's own, and changes no more than rounding. fast/gmm.py computes the same for very
+large N K. The paper leaves some things open and misprints others; each choice of ours is a line
+that starts with `# differs:`.
 """
 import math
 
@@ -95,12 +97,12 @@ class OnlineGMM(nn.Module):
 
         mass: samples that a component of weight 1/K is worth, JB/K (A.4).
         """
-        self.floor.fill_(1e-18)  # no floor until `update` sets it
+        self.floor.fill_(1e-18)  # so small that it does nothing; `update` sets the real one
         device = self.S_pi.device
         pi = torch.as_tensor(pi, dtype=torch.float64, device=device).expand(self.K)  # (K,)
         mu, var = (torch.as_tensor(v, device=device).expand(self.K, self.D) for v in (mu, var))
-        # differs: A.4 prints the mass JB/K for every component. K pi_k JB/K is the same where
-        # pi_k = 1/K, and it lets A.5 give back any other pi
+        # differs: A.4 prints the mass JB/K for every component. Here it is pi_k JB, which is JB/K
+        # where pi_k = 1/K. For any other pi, A.5 then returns the pi that was given
         n = self.K * mass * pi  # (K,)
         for ks in self.blocks():
             self.S_pi[ks], self.S_mu[ks], self.S_sig[ks] = statistics(n[ks], mu[ks], var[ks])
@@ -117,8 +119,8 @@ class OnlineGMM(nn.Module):
         Raises ValueError if a value of h is not finite.
         """
         # differs: the paper names no start. It reports that all means are unique from the first
-        # epoch on, which random directions are: a few components then take every vector, and the
-        # others never move. Means that start from vectors of the teacher lie on the data instead
+        # epoch on. Random directions are unique; after such a start a few components take nearly
+        # all vectors, and the others hardly move. Vectors of the teacher put the means on the data
         h = h.float()
         if not torch.isfinite(h).all():
             raise ValueError("OnlineGMM.init_from: h holds values that are not finite")
@@ -185,8 +187,8 @@ class OnlineGMM(nn.Module):
 
         Returns 0-dim tensors: used (components that are the most responsible one of some vector),
         pi_max (largest weight afterwards) and resurrected (components that restarted). If a value
-        of h is not finite, the step is discarded and only t goes on. Raises ValueError for beta or
-        eta out of range.
+        of h is not finite, the step is discarded: only t goes on, and `used` says nothing. Raises
+        ValueError for beta or eta out of range.
         """
         h, eta = self.checked(h, beta, eta)
         c, pooled, rms = spread(h)  # (D,) () ()
@@ -204,9 +206,9 @@ class OnlineGMM(nn.Module):
 
             # A.5  pi = S_pi / sum_k S_pi;  mu and Sigma follow from S too, see mean and variance
             self.log_pi.copy_(self.weights().log())
-            self.set_floor(pooled, eta)  # of the variances, from here to the next step
+            self.set_floor(pooled, eta)  # smallest variance, until the next call
 
-            # A.6  mu_k <- mu_k / sqrt(||mu_k||) where pi_k > limit; the lightest j restarts
+            # A.6  where pi_k > limit: mu_k <- mu_k / sqrt(||mu_k||); the lightest j restarts
             resurrected = self.split_resurrect(pooled, rms)
             used = torch.zeros_like(self.log_pi).index_fill_(0, gamma.argmax(1), 1).sum()
         return {"used": used, "pi_max": self.log_pi.max().exp(), "resurrected": resurrected}
@@ -214,9 +216,9 @@ class OnlineGMM(nn.Module):
     def checked(self, h, beta, eta):
         """h (N, D) float32 and eta (), safe to compute with. ValueError: beta or eta out of range.
 
-        If any value is not finite, or too large for its square to be, all of h becomes 0 and eta
-        becomes 1, which discards the step: A.3 then leaves S as it is. This is a tensor operation
-        and not an `if`, so that the CPU does not wait for a GPU.
+        If the sum of squares of h is not finite, all of h becomes 0 and eta becomes 1, which
+        discards the step: A.3 then leaves S as it is. This is a tensor operation and not an `if`,
+        so that the CPU does not wait for a GPU.
         """
         if not 0 < eta < 1:
             raise ValueError(f"eta must lie in (0, 1), got {eta}")
@@ -235,7 +237,7 @@ class OnlineGMM(nn.Module):
             log_P = torch.cat([self.log_density(h, ks) for ks in self.blocks()], dim=1)  # (N, K)
             # A.1  gamma_ik = pi_k P(h_i | k)^beta / sum_k' pi_k' P(h_i | k')^beta
             gamma = (self.log_pi + beta * log_P).softmax(1)  # (N, K)
-            # a gamma below 1e-20 cannot change S; as 0 it makes no products that are subnormal
+            # a gamma below 1e-20 is lost beside S. As 0 it makes no products that are subnormal
             # numbers, which are very slow on CPUs
             return nn.functional.threshold_(gamma, 1e-20, 0.)
 
@@ -243,8 +245,8 @@ class OnlineGMM(nn.Module):
         """log P(h_i | mu_k, Sigma_k) (N, |ks|) of vectors h (N, D) under the components ks."""
         c, mu = h.mean(0), self.mean(ks)  # (D,) (|ks|, D)
         var = self.variance(ks, mu)  # (|ks|, D)
-        # P does not change when h and mu are both shifted by c, but float32 rounding does: far from
-        # the origin it would exceed the distances
+        # a shift of both h and mu by c leaves P as it is, and makes the numbers small: far from the
+        # origin the rounding of float32 would be larger than the distances
         h, mu, precision = h - c, (mu - c).float(), (1 / var).float()  # (N, D) (|ks|, D) (|ks|, D)
         # -2 log P = sum_d (h - mu)^2 / Sigma + log Sigma + log(2 * 3.14...). The square is
         # multiplied out, so that two matrix products do most of the work
@@ -260,8 +262,8 @@ class OnlineGMM(nn.Module):
         T_pi = gamma.sum(0).double()  # (|ks|,)
         T_mu = (gamma.T @ (h - c)).double()  # (|ks|, D)
         T_sig = (gamma.T @ ((h - c) * (h + c))).double()  # (|ks|, D), of h^2 - c^2
-        c, mass = c.double(), T_pi[:, None]  # (D,) (|ks|, 1)
-        return T_pi, T_mu + mass * c, T_sig + mass * c ** 2
+        c, total = c.double(), T_pi[:, None]  # (D,) (|ks|, 1)
+        return T_pi, T_mu + total * c, T_sig + total * c ** 2
 
     def forget(self, ks, T_pi, T_mu, T_sig, N, eta):
         """A.3 for the components ks and a step of N vectors; eta (), where 1 leaves S as it is.
@@ -270,7 +272,7 @@ class OnlineGMM(nn.Module):
         """
         g = T_pi / N if self.forgetting == "responsibility" else torch.ones_like(T_pi)  # (|ks|,)
         # A.3  S <- eta^g S + (1 - eta^g) S~
-        # expm1 keeps all digits of 1 - eta^g where g is small; float32 would keep none at g = 1e-6
+        # 1 - eta^g would lose digits where g is small, and expm1 loses none
         w = -torch.expm1(g * eta.log())  # (|ks|,)
         self.S_pi[ks].lerp_(T_pi, w)
         self.S_mu[ks].lerp_(T_mu, w[:, None])
@@ -290,10 +292,10 @@ class OnlineGMM(nn.Module):
         """
         if self.resurrect is None or self.K == 1:
             return torch.zeros_like(self.S_pi[0])
-        n = min(int(1 / self.resurrect), self.K // 2)
+        most = min(int(1 / self.resurrect), self.K // 2)
         pi = self.weights()
         order = pi.argsort(descending=True, stable=True)
-        k, j = order[:n], order[-n:].flip(0)  # (n,) heaviest, (n,) lightest
+        k, j = order[:most], order[-most:].flip(0)  # (n,) each: heaviest, lightest; n = most
         # rms is 0 where `checked` discarded the step
         heavy = (pi[k] > self.resurrect) & (pi[j] < self.resurrect) & (rms > 0)  # (n,)
         mu = self.mean(k)  # (n, D)
@@ -307,7 +309,7 @@ class OnlineGMM(nn.Module):
         half = (self.S_pi[k] + self.S_pi[j]) / 2  # (n,)
         # differs: "scale-aware random initialization" is read as a random direction as long as the
         # typical vector, and "reset its variance" as the pooled variance of the step
-        fresh = rms * self.random_directions(n).to(rms.device, non_blocking=True)  # (n, D)
+        fresh = rms * self.random_directions(most).to(rms.device, non_blocking=True)  # (n, D)
         # differs: everything is written back into S, or the next A.5 would undo it
         split = statistics(half, mu, var)
         restarted = statistics(half, fresh, pooled.clamp_min(1e-8).expand_as(fresh))
