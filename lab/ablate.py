@@ -468,15 +468,14 @@ def lines_of_block(name, block, rows):
                                 key=lambda number: (len(number), number)))
     hardware = " and ".join(sorted({result["hardware"] for result in results}))
     raw, untrained = mean(results, "raw_knn", 1), mean(results, "untrained_knn", 1)
-    lines = [f"`{command}`",
-             "",
-             f"* {TABLES[name][0]}",
+    notes = [f"* {TABLES[name][0]}",
              f"* {steps} steps; k-NN of raw pixels {raw}, of the untrained backbone {untrained}",
              f"* {hardware}, torch {results[0]['torch']}, "
              f"{max(result['date'] for result in results)}"]
     if any(result.get("raw_miou") for result in results):
         raw, untrained = mean(results, "raw_miou", 1), mean(results, "untrained_miou", 1)
-        lines.insert(4, f"* mIoU of raw pixels {raw}, of the untrained backbone {untrained}")
+        notes.insert(2, f"* mIoU of raw pixels {raw}, of the untrained backbone {untrained}")
+    lines = [f"`{command}`", "", *wrapped(notes)]
     for heading, shown in parts(name):
         lines += ["",
                   f"| {heading or 'row'} | runs | {' | '.join(title for _, title, _ in shown)} |",
@@ -487,9 +486,12 @@ def lines_of_block(name, block, rows):
             if len(rows[row]) > 1:
                 cells = [deviation(rows[row], column, digits) for column, _, digits in shown]
                 lines.append(f"| ± sd | | {' | '.join(cells)} |")
-    of_verdict = verdict(rows) if name == "instrument" else []
-    return [*lines, "", *(part for line in of_verdict
-                          for part in textwrap.wrap(line, 98, subsequent_indent="  "))]
+    return [*lines, "", *wrapped(verdict(rows) if name == "instrument" else [])]
+
+
+def wrapped(items):
+    """The lines of items "* ...", at most 98 columns wide."""
+    return [line for item in items for line in textwrap.wrap(item, 98, subsequent_indent="  ")]
 
 
 def verdict(rows):
