@@ -523,7 +523,7 @@ def check_changes(args, parser):
             readers = [reader for table in (READ_BY_METHODS, READ_BY_PROTOTYPES)
                        for reader, flags in table.items() if name in flags.split()]
             parser.error(f"--{name.replace('_', '-')} changes nothing with {choice}; it is for "
-                         f"{', '.join(readers)}")
+                         f"{', '.join(readers)} (READ_BY_... in config.py says who reads it)")
 
 
 # (what a value must be, test, flags); see support/flags.py

@@ -5,10 +5,12 @@ entry of the table PROTOTYPES at the end of this file. The rest of the code call
 
     logits(h, ks=None)    h (..., D) -> z (..., K), or (..., len(ks)) for some prototypes   Eq. 1
     step(h, step, beta)   take in the teacher vectors h (N, D) of a step, of all processes  Eq. 3
-    bias(tau)             what joins z / tau in a softmax: the log-normaliser of vMF, or 0
+    bias(tau)             what joins z / tau in a softmax with a temperature, as DINO's and that of
+                          `assign`: the log-normaliser of vMF, or 0
     penalty()             a term of the loss about the prototypes alone (KoLeo), or 0
     vectors()             (K, D), what a count of unique prototypes counts                  Def. 2.1
-    assign(h)             h (N, D) -> (N, K), how much each prototype answers for each vector
+    assign(h, beta, tau, centre)
+                          h (N, D) -> (N, K), how much each prototype answers for each vector
     twin()                the teacher's set: the same object, or a copy of a set with gradients
 
 Frozen has all of them. A new set overrides what differs, mostly `vectors` and `step`; one that is

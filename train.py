@@ -58,7 +58,7 @@ def train(args, device, stop_request):
 
     student, teacher, protos_s, protos_t = networks(args, device, int(gmm_start))
     loss_fn = losses.loss(args, steps_per_epoch).to(device)
-    trained = [*student.parameters(), *protos_s.parameters()]  # theta
+    trained = [*student.parameters(), *protos_s.parameters(), *loss_fn.parameters()]  # theta
     averaged = [*teacher.parameters(), *protos_t.parameters()]  # phi
     optimizer = optim.make(args, trained, device)
 

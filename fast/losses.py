@@ -75,7 +75,8 @@ def carp(plain, h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ra
 
         partitions = max(1, logits_at_a_time(h_s.device) // (V * B * P))
         terms = PerBlock.apply(share, perm.split(partitions * P), h_s, C_s).sum(0)  # (terms,)
-    return dict(zip(names, terms))
+    # clones, as autograd lets nobody change one of several views in place: terms["entropy"] *= 2
+    return {name: term.clone() for name, term in zip(names, terms)}
 
 
 def dino(h_s, p_t, protos_s, tau=0.1):

@@ -143,7 +143,14 @@ class Record:
         self.unread, self.bad_in_a_row, self.first_bad = [], 0, ""
 
     def add(self, terms, share):
-        """The terms {name: scalar} of a micro-batch that is this share of the batch."""
+        """The terms {name: scalar} of a micro-batch that is this share of the batch.
+
+        ValueError if they are not those of the step before: each has a column of log.csv.
+        """
+        if self.terms and list(terms) != self.terms:
+            raise ValueError(f"the loss has the terms {', '.join(terms)} after a step with "
+                             f"{', '.join(self.terms)}: where a term does not count, return 0 for "
+                             "it, since each has a column of log.csv")
         self.terms = list(terms)
         self.sum = self.sum + share * torch.stack([v.detach() for v in terms.values()])  # (terms,)
 

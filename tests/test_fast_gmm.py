@@ -50,7 +50,8 @@ def test_other_rules_of_forgetting(forgetting):
             gmm.update(h + t, 0.4, 0.8)
     assert not torch.allclose(plain.S_pi, reference.S_pi, rtol=1e-2)  # the rule matters here
     for x, y in zip(plain.buffers(), fast.buffers()):
-        assert torch.allclose(x.double(), y.double(), rtol=1e-5, atol=1e-6)
+        # float32 responsibilities, rounded in another order, and three steps build on each other
+        assert torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5)
 
 
 def test_vectors_that_are_not_finite_leave_the_mixture_alone():

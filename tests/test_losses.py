@@ -444,7 +444,7 @@ class WeighedCARP(losses.CARPLoss):
         if self.weight is None:
             del terms["entropy"]
         else:
-            terms["entropy"] = self.weight * terms["entropy"]
+            terms["entropy"] *= self.weight
         return terms
 
 

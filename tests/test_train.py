@@ -10,6 +10,7 @@ from torchvision.utils import save_image
 
 import config
 import forked
+import losses
 import train
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
@@ -297,6 +298,47 @@ def test_two_processes_equal_one(one_and_two, case):
 def test_bad_flags_get_one_sentence_and_exit_code_2(capsys, tmp_path, flags, sentence):
     assert sentence in sentence_of_refusal(capsys, tmp_path, *flags.split())
     assert not os.path.exists(tmp_path / "ckpt.pt")
+
+
+class WithPredictor(losses.CARPLoss):
+    """CARP on what a layer of the loss makes of the student's vectors."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.predictor = torch.nn.Linear(8, 8)
+        self.start = self.predictor.weight.detach().clone()
+
+    def forward(self, h_s, *others):
+        return super().forward(self.predictor(h_s), *others)
+
+
+@pytest.mark.parametrize("prototypes", ["joint", "decoupled"])
+def test_the_parameters_of_a_loss_are_trained(tmp_path, monkeypatch, prototypes):
+    made = []
+
+    class Kept(WithPredictor):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+    monkeypatch.setitem(losses.LOSSES, "mine", Kept)
+    train_tiny(tmp_path, "--method", "mine", "--prototypes", prototypes, "--lr", "1")
+    loss, ckpt = made[-1], read_checkpoint(tmp_path)
+    assert (loss.predictor.weight - loss.start).abs().max() > 1e-4
+    assert torch.equal(ckpt["loss"]["predictor.weight"], loss.predictor.weight.detach())
+    # and the teacher's average pairs the same parameters as before
+    assert {name: v.shape for name, v in ckpt["teacher"].items()} == {
+        name: v.shape for name, v in ckpt["student"].items()}
+
+
+def test_a_term_that_comes_or_goes_with_the_step_is_one_sentence(tmp_path, capsys, monkeypatch):
+    class Late(losses.CARPLoss):
+        def forward(self, h_s, h_t, protos_s, protos_t, step):
+            terms = super().forward(h_s, h_t, protos_s, protos_t, step)
+            return terms | {"spread": h_s.square().mean()} if step > 2 else terms
+    monkeypatch.setitem(losses.LOSSES, "mine", Late)
+    sentence = sentence_of_refusal(capsys, tmp_path, "--method", "mine")
+    assert ("the loss has the terms consistency, entropy, spread, penalty, loss after a step with "
+            "consistency, entropy, penalty, loss: where a term does not count, return 0") in sentence
 
 
 def test_folders_without_images_or_with_one_class(capsys, tmp_path):
