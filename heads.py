@@ -239,8 +239,8 @@ class Decoupled(Frozen):
         if 2 * args.batch_size * K > 2 ** 26:  # N K: more responsibilities than memory should hold
             from fast.gmm import FastGMM
             Mixture = FastGMM
-            ddp.print_once("N K is above 2^26: A.1 and A.2 are those of fast/gmm.py, so what you "
-                           "change of them in gmm.py has to be changed there too")
+            ddp.print_once("N K is above 2^26: `update` with A.1 and A.2 is that of fast/gmm.py, so "
+                           "what you change of it in gmm.py has to be changed there too")
         forgetting = args.forgetting
         if forgetting == "sample":
             from zoo.sample_forgetting import per_sample

@@ -342,7 +342,7 @@ def test_the_number_of_responsibilities_chooses_the_mixture(batch_size, fast, fo
     gmm = heads.prototypes(args).gmm
     assert isinstance(gmm, OnlineGMM)
     assert isinstance(gmm, FastGMM) == fast
-    assert ("those of fast/gmm.py" in capsys.readouterr().out) == fast
+    assert ("that of fast/gmm.py" in capsys.readouterr().out) == fast
     if forgetting == "responsibility":
         assert type(gmm) in (OnlineGMM, FastGMM)
         assert gmm.forgetting == "responsibility"
