@@ -239,7 +239,7 @@ class Decoupled(Frozen):
         if 2 * args.batch_size * K > 2 ** 26:  # N K: more responsibilities than memory should hold
             from fast.gmm import FastGMM
             Mixture = FastGMM
-            ddp.print_once("N K is above 2^26: `update` with A.1 and A.2 is that of fast/gmm.py, so "
+            ddp.print_once("N K is above 2^26: `update` with A.1 and A.2 is that of fast/gmm.py; "
                            "what you change of it in gmm.py has to be changed there too")
         forgetting = args.forgetting
         if forgetting == "sample":
