@@ -519,11 +519,13 @@ def check_changes(args, parser):
                                                 "patch_prototypes")]
     kinds = [kind for kind in dict.fromkeys(kinds) if kind not in (None, "same")]
     for name, choice in not_read(args.method, kinds).items():
-        if getattr(args, name) != parser.get_default(name):
+        value = getattr(args, name)
+        if value != parser.get_default(name):
             readers = [reader for table in (READ_BY_METHODS, READ_BY_PROTOTYPES)
                        for reader, flags in table.items() if name in flags.split()]
             parser.error(f"--{name.replace('_', '-')} changes nothing with {choice}; it is for "
-                         f"{', '.join(readers)} (READ_BY_... in config.py says who reads it)")
+                         f"{', '.join(readers)} (READ_BY_... in config.py says who reads it); "
+                         f"got {value}")
 
 
 # (what a value must be, test, flags); see support/flags.py

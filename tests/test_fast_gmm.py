@@ -45,13 +45,13 @@ def test_other_rules_of_forgetting(forgetting):
         options = {"forgetting": "plain"}
     plain, fast, h = both(40, 6, 50, chunk=16, keep=300, **options)
     reference, _, _ = both(40, 6, 50)
+    h = h.abs()  # sums of both signs cancel, and then rounding decides all digits that are left
     for t in range(3):
         for gmm in (plain, fast, reference):
             gmm.update(h + t, 0.4, 0.8)
     assert not torch.allclose(plain.S_pi, reference.S_pi, rtol=1e-2)  # the rule matters here
     for x, y in zip(plain.buffers(), fast.buffers()):
-        # float32 responsibilities, rounded in another order, and three steps build on each other
-        assert torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(x.double(), y.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_vectors_that_are_not_finite_leave_the_mixture_alone():
