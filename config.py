@@ -459,16 +459,15 @@ def complete(args):
     def default(name, value):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    loss = losses.loss_class(args.method)
+    loss, protos = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
     default("head_norm", loss.unit_h)
     default("momentum", loss.teacher_momentum[0])
     default("momentum_end", loss.teacher_momentum[1])
     default("teacher_temp", list(loss.teacher_temp))
-    if args.prototypes == "live":
-        default("gmm_start", 0.5)
+    default("targets", protos.targets_of_dino)
+    default("kp_weight", protos.kp_weight)
+    default("gmm_start", protos.gmm_start)
     default("gmm_start", 0.75 if args.gmm_init == "features" else 0.0)
-    default("targets", "prob" if args.prototypes == "vmf" else "center")
-    default("kp_weight", 0.1 if args.prototypes == "kp" else 0.0)
 
 
 def check_not_read(args, add_flags, names, script):
@@ -562,11 +561,12 @@ def check(args, error):
     loss, protos = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
     # methods of scripts in zoo/ are not in LOSSES; those that get here have temperatures too
     has_temperatures = issubclass(loss, losses.DINOLoss) or args.method not in losses.LOSSES
-    if args.prototypes == "vmf" and not has_temperatures:
-        error("--prototypes vmf has concentrations in units of DINO's temperatures; "
+    if issubclass(protos, heads.VMF) and not has_temperatures:
+        error(f"--prototypes {args.prototypes} has concentrations in units of DINO's temperatures; "
               f"got --method {args.method}")
-    if args.prototypes == "vmf" and args.bottleneck_dim < 3:
-        error(f"--prototypes vmf needs --bottleneck-dim 3 or more, got {args.bottleneck_dim}")
+    if issubclass(protos, heads.VMF) and args.bottleneck_dim < 3:
+        error(f"--prototypes {args.prototypes} needs --bottleneck-dim 3 or more, got "
+              f"{args.bottleneck_dim}")
     if args.prototypes == "live" and K < 2:
         error(f"--prototypes live needs --num-prototypes 2 or more, got {K}")
     if loss.only_with and not issubclass(protos, heads.prototype_class(loss.only_with)):
@@ -605,6 +605,10 @@ def check(args, error):
     if args.head_bn and batch // args.accum < 2:
         error(f"--batch-size {batch} over --accum {args.accum} leaves one image, too few for "
               "--head-bn")
+    start, end = args.teacher_temp
+    if start != end and not args.teacher_temp_epochs and not args.resume:
+        error(f"--teacher-temp {start} {end}: START counts only with --teacher-temp-epochs, the "
+              "passes over which it becomes END; without it, type one value twice")
     if args.stop_at and args.steps and args.stop_at > args.steps:
         error(f"--stop-at {args.stop_at} lies beyond --steps {args.steps}")
 

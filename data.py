@@ -49,8 +49,24 @@ class Images:
     broken: list = field(default_factory=list)  # paths of damaged files, replaced by a neighbour
     label_map: torch.Tensor = None  # (N, H, W) uint8: class + 1 of each pixel, 0 for background
 
+    def __post_init__(self):
+        """ValueError for tensors of another kind; crops divide by 255."""
+        x, y = self.x, self.y
+        if not torch.is_tensor(x) or x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"the images of {self.name} must be a tensor (N, 3, H, W) of uint8, "
+                             f"got {kind_of(x)}")
+        if y is not None and not (torch.is_tensor(y) and len(y) == len(x)):
+            raise ValueError(f"the labels of {self.name} must be None or a tensor with one entry "
+                             f"for each of the {len(x)} images, got {kind_of(y)}")
+
     def __len__(self):
         return len(self.x)
+
+
+def kind_of(x):
+    if not hasattr(x, "shape"):
+        return f"a {type(x).__name__}"
+    return f"a {type(x).__name__} {tuple(x.shape)} of {x.dtype}"
 
 
 @dataclass(eq=False)

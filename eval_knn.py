@@ -191,7 +191,7 @@ def winners(path, images, device="cpu"):
         for x in eval_batches(images, args["img_size"], device=device, mean=args["mean"],
                               std=args["std"]):
             h = net([x])  # (n, D)
-            p = prototypes.assign(h, tau=loss.tau, centre=loss.centre_over_tau())  # (n, K)
+            p = prototypes.assign(h, args["beta"][1], loss.tau, loss.centre_over_tau())  # (n, K)
             won.append(p.argmax(1).cpu())
             bar.update(len(x))
     return torch.cat(won), p.shape[1]

@@ -76,12 +76,18 @@ class Frozen(nn.Module):
     scale: factor on all logits, an inverse temperature. All sets in this file start from the same
     directions, for one seed. `start` (K, D) is where a set began; its drift is measured from there.
     `origin` is the point that h is measured from: 0 for all sets of the paper.
+
+    A set may also say what a flag is where nobody types it: `kp_weight` for --kp-weight,
+    `targets_of_dino` for --targets, and `gmm_start` for --gmm-start.
     """
 
     origin = 0.0
     countable = True  # False: the vectors are a memory, so a count of unique ones says nothing
     needs_float64 = False  # which some devices do not have
     only_with = None  # the name of the only method it works with
+    kp_weight = 0.0
+    targets_of_dino = "center"
+    gmm_start = None  # 0.75 with --gmm-init features, else 0
 
     def __init__(self, K, D, scale=1.0, seed=0):
         super().__init__()
@@ -109,9 +115,11 @@ class Frozen(nn.Module):
     def logits_are_products(self):
         """Whether logits(h) is scale (h - origin) C^T with C = directions(), as above.
 
-        fast/losses.py takes that product apart, so it serves no set that overrides `logits`.
+        fast/losses.py takes that product apart, so it serves no set that overrides `logits`. It has
+        gradients for h and C alone, so it serves no set that trains its scale or origin either.
         """
-        return getattr(self.logits, "__func__", None) is Frozen.logits
+        trained = [x for x in (self.scale, self.origin) if torch.is_tensor(x) and x.requires_grad]
+        return not trained and getattr(self.logits, "__func__", None) is Frozen.logits
 
     def bias(self, tau):
         return 0.0
@@ -168,6 +176,12 @@ class Joint(Frozen):
         return twin
 
 
+class KP(Joint):
+    """Joint with KoLeo-Proto, whose weight is that of B.1 where nobody types --kp-weight."""
+
+    kp_weight = 0.1
+
+
 class VMF(Joint):
     """DINO-vMF (Govindarajan et al. 2023): a prototype is a von Mises-Fisher density on the sphere.
 
@@ -175,6 +189,8 @@ class VMF(Joint):
     log-normaliser of the density joins the logit, which is what makes it possible to train the
     lengths.
     """
+
+    targets_of_dino = "prob"
 
     def __init__(self, K, D, scale=1.0, seed=0, *, kp=0.0):
         super().__init__(K, D, scale, seed, kp=kp, gain=True)
@@ -223,11 +239,12 @@ class Decoupled(Frozen):
     """
 
     needs_float64 = True
+    Mixture = OnlineGMM  # a subclass may name another, which then runs at any size
 
     def __init__(self, K, D, scale=1.0, seed=0, *, gmm=None, init="features", begin=0, unit=True,
                  a=0.001, c=0.89):
         super().__init__(K, D, scale, seed)
-        self.gmm = gmm or OnlineGMM(K, D)
+        self.gmm = gmm or self.Mixture(K, D)
         self.init, self.begin, self.unit, self.a, self.c = init, begin, unit, a, c
         self.started = False
         self.collected = 0  # teacher vectors collected so far for the start
@@ -235,8 +252,9 @@ class Decoupled(Frozen):
     @classmethod
     def from_args(cls, args, begin=0):
         K, D = args.num_prototypes, args.bottleneck_dim
-        Mixture = OnlineGMM
-        if 2 * args.batch_size * K > 2 ** 26:  # N K: more responsibilities than memory should hold
+        Mixture = cls.Mixture
+        # N K above 2^26: more responsibilities than memory should hold
+        if Mixture is OnlineGMM and 2 * args.batch_size * K > 2 ** 26:
             from fast.gmm import FastGMM
             Mixture = FastGMM
             ddp.print_once("N K is above 2^26: `update` with A.1 and A.2 is that of fast/gmm.py; "
@@ -311,7 +329,7 @@ class Decoupled(Frozen):
 # name of --prototypes: a class, or "module.Class" of one that is loaded when it is asked for
 PROTOTYPES = {
     "joint": Joint,
-    "kp": Joint,  # --kp-weight then is 0.1 by default
+    "kp": KP,
     "vmf": VMF,
     "frozen": Frozen,
     "decoupled": Decoupled,
@@ -337,6 +355,9 @@ def student_and_teacher(args, begin=0):
     protos = prototypes(args, begin)
     if args.student_prototypes == "same":
         return protos, protos.twin()
+    if list(protos.parameters()):
+        raise ValueError("--student-prototypes joint stands beside prototypes without parameters, "
+                         f"as no loss trains them; got --prototypes {args.prototypes}")
     # Sec. 3, partial decoupling: the loss trains a set of the student's own, which has to agree
     # with assignments to a set that the loss does not touch
     return Joint.from_args(args), protos

@@ -153,9 +153,12 @@ def fast_losses(K, h_s, protos_s, protos_t):
     for protos in (protos_s, protos_t):
         if not protos.logits_are_products():
             name = type(protos).__name__
-            ddp.print_once(f"{name} overrides `logits`: the plain loss runs, with all "
-                           f"{V * B * K} logits of a step in memory")
+            ddp.print_once(f"{name} overrides `logits`, or trains its scale: the plain loss runs, "
+                           f"with all {V * B * K} logits of a step in memory")
             return None
+    ddp.print_once("a step has more than 2^24 logits: fast/losses.py computes the loss, from "
+                   "blocks of prototypes. What you change in losses.dino or Frozen.logits has to "
+                   "be changed there too; what you change in losses.carp counts within a block")
     from fast import losses
     return losses
 

@@ -23,7 +23,7 @@ import views
 from support import checkpoint, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
-from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
+from support.log import Clock, Log, due, joined, keep_freed_memory, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 
@@ -117,8 +117,8 @@ def train(args, device, stop_request):
             with amp(args, device):
                 h_s = student(part).view(len(part), -1, args.bottleneck_dim)  # (V, B/accum, D)
             terms = loss_fn(h_s, target, protos_s, protos_t, step)
-            terms["penalty"] = protos_s.penalty()
-            terms["loss"] = sum(terms.values())
+            terms = joined(terms, penalty=protos_s.penalty())
+            terms = joined(terms, loss=sum(terms.values()))
             (terms["loss"] / args.accum).backward()
             record.add(terms, 1 / args.accum)
         # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
@@ -141,9 +141,8 @@ def train(args, device, stop_request):
             record.read()
         if now.row:
             first_term = next(iter(terms))
-            row = record.means() | report | clock.speed(args.batch_size)
-            row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
-                    "memory_mb": peak_memory(device)}
+            row = joined(record.means(), report, clock.speed(args.batch_size), lr=lr, beta=beta,
+                         epoch=done / steps_per_epoch, memory_mb=peak_memory(device))
             if loss_fn.uniform:  # ln P for CARP, ln K for DINO; log.csv says ln_k for both
                 row["loss_over_ln_k"] = row[first_term] / loss_fn.uniform
             if now.evaluation:
@@ -154,7 +153,7 @@ def train(args, device, stop_request):
                     if args.student_prototypes != "same":
                         metrics |= measures.student_measures(protos_s, loss_fn, h, beta, args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
-                    row |= metrics
+                    row = joined(row, metrics)
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
             if ddp.RANK == 0:
                 log.row(done, row, terms)

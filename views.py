@@ -13,6 +13,7 @@ Letters: B images of a batch, H x W pixels of an image, V views of an image, s x
 """
 import functools
 import hashlib
+import itertools
 import math
 import os
 import signal
@@ -130,17 +131,20 @@ def from_memory(images, recipe, batch_size, seed, steps, rank_slice, device):
         # of ranks, and on any device.
         u = [torch.rand(batch_size, 32, generator=generator(AUGMENT, seed, step, v))[rank_slice]
              for v in range(len(views))]
-        u = torch.stack(u)  # (V, B, 32)
-        yield augment(x, u[:2], recipe, views[:2]) + augment(x, u[2:], recipe, views[2:])
+        crops = []
+        # consecutive views of one size and scale, their first two fields, are made together
+        for _, alike in itertools.groupby(range(len(views)), lambda v: views[v][:2]):
+            alike = list(alike)
+            numbers = torch.stack([u[v] for v in alike])  # (V of them, B, 32)
+            crops += augment(x, numbers, recipe, [views[v] for v in alike])
+        yield crops
 
 
 def augment(x, u, recipe, views):
-    """Views of one size: a list of tensors (B, 3, s, s), normalised.
+    """Views of one size and scale: a list of tensors (B, 3, s, s), normalised.
 
     x (B, 3, H, W) in [0, 1]; u (V, B, 32) uniform in [0, 1), on the CPU; views: V times `View`.
     """
-    if not views:
-        return []
     size, scale = views[0].size, views[0].scale
     V, B = u.shape[:2]
     H, W = x.shape[2:]

@@ -38,7 +38,7 @@ def assign_images(path, data, usage):
         for x in views.eval_batches(images, args["img_size"], device=device, mean=args["mean"],
                                     std=args["std"]):
             h = net([x])  # (n, D)
-            p = prototypes.assign(h, tau=loss.tau, centre=loss.centre_over_tau())  # (n, K)
+            p = prototypes.assign(h, args["beta"][1], loss.tau, loss.centre_over_tau())  # (n, K)
             probability, k = p.max(1)  # (n,) each
             features.append(h.cpu())
             winners.append(k.cpu())

@@ -261,9 +261,10 @@ def load_run(path):
     """(net, prototypes, loss, args dict) of the teacher in a run folder or its ckpt.pt.
 
     args holds every flag: those that are newer than the run have their defaults.
-    net([x]) -> h (N, D) in evaluation mode; prototypes.assign(h, tau=loss.tau,
-    centre=loss.centre_over_tau()) -> (N, K). A script of zoo/ that saves other networks defines a
-    function `load_run` of its own. ValueError if it is no checkpoint of a run of ours.
+    net([x]) -> h (N, D) in evaluation mode; prototypes.assign(h, args["beta"][1], loss.tau,
+    loss.centre_over_tau()) -> (N, K), with beta as at the end of the run. A script of zoo/ that
+    saves other networks defines a function `load_run` of its own. ValueError if it is no checkpoint
+    of a run of ours.
     """
     from support import backbones, checkpoints
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path

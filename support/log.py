@@ -100,6 +100,21 @@ class Log:
         return float(self.rows[0].get(column) or "nan")
 
 
+def joined(*parts, **more):
+    """One dict of several, each {column of log.csv: value}.
+
+    ValueError for a name in two of them.
+    """
+    whole = {}
+    for part in (*parts, more):
+        for name in part:
+            if name in whole:
+                raise ValueError(f"two values have the name {name!r} in log.csv: a term of the "
+                                 "loss, and what a prototype set reports, need names of their own")
+        whole |= part
+    return whole
+
+
 def printed(step, total, row, first_term):
     """A row of the log as one printed line; two where it holds an evaluation."""
     text = f"step {step:>{len(str(total))}}/{total}  loss {row['loss']:.3f}"

@@ -412,6 +412,15 @@ def test_the_evaluations_read_a_run(tmp_path):
     assert not torch.equal(student.patch_embed.weight, backbone.patch_embed.weight)
 
 
+def test_a_set_that_is_added_to_the_choices_serves_the_teacher(monkeypatch):
+    class Mine(heads.Frozen):
+        pass
+    monkeypatch.setitem(heads.PROTOTYPES, "mine", Mine)
+    monkeypatch.setitem(capi.CHOICES, "prototypes", ["clustered", "mine"])
+    args = capi.parse([*TINY, "--out", "nowhere", "--prototypes", "mine"])
+    assert type(capi.teacher_clusters(args)) is Mine
+
+
 def test_two_processes_equal_one(tmp_path):
     compare_one_process_with_two(
         "capi", [KINDS[0], KINDS[1][:2], KINDS[3]], [*TINY, "--lr", "0.05", "--ema-per-lr", "1"],

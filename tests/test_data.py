@@ -807,6 +807,40 @@ def test_batches_show_the_images_of_indices(some):
         assert torch.equal((red / 6).round().long(), views.indices(40, 8, 3, 2))
 
 
+class Uneven(views.Recipe):
+    def views(self):
+        first, second, *locals_ = super().views()
+        third = second._replace(scale=(0.01, 0.01))
+        return [first, second._replace(size=16), third, locals_[0]._replace(size=10), *locals_[1:]]
+
+
+def test_every_view_has_its_own_size_and_scale():
+    """A row of the image holds 0 to 255 from left to right, and a column does so in another
+    channel: so the range of a crop's values tells which share of the image it shows."""
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8)  # (64,)
+    x = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64).byte()])
+    images = data.Images(x.expand(8, 3, 64, 64).clone(), None, [], "x")
+    crops = run(images, 0, 1, Uneven(24, 8, 3, (0.8, 0.8), (0.1, 0.1), **ONLY_CROPS))[0]
+    assert [crop.shape[-1] for crop in crops] == [24, 16, 24, 10, 8, 8]
+    for crop, share in zip(crops, (0.8, 0.8, 0.01, 0.1, 0.1, 0.1)):
+        low, high = unnormalise(crop).flatten(2).aminmax(dim=2)  # (8, 3)
+        sides = (high - low)[:, :2] * 255 / 256 * crop.shape[-1] / (crop.shape[-1] - 1)  # (8, 2)
+        assert float(sides.prod(1).mean()) == pytest.approx(share, rel=0.1)
+
+
+@pytest.mark.parametrize("x, y, words", [
+    (torch.zeros(4, 3, 8, 8), None, r"of uint8, got a Tensor \(4, 3, 8, 8\) of torch.float32"),
+    (torch.zeros(4, 1, 8, 8).byte(), None, r"got a Tensor \(4, 1, 8, 8\) of torch.uint8"),
+    (torch.zeros(4, 8, 8, 3).byte(), None, r"got a Tensor \(4, 8, 8, 3\)"),
+    (np.zeros((4, 3, 8, 8), np.uint8), None, r"got a ndarray \(4, 3, 8, 8\) of uint8"),
+    ([1, 2], None, "the images of mine must be .* got a list"),
+    (noise(4), [0, 1, 0, 1], "the labels of mine must be None or a tensor .* got a list"),
+    (noise(4), torch.zeros(3), r"each of the 4 images, got a Tensor \(3,\)")])
+def test_images_of_another_kind_are_one_sentence(x, y, words):
+    with pytest.raises(ValueError, match=words):
+        data.Images(x, y, ["a", "b"], "mine")
+
+
 def test_batches_refuse_what_cannot_work(some):
     for flags, words in ((dict(batch_size=41), "--batch-size 41 .* 40 images"),
                          (dict(batch_size=0), "--batch-size 0"),

@@ -15,7 +15,7 @@ import heads
 import losses
 from fast.gmm import FastGMM
 from gmm import OnlineGMM
-from heads import VMF, Decoupled, Frozen, Head, Joint
+from heads import KP, VMF, Decoupled, Frozen, Head, Joint
 from support import ddp
 from zoo.live import Live
 
@@ -102,8 +102,11 @@ def test_a_set_with_logits_of_its_own_says_so():
 
     for kind in (Frozen, Joint, VMF, Decoupled):
         assert kind(8, 4).logits_are_products()
+        assert kind(8, 4, scale=torch.tensor(2.0)).logits_are_products()
     assert not Own(8, 4).logits_are_products()
     assert not Child(8, 4).logits_are_products()
+    learned = torch.nn.Parameter(torch.tensor(2.0))
+    assert not Frozen(8, 4, scale=learned).logits_are_products()
 
 
 # ---- sets with a gradient ----------------------------------------------------------------------
@@ -287,7 +290,7 @@ def arguments(flags):
 
 @pytest.mark.parametrize("flags, kind", [
     ("--prototypes joint", Joint),
-    ("--prototypes kp", Joint),
+    ("--prototypes kp", KP),
     ("--prototypes vmf --method dino", VMF),
     ("--prototypes frozen", Frozen),
     ("--prototypes decoupled", Decoupled),
@@ -348,6 +351,20 @@ def test_the_number_of_responsibilities_chooses_the_mixture(batch_size, fast, fo
         assert gmm.forgetting == "responsibility"
 
 
+def test_a_mixture_of_ones_own_runs_at_any_size(monkeypatch):
+    class Mine(OnlineGMM):
+        pass
+
+    class Other(Decoupled):
+        Mixture = Mine
+    monkeypatch.setitem(heads.PROTOTYPES, "mine", Other)
+    for batch_size in (2, 2 ** 17):
+        args = arguments(f"--prototypes mine --num-prototypes 1024 --bottleneck-dim 4 "
+                         f"--batch-size {batch_size}")
+        assert type(heads.prototypes(args).gmm) is Mine
+    assert type(Other(8, 4).gmm) is Mine
+
+
 @pytest.mark.parametrize("batch_size", [2 ** 17, 2 ** 17 + 1])
 def test_the_rule_of_samples_runs_in_both_mixtures(batch_size):
     """S_pi <- eta^T S_pi + (1 - eta^T) / (1 - eta), with T = sum_i gamma_ik; K is 2^8."""
@@ -385,6 +402,26 @@ def test_a_set_of_a_fork_may_read_any_flag(monkeypatch):
     monkeypatch.setitem(heads.PROTOTYPES, "mine", Frozen)
     args = arguments("--prototypes mine --beta 1 1 --live-eta 0.5 --kp-weight 1")
     assert args.beta == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("parent, found", [
+    (Joint, ("center", 0.0, 0.0)), (KP, ("center", 0.1, 0.0)), (VMF, ("prob", 0.0, 0.0)),
+    (Frozen, ("center", 0.0, 0.0)), (Live, ("center", 0.0, 0.5))])
+def test_a_set_of_a_fork_has_the_defaults_of_its_parent(monkeypatch, parent, found):
+    monkeypatch.setitem(heads.PROTOTYPES, "mine", type("Mine", (parent,), {}))
+    args = arguments("--method dino --prototypes mine")
+    assert (args.targets, args.kp_weight, args.gmm_start) == found
+
+
+def test_a_joint_student_needs_a_teachers_set_without_parameters(monkeypatch):
+    class Own(Frozen):
+        def __init__(self, K, D, scale=1.0, seed=0):
+            super().__init__(K, D, scale, seed)
+            self.length = torch.nn.Parameter(torch.ones(()))
+    monkeypatch.setitem(heads.PROTOTYPES, "mine", Own)
+    args = arguments("--prototypes mine --student-prototypes joint")
+    with pytest.raises(ValueError, match="beside prototypes without parameters.*prototypes mine"):
+        heads.student_and_teacher(args)
 
 
 def test_what_the_table_names_by_a_string_is_loaded_when_asked_for():

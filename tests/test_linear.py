@@ -1293,7 +1293,7 @@ def test_transfer_alone_cuts_no_border_off(tmp_path, monkeypatch, small, protoco
 
 def test_images_without_labels_or_without_a_test_split_are_refused(tmp_path, monkeypatch, capsys):
     """A folder with one image of each class has labels, and nothing is left for a test split."""
-    loose = data.Images(torch.zeros(3, 3, 32, 32), None, [], "x")
+    loose = data.Images(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), None, [], "x")
     for images, words in ((loose, "no labels"), (pictures([0, 1, 2]), "no test split")):
         monkeypatch.setattr(data, "load", lambda name, **kw: (images, None))
         with pytest.raises(SystemExit) as stop:

@@ -513,13 +513,14 @@ def test_a_set_with_logits_of_its_own_runs_on_the_plain_path_and_a_line_says_so(
     assert calls == []
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1  # though the loss was called twice
-    assert f"{kind.__name__} overrides `logits`: the plain loss runs" in lines[0]
+    assert f"{kind.__name__} overrides `logits`, or trains its scale: the plain loss" in lines[0]
     assert str(V * B * K) in lines[0]
     assert_equal(ours, by_hand(protos_s, protos_t))
     other = parent(K, D, 2.0)
     unchanged = call(make(), other, other.twin())
     assert calls == [method]
-    assert capsys.readouterr().out == ""
+    line, = capsys.readouterr().out.splitlines()
+    assert "fast/losses.py computes the loss" in line and "overrides" not in line
     assert relative_change(ours, unchanged) > 0.1
 
 
@@ -549,10 +550,23 @@ def test_vectors_or_directions_of_its_own_change_the_loss_on_both_paths(
     protos_t = protos_s.twin()
     ours = call(make(), protos_s, protos_t)
     assert calls == [method] * (path == "fast")
-    assert capsys.readouterr().out == ""
+    lines = capsys.readouterr().out.splitlines()
+    assert ["fast/losses.py computes the loss" in line for line in lines] == [True] * len(calls)
     assert_equal(ours, by_hand(protos_s, protos_t))
     other = parent(K, D, 2.0)
     assert relative_change(ours, call(make(), other, other.twin())) > 0.1
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_a_scale_that_is_trained_gets_its_gradient_at_any_size(take, method):
+    make, _ = LOSSES[method]
+    slopes = {}
+    for path in ("plain", "fast"):
+        take(path)
+        scale = torch.nn.Parameter(torch.tensor(2.0))
+        protos = Frozen(K, D, scale)
+        slopes[path] = float(call(make(), protos, protos)[1]["scale"])
+    assert slopes["fast"] == pytest.approx(slopes["plain"], rel=1e-5) and slopes["plain"] != 0
 
 
 # ---- several processes -------------------------------------------------------------------------

@@ -175,6 +175,8 @@ def test_the_student_never_sees_the_teachers_view(tmp_path, monkeypatch):
     (["--arch", "resnet18"], "--patch-drop needs a ViT"),
     (["--teacher-temp", "0.1", "0.1"], "--teacher-temp has no effect in MSN"),
     (["--targets", "sinkhorn"], "--targets has no effect in MSN"),
+    (["--uniformity", "1"], "--uniformity has no effect in MSN"),
+    (["--queue", "9"], "--queue has no effect in MSN"),
     (["--prototypes", "frozen", "--student-prototypes", "joint"],
      "--student-prototypes has no effect in MSN"),
     (["--prototypes", "vmf"], "--prototypes vmf does not work here"),

@@ -330,7 +330,7 @@ def test_the_monitor_knows_that_shares_are_of_the_memory_and_not_of_the_anchors(
     (["--patch-rows", "0"], "--patch-rows must be at least 1, got 0"),
     (["--targets", "sinkhorn"], "--targets changes nothing with --method sop"),
     (["--teacher-temp-epochs", "2"], "--teacher-temp-epochs changes nothing with --method sop"),
-    (["--teacher-temp", "0.04", "0.07"], "--teacher-temp is one value in SOP"),
+    (["--teacher-temp", "0.04", "0.07"], "--teacher-temp 0.04 0.07: START counts only with"),
     (["--student-prototypes", "joint"], "--student-prototypes joint"),
     (["--arch", "vit_nano", "--patch-size", "8"], "see 39 of the 64 pixels of a hidden patch"),
     (["--prototypes", "joint"], "--prototypes"), (["--method", "dino"], "--method")])

@@ -8,13 +8,17 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
+import collapse
 import config
+import data
+import eval_knn
 import forked
+import heads
 import losses
 import train
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
-from support import checkpoint
+from support import assign, checkpoint
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 CPU = torch.device("cpu")
@@ -274,6 +278,9 @@ def test_two_processes_equal_one(one_and_two, case):
     ("--prototypes live --method dino --num-prototypes 1",
      "--prototypes live needs --num-prototypes 2 or more, got 1"),
     ("--method dino --teacher-temp 0 0.04", "--teacher-temp must be positive, got 0.0 0.04"),
+    ("--method dino --teacher-temp 0.05 0.04",
+     "--teacher-temp 0.05 0.04: START counts only with --teacher-temp-epochs"),
+    ("--method sop --prototypes bank --teacher-temp 0.05 0.04", "START counts only with"),
     ("--prototypes joint --beta 1 1",
      "--beta changes nothing with --prototypes joint; it is for decoupled (READ_BY_... in "
      "config.py says who reads it); got [1.0, 1.0]"),
@@ -312,6 +319,46 @@ class WithPredictor(losses.CARPLoss):
 
     def forward(self, h_s, *others):
         return super().forward(self.predictor(h_s), *others)
+
+
+def test_the_tools_assign_images_with_the_beta_of_the_end_of_a_run(tmp_path, monkeypatch):
+    train_tiny(tmp_path, "--beta", "0.2", "0.9", "--steps", "2")
+    seen, original = set(), heads.Decoupled.assign
+    monkeypatch.setattr(heads.Decoupled, "assign", lambda protos, h, beta=0.5, *others: (
+        seen.add(beta), original(protos, h, beta, *others))[1])
+    eval_knn.winners(tmp_path, data.load("shapes")[1])
+    assert seen == {0.9}
+    seen.clear()
+    assign.assign_images(str(tmp_path), "shapes", collapse.usage)
+    assert seen == {0.9}
+
+
+class NamedPenalty(losses.CARPLoss):
+    def forward(self, *args):
+        return super().forward(*args) | {"penalty": args[0].sum()}
+
+
+class NamedDrift(losses.CARPLoss):
+    def forward(self, *args):
+        return super().forward(*args) | {"drift": args[0].sum()}
+
+
+class ReportsRate(heads.Frozen):
+    def step(self, h, step, beta=0.5):
+        return {"lr": h.norm(dim=1).mean()}
+
+
+@pytest.mark.parametrize("table, name, kind, flags", [
+    (losses.LOSSES, "penalty", NamedPenalty, ["--method", "mine", "--prototypes", "frozen"]),
+    (losses.LOSSES, "drift", NamedDrift, ["--method", "mine", "--prototypes", "frozen"]),
+    (heads.PROTOTYPES, "lr", ReportsRate, ["--prototypes", "mine"])])
+def test_a_name_that_is_taken_in_the_log_is_refused(tmp_path, capsys, monkeypatch, table, name,
+                                                    kind, flags):
+    monkeypatch.setitem(table, "mine", kind)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny(tmp_path, *flags)
+    assert stop.value.code == 2
+    assert f"two values have the name {name!r} in log.csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prototypes", ["joint", "decoupled"])

@@ -59,7 +59,8 @@ from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
 from support.flags import check_values
-from support.log import Clock, Log, due, keep_freed_memory, of_set, peak_memory, printed
+from support.log import Clock, Log, due, joined, keep_freed_memory, of_set
+from support.log import peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
@@ -268,18 +269,17 @@ class LinearClusters(heads.Frozen):
 def teacher_clusters(args, begin=0):
     """The set that --prototypes names; begin: the step at which a mixture starts.
 
-    The means of a mixture are directions. --logit-scale is sqrt(D) here, which makes the rows that
+    The sets of heads.py hold directions. --logit-scale is sqrt(D) here, which makes the rows that
     tokens are multiplied with as long as those of W are at the start.
     """
-    if args.prototypes == "decoupled":
-        of_mixture = copy.copy(args)
-        # Decoupled takes 2 batch_size for the vectors of a step, and chooses gmm.py or fast/gmm.py
-        # by it
-        of_mixture.batch_size = math.ceil(args.batch_size * args.patch_rows / 2)
-        return heads.prototypes(of_mixture, begin)
-    # not the set of zoo/clustered.py, which is this rule in the loop of train.py
-    clusters = LinearClusters(args.num_prototypes, args.bottleneck_dim, args.seed)
-    return clusters.requires_grad_(args.prototypes != "frozen")
+    if args.prototypes in ("clustered", "frozen"):
+        # not the set of zoo/clustered.py, which is this rule in the loop of train.py
+        clusters = LinearClusters(args.num_prototypes, args.bottleneck_dim, args.seed)
+        return clusters.requires_grad_(args.prototypes == "clustered")
+    of_set = copy.copy(args)
+    # Decoupled takes 2 batch_size for the vectors of a step, and chooses its mixture by it
+    of_set.batch_size = math.ceil(args.batch_size * args.patch_rows / 2)
+    return heads.prototypes(of_set, begin)
 
 
 @torch.no_grad()
@@ -492,10 +492,9 @@ def train(args, device, stop_request):
         if device.type == "cpu" or now.row or now.checkpoint:  # a GPU is waited for only then
             record.read()
         if now.row:
-            row = record.means() | report | clock.speed(args.batch_size)
-            row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
-                    "memory_mb": peak_memory(device), "momentum": m,
-                    "entropy_floor": entropy_floor} | spread(clusters)
+            row = joined(record.means(), report, clock.speed(args.batch_size), spread(clusters),
+                         lr=lr, beta=beta, momentum=m, entropy_floor=entropy_floor,
+                         epoch=done / steps_per_epoch, memory_mb=peak_memory(device))
             row["loss_over_ln_k"] = row["cross_entropy"] / math.log(args.num_prototypes)
             if now.evaluation:
                 h, at, h_s = coming_tokens(student, teacher, images, recipe, done, args, device)
@@ -503,7 +502,7 @@ def train(args, device, stop_request):
                     metrics = measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta,
                                                args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
-                    row |= metrics
+                    row = joined(row, metrics)
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
                     metrics |= {name: float(row[name])
                                 for name in ("target_entropy", "entropy_floor")}

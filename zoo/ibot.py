@@ -51,7 +51,8 @@ from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
 from support.flags import check_values
-from support.log import Clock, Log, due, keep_freed_memory, of_set, peak_memory, printed
+from support.log import Clock, Log, due, joined, keep_freed_memory, of_set
+from support.log import peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
@@ -132,11 +133,12 @@ def complete(args):
     default("num_patch_prototypes", args.num_prototypes * (1 if args.shared_prototypes else 4))
     default("patch_temp", args.teacher_temp)
     same_kind = args.patch_prototypes == args.prototypes
+    kind = heads.prototype_class(args.patch_prototypes)
     # the targets of vMF are for vMF alone, unless somebody types them
-    prob_of_vmf_alone = args.targets == "prob" and not same_kind and args.patch_prototypes != "vmf"
+    prob_of_vmf_alone = args.targets == "prob" and not same_kind and kind.targets_of_dino != "prob"
     default("patch_targets", "center" if prob_of_vmf_alone else args.targets)
-    if args.patch_prototypes == "kp" and not same_kind:
-        default("patch_kp_weight", 0.1 if typed_kp_weight is None else typed_kp_weight)
+    if kind.kp_weight and not same_kind:
+        default("patch_kp_weight", kind.kp_weight if typed_kp_weight is None else typed_kp_weight)
     default("patch_kp_weight", args.kp_weight if same_kind else 0.0)
 
 
@@ -185,13 +187,18 @@ def check_trained(weight_flag, weight, kind_flag, kind):
 
 def check(args):
     """ValueError for values that cannot run."""
+    config.check_not_read(args, flags, ["uniformity", "queue"], SCRIPT)
     check_patches(args)
     check_values(args, [("be positive", lambda v: v > 0, ["patch_temp"]),
                         ("not be negative", lambda v: v >= 0, ["patch_kp_weight"])])
-    if args.kp_weight and args.patch_prototypes != "kp":
+    if args.kp_weight and not heads.prototype_class(args.patch_prototypes).kp_weight:
         check_trained("kp-weight", args.kp_weight, "prototypes", args.prototypes)
     check_trained("patch-kp-weight", args.patch_kp_weight, "patch-prototypes",
                   args.patch_prototypes)
+    start, end = args.patch_temp
+    if start != end and not args.teacher_temp_epochs and not args.resume:
+        raise ValueError(f"--patch-temp {start} {end}: START counts only with "
+                         "--teacher-temp-epochs; without it, type one value twice")
     of_patches = (args.patch_prototypes, args.num_patch_prototypes, args.patch_kp_weight)
     if args.shared_prototypes and of_patches != (args.prototypes, args.num_prototypes,
                                                  args.kp_weight):
@@ -490,9 +497,9 @@ def train(args, device, stop_request, make_streams=streams):
             weights = row_weights(hide, rows)  # (m_b,), I.2
             terms = cls.loss(h_s, target, cls.student, cls.teacher, step)
             patch_term = patch.loss(patch_s, patch_target, weights, patch.student)
-            terms["patch"] = args.patch_weight * patch_term
-            terms["penalty"] = sum(s.student.penalty() for s in sets)
-            terms["loss"] = sum(terms.values())
+            terms = joined(terms, patch=args.patch_weight * patch_term,
+                           penalty=sum(s.student.penalty() for s in sets))
+            terms = joined(terms, loss=sum(terms.values()))
             (terms["loss"] / args.accum).backward()
             record.add(terms, 1 / args.accum)
         # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
@@ -515,9 +522,8 @@ def train(args, device, stop_request, make_streams=streams):
         if device.type == "cpu" or now.row or now.checkpoint:  # a GPU is waited for only then
             record.read()
         if now.row:
-            row = record.means() | report | clock.speed(args.batch_size)
-            row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
-                    "memory_mb": peak_memory(device)}
+            row = joined(record.means(), report, clock.speed(args.batch_size), lr=lr, beta=beta,
+                         epoch=done / steps_per_epoch, memory_mb=peak_memory(device))
             row["loss_over_ln_k"] = row["cross_entropy"] / cls.loss.uniform
             # the patch term of a uniform student: crops without a mask count 0
             scale = args.patch_weight * args.mask_share * patch.loss.uniform
@@ -529,7 +535,7 @@ def train(args, device, stop_request, make_streams=streams):
                     metrics = measures.prototype_measures(cls.teacher, cls.loss, h, beta, args.seed)
                     metrics |= patch_measures(patch, h_patch, at, beta, args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
-                    row |= metrics
+                    row = joined(row, metrics)
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
             if ddp.RANK == 0:
                 log.row(done, row, terms)

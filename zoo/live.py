@@ -229,6 +229,8 @@ class Live(Decoupled):
     random directions of Frozen take the place of mu_k, and m follows the teacher's vectors already.
     """
 
+    gmm_start = 0.5
+
     @classmethod
     def from_args(cls, args, begin=0):
         K, D = args.num_prototypes, args.bottleneck_dim

@@ -37,7 +37,7 @@ from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
 from support.flags import check_values
-from support.log import Clock, Log, due, keep_freed_memory, peak_memory, printed
+from support.log import Clock, Log, due, joined, keep_freed_memory, peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
@@ -60,7 +60,8 @@ PRESETS["paper-msn"] = dict(
 PRESETS["paper-pmsn"] = dict(PRESETS["paper-msn"], prior=0.25, prior_weight=5.0)
 
 # Flags of train.py about targets and prototypes that MSN does not read
-NOT_READ = ["targets", "teacher_temp", "teacher_temp_epochs", "student_prototypes"]
+NOT_READ = ["targets", "teacher_temp", "teacher_temp_epochs", "student_prototypes", "uniformity",
+            "queue"]
 
 
 # ---- what MSN adds to the command line ---------------------------------------------------------
@@ -254,8 +255,8 @@ def train(args, device, stop_request):
             with amp(args, device):
                 h_s = student_vectors(student, part[1:], keep)  # (V-1, B/accum, D)
             terms = loss_fn(h_s, q, protos)
-            terms["penalty"] = protos.penalty()
-            terms["loss"] = sum(terms.values())
+            terms = joined(terms, penalty=protos.penalty())
+            terms = joined(terms, loss=sum(terms.values()))
             (terms["loss"] / args.accum).backward()
             record.add(terms, 1 / args.accum)
         # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
@@ -277,9 +278,8 @@ def train(args, device, stop_request):
         if device.type == "cpu" or now.row or now.checkpoint:  # a GPU is waited for only then
             record.read()
         if now.row:
-            row = record.means() | report | clock.speed(args.batch_size)
-            row |= {"epoch": done / steps_per_epoch, "lr": lr, "beta": beta,
-                    "memory_mb": peak_memory(device)}
+            row = joined(record.means(), report, clock.speed(args.batch_size), lr=lr, beta=beta,
+                         epoch=done / steps_per_epoch, memory_mb=peak_memory(device))
             row["loss_over_ln_k"] = row["match"] / loss_fn.uniform
             if now.evaluation:
                 h = measures.coming_vectors(teacher, images, recipe, done, args, device,
@@ -287,7 +287,7 @@ def train(args, device, stop_request):
                 if ddp.RANK == 0:
                     metrics = measures.prototype_measures(protos, loss_fn, h, beta, args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
-                    row |= metrics
+                    row = joined(row, metrics)
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
             if ddp.RANK == 0:
                 log.row(done, row, terms)

@@ -91,10 +91,6 @@ def check(args):
     ibot.check_patches(args)
     check_values(args, [("be at least 1", lambda v: v >= 1, ["patch_memory"]),
                         ("not be negative", lambda v: v >= 0, ["patch_neighbours"])])
-    start, end = args.teacher_temp
-    if start != end:
-        raise ValueError("--teacher-temp is one value in SOP, for class tokens and patches; got "
-                         f"{start} {end}")
 
 
 # ---- streams -----------------------------------------------------------------------------------
