@@ -91,6 +91,7 @@ def unit_rows(C):
 
 
 def valid_eps(eps_list):
+    """The values of eps in order, each once. ValueError outside [0, 2]."""
     for eps in eps_list:
         if not 0 <= eps <= 2:
             raise ValueError(f"eps must lie in [0, 2] (it is 1 - cosine), not {eps}")
@@ -146,7 +147,8 @@ def effective_rank(C):
 
 def drift(C, C_0):
     """Median over prototypes of |c - c_0| / |c_0|, for C (K, D) and its start C_0 (K, D). 0 means
-    that training did not move them. ValueError for unequal shapes."""
+    that training did not move them. Prototypes that began at 0 are left out. ValueError for unequal
+    shapes."""
     C, C_0 = torch.as_tensor(C).double(), torch.as_tensor(C_0).double()
     if C.shape != C_0.shape:
         raise ValueError(f"drift compares equal shapes, not {tuple(C.shape)} and "
@@ -158,7 +160,8 @@ def drift(C, C_0):
 
 def usage(P):
     """(used, perplexity), both shares of K, from assignment probabilities P: a tensor (N, K), or an
-    iterable of such batches. ValueError for rows that do not sum to 1.
+    iterable of such batches. ValueError for another shape, negative values, rows that do not sum to
+    1 within .01, and no batch.
 
     used: prototypes that are the most probable one of at least one sample.
     perplexity: exp(entropy of the mean of P) / K."""
@@ -234,9 +237,11 @@ def describe(C, eps_list, orders=5, seed=0, progress=False):
         has_neighbour, component = graph[eps]  # (M,), (M,)
         count = alone + len(groups[eps])
         duplicates = sorted((n for n in groups[eps] if n > 1), reverse=True)
-        mean, sd = shuffled.get(eps, (len(groups[eps]), 0.))
+        # where no row has a neighbour, all orders give the same; without orders nobody knows
+        mean, sd = shuffled.get(eps, (None, None) if len(crowded) else (0, 0.))
         out["eps"][eps] = {"unique": count, "share": count / M,
-                           "any_order_mean": float(alone + mean), "any_order_sd": sd,
+                           "any_order_mean": None if mean is None else float(alone + mean),
+                           "any_order_sd": sd,
                            "components": len(component.unique()),
                            "with_neighbour": int(has_neighbour.sum()),
                            "largest_groups": duplicates[:5]}
@@ -342,6 +347,9 @@ def measure(args):
         if log or has_checkpoint:
             result["runs"].append(report.describe_run(path, name, log, drift))
         if log and not has_checkpoint:
+            if args.fail_below is not None or args.data:
+                raise ValueError(f"{path} has no ckpt.pt, and --fail-below and --data need its "
+                                 "prototypes")
             continue  # a log alone can still be drawn
         try:
             sets = load_prototypes(path, args.key)
@@ -414,6 +422,10 @@ def draw(args, logs, sets, prototypes):
     picture = args.picture
     if picture == "auto":
         picture = "training" if logs else "sweep"
+    if picture != "training" and not prototypes:
+        raise ValueError(f"--picture {picture} needs prototypes, and no PATH has any")
+    if args.panels and picture != "training":
+        raise ValueError("--panels is for --picture training, and no PATH has a log.csv")
     if picture == "training":
         runs, x_axis = (logs, "step") if logs else report.over_training(sets)
         plots.training(runs, args.plot, x_axis, args.panels)

@@ -124,7 +124,7 @@ def parser(add_flags=None):
          help="seed of weights, prototypes, partitions, order and crops; the built-in images have "
          "their own")
     flag("--device", default="auto",
-         help="cpu, cuda, mps or auto: the first of cuda, mps and cpu that is there")
+         help="cpu, cuda or auto: cuda if it is there, else cpu")
     flag("--resume", action="store_true",
          help="go on from the newest complete checkpoint in OUT, if there is one, with its flags; "
          "a restart by torchrun does so anyway")
@@ -614,27 +614,23 @@ def check(args, error):
 
 
 def device(args, error):
-    """cuda, mps or cpu for --device auto; error(sentence) for one that is not there.
-
-    MPS has no float64, which mixtures need.
-    """
-    name, float64 = args.device, heads.prototype_class(args.prototypes).needs_float64
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
+    """cuda or cpu for --device auto; error(sentence) for one that is not there, or that has no
+    float64, in which the mixture and the measures of prototypes are computed."""
+    name, has_cuda = args.device, torch.cuda.is_available()
     if name == "auto":
-        return next(d for d in available if available[d] and not (d == "mps" and float64))
+        return "cuda" if has_cuda else "cpu"
     kind = name.split(":")[0]
-    if kind not in available:
-        error(f"--device must be auto, cpu, cuda or mps, got {name}")
-    if not available[kind]:
+    if kind == "mps":
+        error("--device mps has no float64, in which the mixture and the measures of prototypes "
+              "are computed; use --device cpu")
+    if kind not in ("cpu", "cuda"):
+        error(f"--device must be auto, cpu or cuda, got {name}")
+    if kind == "cuda" and not has_cuda:
         error(f"--device {name}: torch {torch.__version__} finds no such device here")
     try:
         torch.empty(0, device=name)  # it may have a number, as in cuda:1
     except (RuntimeError, AssertionError):
         error(f"--device {name} does not work here")
-    if kind == "mps" and float64:
-        error(f"--device mps has no float64, which --prototypes {args.prototypes} needs; use "
-              "--device cpu")
     return name
 
 

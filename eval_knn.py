@@ -181,19 +181,12 @@ def winners(path, images, device="cpu"):
     path: a run folder or ckpt.pt of train.py; ValueError for anything else."""
     from tqdm import tqdm
 
-    from views import eval_batches
-    from support.checkpoint import load_run
-    net, prototypes, loss, args = load_run(path)
-    for part in (net, prototypes, loss):
-        part.to(device)
+    from support.checkpoint import assignments, load_run
     won = []
     with tqdm(total=len(images), desc="prototypes", unit="img", leave=False, disable=None) as bar:
-        for x in eval_batches(images, args["img_size"], device=device, mean=args["mean"],
-                              std=args["std"]):
-            h = net([x])  # (n, D)
-            p = prototypes.assign(h, args["beta"][1], loss.tau, loss.centre_over_tau())  # (n, K)
+        for h, p in assignments(load_run(path), images, device):  # (n, D) (n, K)
             won.append(p.argmax(1).cpu())
-            bar.update(len(x))
+            bar.update(len(h))
     return torch.cat(won), p.shape[1]
 
 

@@ -83,7 +83,6 @@ class Frozen(nn.Module):
 
     origin = 0.0
     countable = True  # False: the vectors are a memory, so a count of unique ones says nothing
-    needs_float64 = False  # which some devices do not have
     only_with = None  # the name of the only method it works with
     kp_weight = 0.0
     targets_of_dino = "center"
@@ -238,7 +237,6 @@ class Decoupled(Frozen):
     a, c    of the forgetting factor (A.7), counted from `begin`
     """
 
-    needs_float64 = True
     Mixture = OnlineGMM  # a subclass may name another, which then runs at any size
 
     def __init__(self, K, D, scale=1.0, seed=0, *, gmm=None, init="features", begin=0, unit=True,

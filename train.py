@@ -60,7 +60,7 @@ def train(args, device, stop_request):
     loss_fn = losses.loss(args, steps_per_epoch).to(device)
     trained = [*student.parameters(), *protos_s.parameters(), *loss_fn.parameters()]  # theta
     averaged = [*teacher.parameters(), *protos_t.parameters()]  # phi
-    optimizer = optim.make(args, trained, device)
+    optimizer = optim.make(args, trained)
 
     # ---- start or go on ------------------------------------------------------------------------
     parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer}

@@ -5,11 +5,13 @@ Five things make the difference:
 
 * Components lie in rows, (K, N) instead of (N, K): BLAS multiplies and writes whole rows faster.
 * A.1 takes powers of two instead of e: exp2 is cheaper than exp.
-* Powers below 2^-54 are set to 0. Their sums would not change float64 S, and products of two powers
-  are then never subnormal numbers, which are slow on many CPUs.
+* Powers of at most 2^-54 are set to 0. With the exponent g (A.3) their sums would not change
+  float64 S, and products of two powers are then never subnormal numbers, which are slow on many
+  CPUs.
 * Intermediate results reuse the same memory from block to block. Fresh memory may be what another
   core wrote last, and the first pass over it then takes up to ten times as long.
-* Where N K is more than `keep`, the vectors are taken in parts, and nothing is computed twice.
+* Where N K is more than `keep`, the vectors are taken in parts. Each number of the table is still
+  computed once; means and variances are computed once for each part.
 
 Letters as in gmm.py. A tile is the part of the table that belongs to one block of components.
 """
@@ -22,7 +24,7 @@ from gmm import OnlineGMM, spread
 
 
 def exp2_or_0(z):
-    """2^z in place, 0 where z < -54."""
+    """2^z in place, 0 where z <= -54."""
     return F.threshold_(z, -54, -math.inf).exp2_()
 
 

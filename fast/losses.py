@@ -6,7 +6,8 @@ time. Each block contributes a few numbers to the loss: CARP's two terms, or DIN
 prototypes. They are computed without a graph, and computed once more, with one, when the gradient
 is asked for.
 
-A prototype set is used by its scale, origin and directions(), so it must not override `logits`.
+A prototype set is used by its scale, origin, directions() and bias(), so it must not override
+`logits`, nor train its scale or origin.
 Letters as in losses.py; ks (|ks|,) are the indices of the prototypes in a block.
 """
 import torch
@@ -56,6 +57,7 @@ def carp(plain, h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ra
     plain: losses.carp itself, which computes each block; what is changed there is changed here.
     Both terms are means over partitions, so a block of whole partitions gives its share of them.
     A partition that alone has more logits than a block should have (CARL) is a block all the same.
+    ValueError as there.
     """
     (V, B, _), K, P = h_s.shape, len(perm), partition_size
     if K % P:
@@ -91,9 +93,9 @@ def dino(h_s, p_t, protos_s, tau=0.1):
         h_s, C = h_s.float() - protos_s.origin, protos_s.directions()  # (V, B, D) (K, D)
 
         def sums(h, c, *rest):
-            *bias, ks = rest
+            *biases, ks = rest  # biases: [bias of these prototypes (|ks|,)], or []
             z = protos_s.scale / tau * (h @ c.T)  # (V, B, |ks|)
-            z = z + bias[0] if bias else z
+            z = z + biases[0] if biases else z
             cross = torch.einsum("ibk,jbk->ijb", z, p_t[..., ks])  # (V, 2, B), sum_k p_t z
             return torch.cat([z.logsumexp(-1)[:, None], cross], dim=1)  # (V, 3, B)
 

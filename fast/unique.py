@@ -5,9 +5,9 @@ and memory.
 The plain search holds all M x M cosines in float64. At M = 65,536 they would take 34 GB. Three
 ideas replace them here:
 
-1. A block of rows meets the representatives in one float32 product, so the cosines of two blocks
-   are in memory at a time. A float32 cosine decides every pair but those so close to eps that its
-   rounding error could tip them. Only these pairs are computed again, in float64.
+1. A block of rows meets the representatives block by block, in float32 products, so the cosines of
+   two blocks are in memory at a time. A float32 cosine decides every pair but those so close to eps
+   that its rounding error could tip them. Only these pairs are computed again, in float64.
 2. All values of eps are answered in one pass, from the same products.
 3. A sketch, d + 1 numbers that stand for the D of a row, bounds the cosine of two rows from above.
    Where even the bound is too small for duplicates, which is usual for distinct prototypes, the
@@ -153,7 +153,8 @@ class GreedySearch:
 
     cover  {eps: (M,)}  for the rows read so far: the row that covers each
     X, Y                unit rows and sketches. The first n rows of both are overwritten with those
-                        rows that represent others at any eps, packed; n never exceeds the rows read
+                        rows read so far that are representatives at one eps or more, packed;
+                        n never exceeds the rows read
     index (M,)          which row of A each of the n is
     leads (E, M)        whether each of the n is a representative at each eps
     """
@@ -239,8 +240,8 @@ class GreedySearch:
 
 
 def later_only(S):
-    """Cosines S (b, b) with -4 where column j is not later than row i, as only later rows are
-    claimed."""
+    """Cosines S (b, b), changed in place: -4, less than any cosine, where column j is not later
+    than row i, as a row claims only later ones."""
     not_later = torch.ones_like(S, dtype=torch.bool).tril()
     return S.masked_fill_(not_later, -4)
 
@@ -286,11 +287,14 @@ def join(component, close, rows, columns):
     while True:
         a, b = component[rows], component[columns]
         apart = close & (a[:, None] != b)  # (r, c)
-        c = apart.any(0).nonzero()[:, 0]
+        r, c = apart.any(1).nonzero()[:, 0], apart.any(0).nonzero()[:, 0]
         if not len(c):
             return component
-        # Each column joins one other component in a round, so a few rounds join all of them.
-        component = merge(component, a[apart.byte().argmax(0)[c]], b[c])
+        # Each row and each column joins one other component in a round. So every component that has
+        # one to join does, their number at least halves, and a few rounds join all of them.
+        first_row, first_column = apart.byte().argmax(0)[c], apart.byte().argmax(1)[r]
+        component = merge(component, torch.cat([a[first_row], a[r]]),
+                          torch.cat([b[c], b[first_column]]))
 
 
 def merge(component, a, b):

@@ -1,1 +1,2 @@
-"""Studies: python -m lab.ablate, lab.bench, lab.chaos."""
+"""Studies: python -m lab.NAME, with NAME ablate, bench, chaos, eval_dense, fuzz, gpu, hosts or
+products."""

@@ -2,14 +2,15 @@
 
     python -m lab.bench                                all items at sizes for 2 cores, some minutes
     python -m lab.bench gmm loss --K 65536 --reps 5    some of them, at your sizes
-    python -m lab.bench --paper                        the paper's sizes; plan an hour on 2 cores
+    python -m lab.bench --paper                        the paper's K and N; plan an hour on 2 cores
 
 Start it in the folder of train.py. The contestants of an item (contestants.py) take turns, each in
 a process of its own, so that a busy machine slows all of them alike. A ratio is the median of the
 ratios within the --reps rounds, and a time is the median over the rounds: the fastest turns would
 compare two lucky moments. Memory is the most that a turn took beyond what its process had before:
 resident memory on a CPU, where Linux can restart its high-water mark; allocated memory on a GPU.
-The items `step`, `loop` and `ranks` start train.py itself and read its log.
+The items `step`, `loop`, `ranks` and `ibot` start train.py itself (`ibot` zoo/ibot.py too) and read
+its log.
 """
 import argparse
 import csv
@@ -18,7 +19,6 @@ import datetime
 import math
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -29,6 +29,7 @@ import time
 import torch
 
 from lab import contestants
+from lab.machine import cpu
 from support.backbones import choose_device
 from support.errors import one_sentence
 from support.flags import check_values
@@ -46,7 +47,7 @@ SIZES = {  # name: (default, with --paper)
     "bank": (20000, 100000),  # images of the item knn
     "queries": (2000, 10000),  # images of the item knn
     "batch": (64, 64),  # images of a step of the item step
-    "steps": (6, 6),  # of the item step; the item loop takes ten times as many
+    "steps": (6, 6),  # of the item step; loop takes ten times as many, and ibot four times
 }
 # (what a value must be, test, flags)
 RANGES = [
@@ -246,7 +247,7 @@ def bench_knn(options):
 
 def bench_data(options):
     measured = race("data", ("ours", "plain"), options)
-    times, _ = show(options, "data: 32 images, 2 + 4 crops", measured)
+    times, _ = show(options, "data: 64 images, 2 + 4 crops", measured)
     verdict("plain / ours", ratio(times, "plain", "ours"), 5, at_least=True)
 
 
@@ -315,7 +316,8 @@ def bench_ibot(options):
     title = "ibot: a step of 32 images, 64 patches in a crop"
     times, _ = show(options, title, measured, "MB in all")
     verdict("iBOT / DINO, time", ratio(times, "iBOT", "DINO"), 1.25)
-    sizes = with_sizes(options, K=options.K // 2, B=options.B // 2, joint=True)
+    sizes = with_sizes(options, K=max(1, options.K // 2), B=max(1, options.B // 2),
+                       joint=True)
     title = f"ibot: loss of the hidden patches, K {sizes.K}, {2 * sizes.B} crops of 64 patches"
     times, peaks = show(options, title, race("patches", ("ours", "plain"), sizes))
     verdict("ours / all patches, time", ratio(times, "ours", "plain"), 0.5)
@@ -324,9 +326,11 @@ def bench_ibot(options):
 
 def bench_loop(options):
     """images/s of the default run beside lightly's DINO, the share of the time for the data, and
-    the time of a step over that of its matrix products."""
-    flags = ["--device", "cpu", "--steps", options.steps * 10, "--log-every", 10, "--gmm-start", 5,
-             *NO_EVALUATION]
+    the time of a step over that of its matrix products.
+
+    Of each run the fastest ten steps count, as of lightly's, and the smallest share of the data.
+    """
+    flags = ["--device", "cpu", "--steps", options.steps * 10, "--log-every", 10, *NO_EVALUATION]
     threads = torch.get_num_threads()
     ours, data_shares, lightly = [], [], {0: [], 1: []}
     of_step, of_products = [], []  # seconds
@@ -399,7 +403,9 @@ def parser():
     p = argparse.ArgumentParser("python -m lab.bench", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("items", nargs="*", help=f"of {', '.join(ITEMS)}; none: all")
-    p.add_argument("--paper", action="store_true", help="the paper's sizes")
+    p.add_argument("--paper", action="store_true",
+                   help="K, N and the searches as large as in the paper; views and images of the "
+                   "losses stay")
     p.add_argument("--reps", type=int, default=3, help="turns of each contestant; 3 by default")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--csv", metavar="FILE", help="add times and memory to this file as they come")
@@ -424,12 +430,14 @@ def main(argv=None):
         check_values(options, RANGES)
         if options.K % options.P:
             raise ValueError(f"--K {options.K} must be a multiple of --P {options.P}")
+        if options.device not in ("cpu", "cuda"):
+            raise ValueError(f"--device must be cpu or cuda, got {options.device}; "
+                             "CUDA_VISIBLE_DEVICES says which GPU")
         options.device = choose_device(options.device)
         if options.csv:
             open(options.csv, "a").close()  # refused now, if ever, and not after minutes
-        print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-              f"{torch.get_num_threads()} threads, {options.device}, torch {torch.__version__}, "
-              f"{datetime.date.today()}")
+        print(f"{cpu()}, {torch.get_num_threads()} threads, {options.device}, torch "
+              f"{torch.__version__}, {datetime.date.today()}")
         for item in options.items or ITEMS:
             ITEMS[item](options)
 

@@ -5,11 +5,11 @@
     python -m lab.chaos --script zoo/capi.py -- --batch-size 8 --num-prototypes 16
 
 Start it in the folder of train.py. Flags after -- are those of the run, in place of the small ones
-that it has without them; images, length and times of saving are set here. The run saves after every
-step, so that many kills (SIGKILL, which no process can refuse) fall into the writing of a
-checkpoint. Each attempt is a fork of this process, which has imported torch already, and lives from
-0.02 to --longest seconds. A run that reaches its end before all kills are done is compared too, and
-the next one begins in a new folder.
+that it has without them; images, length, device, evaluation, log and times of saving are set here.
+The run saves after every step, so that many kills (SIGKILL, which no process can refuse) fall into
+the writing of a checkpoint. Each attempt is a fork of this process, which has imported torch
+already, and lives from 0.02 to --longest seconds. A run that reaches its end before all kills are
+done is compared too, and the next one begins in a new folder.
 """
 import argparse
 import contextlib
@@ -17,7 +17,6 @@ import csv
 import datetime
 import importlib
 import os
-import platform
 import random
 import re
 import signal
@@ -30,6 +29,7 @@ import torch
 from torchvision.utils import save_image
 
 import train
+from lab.machine import cpu
 from support.errors import one_sentence
 from support.flags import check_values
 
@@ -171,11 +171,12 @@ def disturb(args, script, flags, base, undisturbed):
             # in vain if the process has ended; until waitpid its id belongs to nobody else
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        finished = not os.WIFSIGNALED(status)
-        if finished and os.WEXITSTATUS(status):
+        code = os.waitstatus_to_exitcode(status)  # negative: the signal that ended it
+        finished = code != -signal.SIGKILL
+        if finished and code:  # by another signal too, as after a crash
             counts.failed_resumes += 1
             counts.failures.append(f"after kill {counts.kills} the run ended with exit code "
-                                   f"{os.WEXITSTATUS(status)}:\n{end_of(output)}")
+                                   f"{code}:\n{end_of(output)}")
             break
         if finished:
             counts.failures += [f"run {counts.finished} differs in {name}"
@@ -207,8 +208,9 @@ def parser():
 
 
 def main(argv=None):
-    """Exit code 0 if every run went on and equals the undisturbed one, 1 if not. Bad input: one
-    sentence on stderr and exit code 2."""
+    """Exit code 0 if every run went on and equals the undisturbed one, 1 if not, and 1 too for
+    flags after -- with which the undisturbed run fails. Bad input: one sentence on stderr and exit
+    code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser().parse_args(argv[:end]), argv[end + 1:]
@@ -247,8 +249,8 @@ def experiment(args, script, flags):
           f"{counts.finished} runs of {args.script}, {args.steps} steps, reached their end; "
           f"{len(counts.failures)} failures (lost steps, "
           "and differences to the bit from the undisturbed run in weights, optimiser, mixture and "
-          f"log). {datetime.date.today()}, {platform.processor() or platform.machine()}, "
-          f"{os.cpu_count()} cores, torch {torch.__version__}, {time.perf_counter() - begin:.0f} s")
+          f"log). {datetime.date.today()}, {cpu()}, torch {torch.__version__}, "
+          f"{time.perf_counter() - begin:.0f} s")
     for text in counts.failures[:5]:
         print(text, file=sys.stderr)
     raise SystemExit(bool(counts.failures))

@@ -1,14 +1,16 @@
 """What bench.py compares: an item is one piece of work, and each contestant does it in its own way.
 
-    ours       as this project does it at that size
+    ours       fast/gmm.py with everything in memory (gmm) and fast/losses.py (loss, dino), whatever
+               the size; for other items what this project runs at that size
     streaming  the fast mixture with a part of the vectors in memory at a time
     readable   the mixture of gmm.py, which runs where N K is small
     plain      the equations as printed, or the usual code for that work
     floor      the matrix products alone, which everybody needs
 
 ITEM(way, sizes) prepares one contestant and returns a function that does the work once. `sizes` is
-a namespace with the sizes and the device, see SIZES in bench.py. All contestants of an item but the
-floor return the same tensors, which tests/test_bench.py compares.
+a namespace with the sizes, the device and, for losses, `joint`; see SIZES in bench.py. All
+contestants of an item but the floor return the same tensors, which tests/test_bench.py compares;
+those of `data` return other crops of the same shape.
 """
 import time
 from types import SimpleNamespace
@@ -29,7 +31,7 @@ import views
 from fast.gmm import FastGMM
 from gmm import OnlineGMM
 from support import shapes
-from zoo.ibot import PatchLoss
+from zoo.ibot import PatchLoss, row_weights
 
 BETA, ETA = 0.3, 0.9
 # what the fast mixture keeps in memory: everything at once, or 2^25 numbers at a time
@@ -187,7 +189,7 @@ def patches(way, sizes):
     torch.manual_seed(0)  # the same head for both ways
     head = heads.Head(dim, 512, sizes.D, norm=True).to(sizes.device)
     loss = PatchLoss(sizes.K, 1).to(sizes.device)
-    weights = 1 / (hidden.sum(1)[rows[:, 0]] * crops).float()  # (m,)
+    weights = row_weights(hidden, rows)  # (m,)
 
     def work():
         if way == "ours":
@@ -206,8 +208,7 @@ def unique(way, sizes):
 
     All of them are distinct where D is large, which is the most work there is.
     """
-    generator = torch.Generator().manual_seed(0)
-    C = torch.randn(sizes.unique, sizes.D, generator=generator)  # (K, D)
+    C = random_tensors(sizes)(sizes.unique, sizes.D)  # (K, D)
     X = F.normalize(C, dim=1)  # (K, D)
 
     def ours():
@@ -233,10 +234,10 @@ def unique(way, sizes):
 
 def knn(way, sizes):
     """Scores (queries, 100) of the weighted k-NN with k 20, in 384 dimensions."""
-    generator = torch.Generator().manual_seed(0)
-    bank = F.normalize(torch.randn(sizes.bank, 384, generator=generator), dim=1)  # (N, D)
-    queries = F.normalize(torch.randn(sizes.queries, 384, generator=generator), dim=1)  # (M, D)
-    y = torch.randint(0, 100, (sizes.bank,), generator=generator)  # (N,)
+    randn = random_tensors(sizes)
+    bank = F.normalize(randn(sizes.bank, 384), dim=1)  # (N, D)
+    queries = F.normalize(randn(sizes.queries, 384), dim=1)  # (M, D)
+    y = torch.arange(sizes.bank, device=sizes.device) % 100  # (N,)
 
     def ours():
         return eval_knn.knn_scores(bank, y, queries, num_classes=100)
@@ -281,8 +282,9 @@ def data(way, sizes):
 
 # ---- a whole training loop of others -----------------------------------------------------------
 def lightly_loop(workers):
-    """images/s of lightly's DINO with the network, the crops and the batch of the default run.
+    """images/s of lightly's DINO with the network and the batch of the default run.
 
+    Its crops have the sizes and scales of the default run; their colours change as lightly has it.
     workers: processes that make the crops. None if lightly is not installed.
     """
     try:

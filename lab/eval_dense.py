@@ -18,8 +18,8 @@ The number is the mIoU, a mean over classes: the pixels that have a class in tru
 prediction, divided by those that have it in either; all test images are counted together. A class
 that occurs in neither is left out, and pixels of the label 255 ("ignored") are not counted. Beside
 the backbone stand the same probes on raw pixels and on the same network with untrained weights. The
-commonest label everywhere shows what knowing nothing gives, and each patch's own commonest label is
-the most that one label for each patch can reach.
+commonest label everywhere shows what knowing nothing gives. With each patch's own commonest label
+as many pixels are right as one label for each patch allows, and the mIoU is about the largest.
 
 A folder must be laid out as PASCAL VOC, see support/segmented.py.
 
@@ -123,14 +123,16 @@ class Patches(NamedTuple):
         x, maps = self.x.flatten(0, 1), self.maps.flatten(0, 1)  # (n*g*g, D), (n*g*g, p, p)
         kept = modal(maps) != IGNORED  # (n*g*g,)
         if not kept.any():
-            raise ValueError(f"most pixels of every patch that a probe is fitted to have the label "
-                             f"{IGNORED}, ignored; take more --train-images")
+            raise ValueError(f"in every patch of the training images {IGNORED}, ignored, is the "
+                             "commonest label, so a probe has nothing to be fitted to; take more "
+                             "--train-images")
         return x[kept], maps[kept]
 
 
 # ---- the two probes ------------------------------------------------------------------------------
-# A probe gets the bank x (N, D), maps (N, p, p), the queries q (M, D), all standardised, some of
-# its settings and C. It yields (setting, predicted maps (M, p, p) uint8 on the CPU) for each.
+# A probe gets the bank x (N, D) and the queries q (M, D), both standardised, the bank's maps (N, p,
+# p), some of its settings and C. It yields (setting, predicted maps (M, p, p) uint8 on the CPU) for
+# each.
 
 def nearest(x, q, k, similarity):
     """Yield (first query, index (rows, k)): the patches of the bank x (N, D) that are most similar
@@ -333,7 +335,8 @@ def bounds_of(train, test, g, C):
 def evaluate(flags):
     """What main does once the flags are parsed."""
     check_flags(flags)
-    # --img-size is not passed on: here it is the size of the images, and not of the positions
+    # --img-size is not passed on: here it is the size of the images, and there the one for which
+    # position embeddings are interpolated
     backbone, args = evaluation.open_backbone(flags)
     train, test, classes = open_images(flags, args)
     C, size = len(classes), train.x.shape[-1]

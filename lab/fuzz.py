@@ -1,20 +1,22 @@
-"""Call every tool with random flags and on damaged files, and see that each error is a sentence.
+"""Call the tools with random flags and on damaged files, and see that each error is a sentence.
 
     python -m lab.fuzz                      200 command lines and 200 damaged files, some minutes
     python -m lab.fuzz --only 17            one case of them again, with all that it prints
 
-Start it in the folder of train.py. An even case is a command line, drawn from the tool's own parser
-with good, odd and broken values. An odd case is a usual command on a copy of a small run's folder,
-with one of its files damaged. A case runs in a fork of this process, which has imported torch
-already, in a folder of its own. It fails if it prints a traceback, if its exit code is not 0 or 2
-(or 1, of collapse.py --fail-below), if it says no sentence beside exit code 2, if it takes too
-long, or if it ends with an error and a file that was there is lost or changed. In some cases no
-file may grow beyond 100 to 100,000 bytes, as on a full disk, or the terminal knows ASCII alone.
+Start it in the folder of train.py, on Linux. TOOLS lists the tools. An even case is a command line,
+drawn from the tool's own parser with good, odd and broken values. An odd case is a usual command on
+a copy of a small run's folder, with one of its files damaged. A case runs in a fork of this
+process, which has imported torch already, in a folder of its own. It fails if it prints a
+traceback, if its exit code is not 0 or 2 (or 1, of collapse.py --fail-below), if it says no
+sentence beside exit code 2, if it takes too long, or if it ends with an error and a file that was
+there is lost or changed. In some cases no file may grow beyond 100 to 100,000 bytes, as on a full
+disk, or the terminal knows ASCII alone.
 """
 import argparse
 import collections
 import contextlib
 import datetime
+import importlib.util
 import io
 import json
 import os
@@ -41,6 +43,7 @@ import eval_knn
 import eval_linear
 import train
 from lab import ablate, bench, chaos, contestants
+from lab.machine import cpu
 from support.errors import one_sentence
 from support.flags import check_values
 
@@ -104,6 +107,8 @@ READERS = {
     "A2.csv": [("lab.ablate", "show"), ("lab.ablate", "dry run")],
 }
 
+HAS_SAFETENSORS = importlib.util.find_spec("safetensors") is not None  # else it is not written
+
 # values for flags. GOOD: those of flags whose other good values take long
 NUMBERS = ["nan", "inf", "-inf", "-1", "0", "-0", "1e400", "1e-300", "1e9", "9" * 20, "9" * 400,
            "4294967295", "4294967296", "1_0", "0x10", "\N{SUPERSCRIPT TWO}", "1.5", "", " ", "x"]
@@ -147,7 +152,8 @@ def draw_case(seed, number):
     rng = random.Random(f"{seed} {number}")
     if number % 2:
         damaged_file, tool, name = rng.choice(
-            [(path, *reader) for path in READERS for reader in READERS[path]])
+            [(path, *reader) for path in READERS for reader in READERS[path]
+             if path != "C.safetensors" or HAS_SAFETENSORS])
         words = TOOLS[tool][2][name]
     else:
         tool, damaged_file = rng.choice([*TOOLS, "train.py", "train.py", "eval_linear.py"]), ""
@@ -406,7 +412,10 @@ def run_case(case, template):
         folder = os.path.join(base, "case")
         shutil.copytree(template, folder)
         if case.damaged_file:
-            run_in_fork(lambda: damage(os.path.join(folder, case.damaged_file), case.seed))
+            code, output = run_in_fork(lambda: damage(os.path.join(folder, case.damaged_file),
+                                                      case.seed))
+            if code != 0:
+                return f"{case.damaged_file} could not be damaged", output
         before = contents(folder)
         code, output = run_in_fork(lambda: call(case, folder), case.encoding)
         return what_is_wrong(case, code, output, before, contents(folder)), output
@@ -440,7 +449,7 @@ def experiment(args):
             os.chdir(base)
             make_template()
         code, output = run_in_fork(template)
-        if code:
+        if code != 0:  # None: it did not end in time
             raise ValueError(f"the run that all cases start from failed: {output[-2000:]}")
         for number in numbers:
             case = draw_case(args.seed, number)
@@ -474,8 +483,7 @@ def main(argv=None):
     tools = ", ".join(f"{tool} {n}" for tool, n in sorted(counts.items()))
     print(f"{counts.total() - len(failures)} of {counts.total()} cases of seed {args.seed} ended "
           f"as they should ({tools}), {len(failures)} failures. {datetime.date.today()}, "
-          f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch "
-          f"{torch.__version__}, {time.perf_counter() - begin:.0f} s")
+          f"{cpu()}, torch {torch.__version__}, {time.perf_counter() - begin:.0f} s")
     raise SystemExit(bool(failures))
 
 

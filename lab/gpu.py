@@ -67,7 +67,7 @@ RANGES = [("be positive", lambda v: v > 0, ["minutes"]),
 
 # ---- values on the device beside those of a CPU ------------------------------------------------
 # {name: (function, most allowed)}. The function takes a device and returns how far its values lie
-# from a CPU's, as a share of the largest one
+# from what is expected, mostly the values of a CPU, as a share
 CHECKS = {}
 
 
@@ -79,7 +79,8 @@ def check(name, allowed):
 
 
 def apart(values, expected):
-    """The largest difference of two lists of tensors, as a share of the largest value of each."""
+    """The largest difference of two lists of tensors, as a share of the largest expected value of
+    each tensor."""
     shares = []
     for x, y in zip(values, expected, strict=True):
         x, y = x.detach().cpu().double(), y.detach().cpu().double()
@@ -94,7 +95,7 @@ def randn(*shape, seed=0):
 
 
 def six_updates(mixture, device):
-    """Means, variances and weights after six updates with 64 vectors each."""
+    """Means, variances and log-weights after six updates with 64 vectors each."""
     mixture = mixture.to(device)
     mixture.init_from((randn(64, 24) * 0.5).to(device))
     for t in range(6):
@@ -238,8 +239,8 @@ class Clock:
 
 
 def call(words, seconds=None, quiet=True):
-    """Run `python WORDS`; after so many seconds it gets SIGTERM, with which train.py saves
-    (a shell makes what it starts in the background deaf to SIGINT).
+    """Run `python WORDS`; after so many seconds it gets SIGTERM, with which train.py saves. (Not
+    SIGINT: a process that a shell has started in the background ignores that.)
 
     True if it ended by itself, False if it was ended. ValueError, with the last line that it wrote
     on stderr, if it failed.
@@ -300,7 +301,10 @@ def check_runs(args):
     that train.py refuses. Returns --steps of the runs, None without."""
     if not os.path.isdir(os.path.expanduser(args.data)):
         data.load(args.data, root=args.data_root)
-    return config.parse([*flags_of_runs(args), "--out", os.path.join(args.out, "runs")]).steps
+    for kind in KINDS:
+        parsed = config.parse([*flags_of_runs(args), "--prototypes", kind,
+                               "--out", os.path.join(args.out, "runs")])
+    return parsed.steps
 
 
 def steps_of(out):
@@ -327,7 +331,9 @@ def runs(args, clock):
                 return [str(error)], []
             longest = max(longest, time.monotonic() - begin)
             keep_evaluations(args)
-            print(f"    {kind:10} {told(rows_of(out)[-1])}", flush=True)
+            rows = rows_of(out)
+            print(f"    {kind:10} {told(rows[-1]) if rows else 'no row of its log yet'}",
+                  flush=True)
             if not ended:
                 return [], [f"steps of the runs, in the turn that ends at {steps}"]
         total = steps_of(out)
@@ -335,8 +341,11 @@ def runs(args, clock):
 
 
 def rows_of(out):
-    """The rows of a run's log that have a loss, [{column: text}]."""
-    with open(os.path.join(out, "log.csv"), newline="") as f:
+    """The rows of a run's log that have a loss, [{column: text}]; none before the first one."""
+    path = os.path.join(out, "log.csv")
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as f:
         return [row for row in csv.DictReader(f) if row["loss"]]
 
 
@@ -357,7 +366,7 @@ def keep_evaluations(args):
         os.remove(file)
     for kind in KINDS:
         out = os.path.join(args.out, "runs", kind)
-        for row in rows_of(out) if os.path.exists(out) else []:
+        for row in rows_of(out):
             if row["used"]:
                 add(file, {"prototypes": kind} | {column: row[column] for column in COLUMNS}
                     | machine(args.device))
@@ -368,14 +377,16 @@ def parser():
     p = argparse.ArgumentParser("python -m lab.gpu", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = p.add_argument
-    flag("--minutes", type=float, default=8, help="that all of it may take; 8 by default")
+    flag("--minutes", type=float, default=8,
+         help="after which no benchmark and no run goes on, counted from the start; the checks are "
+         "not cut short; 8 by default")
     flag("--out", default="gpu", metavar="DIR", help="folder of the files; gpu by default")
     flag("--device", default="cuda", help="cuda by default; cpu rehearses")
     flag("--data", default="cifar10", help="as train.py --data, for the runs; cifar10 by default")
     flag("--data-root", default="data", metavar="DIR", help="as train.py --data-root")
     flag("--turn", type=int, metavar="STEPS",
-         help="steps of a run before it is the next one's turn; 1562 by default, a pass over "
-         "CIFAR-10, and 10 with --toy")
+         help="steps of a run before it is the next one's turn, at most the length of a run; 1562 "
+         "by default, a pass over CIFAR-10, and 10 with --toy")
     flag("--toy", action="store_true", help="small sizes, and runs of 30 steps")
     flag("--parts", nargs="+", choices=["checks", "bench", "runs"], metavar="PART",
          default=["checks", "bench", "runs"], help="of checks, bench, runs; all by default")
@@ -392,6 +403,9 @@ def main(argv=None):
         check_values(args, RANGES)
         if args.turn is None:
             args.turn = 10 if args.toy else 1562
+        if args.device not in ("cpu", "cuda"):
+            raise ValueError(f"--device must be cpu or cuda, got {args.device}; "
+                             "CUDA_VISIBLE_DEVICES says which GPU")
         args.device = choose_device(args.device)
         args.out = os.path.abspath(args.out)
         if "runs" in args.parts:

@@ -18,7 +18,6 @@ import contextlib
 import csv
 import datetime
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import time
 import torch
 
 from lab.chaos import OFTEN, SMALL, differences, end_of, make_images, saved_step
+from lab.machine import cpu
 from support.errors import one_sentence
 from support.flags import check_values
 
@@ -120,8 +120,9 @@ def expect_success(name, processes, base):
     """Wait for a run. ValueError with what it printed, if it fails."""
     for i, code in enumerate(codes(processes, ONE_RUN)):
         if code != 0:
-            raise ValueError(f"{name} failed on host {i} with exit code {code}: "
-                             f"{end_of(output_of(base, i))}")
+            how = (f"did not end within {ONE_RUN} s" if code is None
+                   else f"failed with exit code {code}")
+            raise ValueError(f"{name} {how} on host {i}: {end_of(output_of(base, i))}")
 
 
 def loss_differences(a, b):
@@ -149,7 +150,8 @@ def cut(hosts, processes, out, base, args):
     cable(hosts[0], "down")
     begin = time.monotonic()
     ended = codes(processes, args.timeout + TO_LEAVE)
-    print(f"   cut after step {saved_step(out)} of {args.steps}; both hosts have left "
+    left = "not both hosts have left" if None in ended else "both hosts have left"
+    print(f"   cut after step {saved_step(out)} of {args.steps}; {left} "
           f"{time.monotonic() - begin:.0f} s later, with --timeout {args.timeout:g}", flush=True)
     failures = []
     for i, code in enumerate(ended):
@@ -232,8 +234,7 @@ def main(argv=None):
     with one_sentence("lab.hosts"):
         check_values(args, RANGES)
         failures = experiment(args)
-    print(f"{len(failures)} failures. {datetime.date.today()}, "
-          f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+    print(f"{len(failures)} failures. {datetime.date.today()}, {cpu()}, "
           f"torch {torch.__version__}, {time.perf_counter() - begin:.0f} s")
     for text in failures:
         print(text, file=sys.stderr)

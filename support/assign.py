@@ -4,7 +4,7 @@ Which prototype does an image belong to?
     python collapse.py RUN --data shapes [--assign out.csv] [--montage fig.png]
 
 The teacher of a run is put in evaluation mode, and every training image passes once, without
-augmentation. N images, K prototypes: h (N, D) bottleneck features, P (N, K) assignment
+augmentation. N images, K prototypes: h (N, D) the teacher's vectors, P (N, K) assignment
 probabilities, won (N,) the most probable prototype of each image, y (N,) labels.
 """
 import csv
@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-import views
 from support import checkpoint
 from support import groups
 from support import plots
@@ -28,17 +27,13 @@ def assign_images(path, data, usage):
     usage: collapse.usage. -> a namespace of data, images (the set), C (K, D), h (N, D), won (N,),
     probability (N,) of the prototype that won, used and perplexity (shares of K) and entropy (mean
     over images of that of P, in nats). ValueError for what load_run or data.load refuses."""
-    net, prototypes, loss, args = checkpoint.load_run(path)
+    run = checkpoint.load_run(path)
+    _, prototypes, _, args = run
     images, _, _ = load_images(data, args)
-    device = next(net.parameters()).device
-    net.eval()  # no drop path, running statistics in batch norm
     features, winners, probabilities, entropies = [], [], [], []  # a tensor per batch in each
 
     def batches():
-        for x in views.eval_batches(images, args["img_size"], device=device, mean=args["mean"],
-                                    std=args["std"]):
-            h = net([x])  # (n, D)
-            p = prototypes.assign(h, args["beta"][1], loss.tau, loss.centre_over_tau())  # (n, K)
+        for h, p in checkpoint.assignments(run, images):  # (n, D) (n, K)
             probability, k = p.max(1)  # (n,) each
             features.append(h.cpu())
             winners.append(k.cpu())
@@ -46,9 +41,8 @@ def assign_images(path, data, usage):
             entropies.append(torch.special.entr(p.double()).sum(1).cpu())
             yield p  # P as a whole may not fit in memory
 
-    with torch.no_grad():
-        used, perplexity = usage(batches())
-        C = prototypes.vectors().cpu()  # (K, D)
+    used, perplexity = usage(batches())
+    C = prototypes.vectors().cpu()  # (K, D)
     return SimpleNamespace(data=data, images=images, C=C, h=torch.cat(features),
                            won=torch.cat(winners), probability=torch.cat(probabilities),
                            used=used, perplexity=perplexity,

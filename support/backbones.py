@@ -286,14 +286,15 @@ def fingerprint(backbone):
     return digest(*parts)
 
 
-def identity(images):
+def hash_of_images(images):
     """16 hex digits of a set of images: a hash of its pixels where they are in memory, else of the
-    paths, sizes and times of its files. OSError for a file that is gone."""
+    paths, sizes and times of its files and of the value that is white in them. OSError for a file
+    that is gone."""
     if hasattr(images, "x"):
         return digest(images.x)
     stats = [Path(path).stat() for path in images.paths]
-    return digest([(str(path), stat.st_size, stat.st_mtime_ns)
-                   for path, stat in zip(images.paths, stats)])
+    return digest(images.white, [(str(path), stat.st_size, stat.st_mtime_ns)
+                                 for path, stat in zip(images.paths, stats)])
 
 
 def cached(backbone, images, img_size, folder, *, layers=1, pool="cls", crop=True, mean=MEAN,
@@ -308,7 +309,7 @@ def cached(backbone, images, img_size, folder, *, layers=1, pool="cls", crop=Tru
     if folder is None:
         return features(backbone, images, img_size, normalize=False, **choice, **options)
     about = choice | dict(version=VERSION, backbone=fingerprint(backbone),
-                          images=identity(images), img_size=img_size)
+                          images=hash_of_images(images), img_size=img_size)
     path = Path(folder) / f"{digest(sorted(about.items()))}.pt"
     if path.exists():
         try:

@@ -28,6 +28,7 @@ import data
 import heads
 import losses
 import models
+import views
 from support import ddp
 from support.files import write
 from support.log import Record
@@ -72,6 +73,7 @@ def save(args, step, record, parts, protos_s, protos_t, others=None):
 
 
 def vectors_or_memory(protos):
+    """The name under which the vectors of a set are saved; a memory is not to be counted."""
     return "vectors" if protos.countable else "memory"
 
 
@@ -131,7 +133,11 @@ def start_or_resume(args, parts, protos_s, protos_t):
 
 
 def resume(args, paths, parts, protos_s, protos_t):
-    """Load the newest complete one of the checkpoints at `paths` into everything."""
+    """Load the newest complete one of the checkpoints at `paths` into everything.
+
+    Returns (step, Record). ValueError where none is complete, or where it was made by other code,
+    with other flags or on other images.
+    """
     path, ckpt, refused = None, None, []
     for candidate in paths if ddp.RANK == 0 else []:
         try:
@@ -255,6 +261,22 @@ def networks_of(ckpt, add_flags=None):
 def restore(protos, ckpt):
     """Load the teacher's prototypes from a checkpoint that has been read."""
     protos.load_state_dict(ckpt["prototypes"]["teacher"] | read_mixture(ckpt))
+
+
+@torch.no_grad()
+def assignments(run, images, device="cpu"):
+    """Yields (h (n, D), P (n, K)) of one batch of plain images after another: the teacher's
+    vectors, and how much each prototype answers for them.
+
+    run: what load_run returns.
+    """
+    net, prototypes, loss, args = run
+    for part in (net, prototypes, loss):
+        part.to(device)
+    for x in views.eval_batches(images, args["img_size"], device=device, mean=args["mean"],
+                                std=args["std"]):
+        h = net([x])  # (n, D)
+        yield h, prototypes.assign(h, args["beta"][1], loss.tau, loss.centre_over_tau())
 
 
 def load_run(path):

@@ -155,7 +155,8 @@ def is_utf8(path):
 # ---- its tensors and their names -----------------------------------------------------------------
 
 def flatten(stored, path, prefix="", depth=0):
-    """Nested dicts, lists and Namespaces -> {dotted key: tensor}, without the optimizer's state.
+    """Nested dicts, lists and Namespaces -> {dotted key: tensor}, without what lies under the names
+    "optimizer", "opt" and "rng".
 
     Arrays become tensors too. ValueError, which names the path, for a list that holds itself.
     """
@@ -261,9 +262,9 @@ def load_prototypes(path, key=None):
     CARP, iBOT, DINOv2, Franca, CAPI, SwAV, DeepCluster-v2 and MSN, checkpoints of solo-learn,
     lightly and VISSL, and files that hold nothing but matrices: one tensor or array, or a list or
     dict of them. The teacher's copy is taken where there is one, then the student's average, then
-    the student's. Heads with equal values are one shared head and appear once. key: any other
-    (K, D) tensor by its dotted path. ValueError, one sentence: the file is not there, broken,
-    unsafe, without prototypes, or a queue of features.
+    the student's, then one without such a name. Heads with equal values are one shared head and
+    appear once. key: any other (K, D) tensor by its dotted path. ValueError, one sentence: the file
+    is not there, broken, unsafe, without prototypes, or a queue of features.
     """
     stored = read(path)
     alone = not isinstance(stored, (dict, list, tuple, argparse.Namespace))

@@ -21,7 +21,8 @@ def computed(args):
     free = config.FREE - {"data"} | {"preset", "prototypes", "seed"}
     free |= {"epochs" if args.steps else "steps"}  # --steps wins over --epochs
     free |= config.not_read(args.method, ["frozen"]).keys()
-    free |= {"gmm_start"} | ({"partition_size"} if args.method == "carl" else set())  # always K
+    # frozen prototypes do not read --gmm-start, and the partition of carl is always K
+    free |= {"gmm_start"} | ({"partition_size"} if args.method == "carl" else set())
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
@@ -38,6 +39,7 @@ def interpret(words):
 def typed(args):
     """[words] of a command line that gives the args that decide the results of a control."""
     words = [] if args.preset == "tiny" else ["--preset", args.preset]
+    # defaults follow the method, so it is given here; it is typed where the preset has another one
     base = vars(interpret([*words, "--method", args.method]))
     wanted = computed(args).keys() | {"seed", "data_root"}
     base["method"] = vars(interpret(words))["method"]

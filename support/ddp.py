@@ -5,7 +5,7 @@
 split over N.
 
 The losses, the batch norms and the mixture see the global batch, so that the number of processes
-changes nothing.
+changes nothing but the rounding, and which branches --drop-path leaves out.
 """
 import contextlib
 import datetime
@@ -195,23 +195,23 @@ def all_gather(x):
 
 
 def gather_views(h):
-    """h (2, b, D), two views of this process -> (N, D) of all, in the order of one process.
+    """h (v, b, D), v views of this process -> (N, D) of all, in the order of one process.
 
-    A mixture starts from the last K of them, and which prototype comes from which vector must not
-    depend on the number of processes.
+    v is 2 in train.py and 1 in zoo/msn.py. A mixture starts from the last K vectors, and which
+    prototype comes from which vector must not depend on the number of processes.
     """
     views, _, D = h.shape
     if WORLD == 1:
         return h.reshape(-1, D)
-    h = all_gather(h).view(WORLD, views, -1, D)  # (processes, 2, b, D)
+    h = all_gather(h).view(WORLD, views, -1, D)  # (processes, v, b, D)
     return h.transpose(0, 1).reshape(-1, D)  # (N, D)
 
 
 class _Mean(torch.autograd.Function):
     """Mean over the processes, forwards and backwards.
 
-    As gradients of parameters are averaged over the processes too (see average_gradients), this
-    backward gives the gradient of the loss of one process.
+    Gradients of parameters are averaged over the processes too (see average_gradients). With this
+    backward that average is the gradient which a run in a single process would have.
     """
 
     @staticmethod
@@ -254,11 +254,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
         with torch.autocast(x.device.type, enabled=False):
-            xf = x.float()
-            mean = mean_over_ranks(xf.mean(dims))  # (C,)
-            var = mean_over_ranks(((xf - mean.view(shape)) ** 2).mean(dims))  # (C,)
+            xf = x.float()  # (B, C, ...)
+            n = all_reduce(xf.new_full((), x.numel() / x.size(1)))  # () rows of all ranks
+            mean = mean_over_ranks(xf.sum(dims)) * (WORLD / n)  # (C,)
+            squares = (xf - mean.view(shape)) ** 2  # (B, C, ...)
+            var = mean_over_ranks(squares.sum(dims)) * (WORLD / n)  # (C,)
             with torch.no_grad():
-                n = x.numel() / x.size(1) * WORLD
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * n / (n - 1), self.momentum)

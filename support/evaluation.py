@@ -240,7 +240,8 @@ def record(path, row):
     """Append row, {column: value}, to the csv file at path, with the time in front.
 
     One line is appended where the header has every column. Otherwise the file is written anew with
-    the new columns in its header, whole or not at all. OSError if it cannot be written.
+    the new columns in its header, whole or not at all. OSError if it cannot be written, ValueError
+    if it is not text in UTF-8.
     """
     path = Path(path)
     row = {"time": time.strftime("%Y-%m-%d %H:%M:%S")} | row

@@ -32,8 +32,8 @@ def width(backbone, layers=1, pool="cls"):
 
 
 def embed(backbone, x, layers=1, pool="cls"):
-    """Features (N, D) float32 of normalised images x (N, 3, H, W), the backbone being in training
-    or evaluation mode as it is.
+    """Features (N, D) float32 of normalised images x (N, 3, H, W). The backbone stays in the mode,
+    training or evaluation, in which it is.
 
     layers: class tokens of that many last blocks, earliest first, each after the final norm (DINO's
     linear probe takes 4). pool: "cls", "mean" (the last block's patch tokens, averaged) or

@@ -5,7 +5,6 @@
 Every folder is read once, however many links lead to it. What is not taken is counted.
 """
 import hashlib
-import itertools
 import os
 import re
 from collections import Counter
@@ -132,13 +131,13 @@ def walk(path, left_out, elsewhere=()):
     """
     images, inner, with_runs = {"": []}, {}, set()
     folders, links = [path], []
-    seen = {identity(folder) for folder in elsewhere} - {identity(path)}
+    seen = {inode_of(folder) for folder in elsewhere} - {inode_of(path)}
     while folders or links:
         place = folders.pop() if folders else links.pop(0)
-        if identity(place) in seen:
+        if inode_of(place) in seen:
             left_out["links to folders that are read already"] += 1
             continue
-        seen.add(identity(place))
+        seen.add(inode_of(place))
         inside = os.path.relpath(place, path)  # "." for the folder itself
         class_name = "" if inside == "." else inside.split(os.sep)[0]
         with os.scandir(place) as entries:
@@ -169,8 +168,8 @@ def walk(path, left_out, elsewhere=()):
     return {c: sorted(images[c]) for c in classes}, inner
 
 
-def identity(folder):
-    """What tells a folder from all others, by whatever path it is reached."""
+def inode_of(folder):
+    """What tells a folder from all others, by whatever path it is reached: device and inode."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
@@ -189,12 +188,12 @@ def check_classes(path, train, inner, left_out):
                   if inner.get(name) else "name that folder itself to train without labels")
         raise ValueError(f"--data {path} has only one class folder, {name!r}; give two or more, "
                          f"or {advice}")
-    for one, other in itertools.combinations(train, 2):
-        if looks_like(one, LIKE_TRAIN) and looks_like(other, LIKE_TEST) or (
-                looks_like(one, LIKE_TEST) and looks_like(other, LIKE_TRAIN)):
-            raise ValueError(f"--data {path}: {one}/ and {other}/ are splits by their names, and "
-                             "not classes; rename them to train/ and val/, with the class folders "
-                             "in them")
+    like_train = [c for c in train if looks_like(c, LIKE_TRAIN)]
+    like_test = [c for c in train if looks_like(c, LIKE_TEST)]
+    for pair in [(a, b) for a in like_train for b in like_test if a != b]:
+        one, other = sorted(pair)
+        raise ValueError(f"--data {path}: {one}/ and {other}/ are splits by their names, and not "
+                         "classes; rename them to train/ and val/, with the class folders in them")
     holder = {}  # {name of a folder inside a class folder: that class}
     for c in train:
         shared = [name for name in inner.get(c, ()) if name in holder]

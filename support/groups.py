@@ -18,7 +18,7 @@ def members(counts, head=100, tail=20):
     """{"head", "medium", "tail": (C,) bool}: each class lies in exactly one group.
 
     counts (C,): training images per class; a class with none lies in the tail. ValueError where
-    tail > head + 1."""
+    tail is negative or above head + 1."""
     if not 0 <= tail <= head + 1:
         raise ValueError(f"the tail ends at {tail} images and the head begins above {head}: they "
                          f"overlap")

@@ -30,7 +30,8 @@ OF_FURTHER_SETS = re.compile(
 
 
 class Log:
-    """OUT/log.csv, one row for each printed line, and OUT/args.json; written by the first process.
+    """OUT/log.csv, a row with the controls and then one for each printed line, and OUT/args.json;
+    written by the first process.
 
     start: the step at which this process goes on. Rows after it are dropped, so that the log of a
     resumed run is, speed and memory aside, that of a run which never stopped. drop_last: drop the
@@ -170,7 +171,7 @@ class Record:
         self.sum = self.sum + share * torch.stack([v.detach() for v in terms.values()])  # (terms,)
 
     def take(self):
-        """Terms of the step so far (terms,)."""
+        """Terms of the step so far (terms,); the next step begins at 0."""
         values, self.sum = self.sum, 0
         return values
 
@@ -224,7 +225,7 @@ class Clock:
         self.begin, self.steps, self.waiting = time.perf_counter(), 0, 0.0
 
     def next(self, batches):
-        """The next batch, and how long the loop waited for it."""
+        """The next batch. The time that the loop waits for it is added to `waiting`."""
         begin = time.perf_counter()
         batch = next(batches)
         self.waiting += time.perf_counter() - begin
@@ -232,6 +233,8 @@ class Clock:
         return batch
 
     def speed(self, batch_size):
+        """{"images_per_s": images of all processes in a second, "data_share": share of the time in
+        which the loop waited for batches}, since the last restart."""
         seconds = time.perf_counter() - self.begin
         return {"images_per_s": self.steps * batch_size / seconds,
                 "data_share": self.waiting / seconds}
@@ -241,7 +244,7 @@ class Clock:
 class Due:
     """What is due after a step."""
     row: bool  # a row of the log
-    regular: bool  # one that is not there only because the run stops here: the next row starts anew
+    regular: bool  # one that is due even if the run does not stop here; then the means begin anew
     evaluation: bool
     checkpoint: bool
 
@@ -258,7 +261,10 @@ def peak_memory(device):
     """Peak memory so far, MB: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    import resource  # not there on Windows
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 

@@ -19,9 +19,9 @@ EPS = (0.025, 0.5)  # Def. 2.1: the threshold of the literature, and the strict 
 def of_coming_batches(compute, teacher, images, recipe, step, args, device, autocast):
     """What `compute` makes of the global crops of the next steps, about --eval-bank crops in all.
 
-    compute(crops, step) -> a tuple of tensors, for the crops of a step on this process. Returns the
-    same tuple, each tensor now that of all steps and processes. The crops are made as training
-    makes them, batch norm on batch statistics included: a mixture knows no others.
+    compute(crops, step) -> a tuple of tensors, for the crops of a step on this process. Returns a
+    list of these tensors, each now of all steps, one at least, and of all processes. The crops are
+    made as training makes them, batch norm on batch statistics included: a mixture knows no others.
     """
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     recipe = replace(recipe, n_local=0)
@@ -75,7 +75,7 @@ def prototype_measures(protos, loss, h, beta, seed):
 def mean_cosine(h):
     """Mean cosine of two different vectors of h (N, D): 1 if all lie in one direction; NaN of one
     vector."""
-    u, N = F.normalize(h.double(), dim=1), len(h)
+    u, N = F.normalize(h.double(), dim=1), len(h)  # u (N, D)
     if N < 2:
         return math.nan
     return float((u.sum(0).square().sum() - N) / (N * (N - 1)))
@@ -107,12 +107,12 @@ def mutual_information(a, b):
     """Mutual information in nats of two labels a, b (N,) int64, from their joint counts."""
     (a_of, b_of), joint = torch.stack([a, b]).unique(dim=1, return_counts=True)  # (pairs,)
     p = joint.double() / len(a)  # (pairs,)
-    p_a = torch.bincount(a).double() / len(a)
-    p_b = torch.bincount(b).double() / len(b)
+    p_a = torch.bincount(a).double() / len(a)  # (labels of a,)
+    p_b = torch.bincount(b).double() / len(b)  # (labels of b,)
     return float((p * (p / (p_a[a_of] * p_b[b_of])).log()).sum())
 
 
-def knn(bank, queries, args, of_images):
+def knn(bank, queries, of_images):
     """k-NN accuracy in percent (k 20, T 0.07); None without labels.
 
     of_images(images) -> features (N, dim).
@@ -126,13 +126,13 @@ def knn(bank, queries, args, of_images):
 def controls(bank, queries, args, teacher, device):
     """k-NN of the untrained backbone and of raw pixels: row 0 of the log."""
     return {"knn": teacher_knn(bank, queries, args, teacher, device),
-            "raw_knn": knn(bank, queries, args, lambda images: pixels(images, args.img_size))}
+            "raw_knn": knn(bank, queries, lambda images: pixels(images, args.img_size))}
 
 
 def teacher_knn(bank, queries, args, teacher, device):
-    return knn(bank, queries, args,
-               lambda images: features(teacher.backbone, images, args.img_size, device=device,
-                                       mean=args.mean, std=args.std))
+    """`knn` of the teacher's backbone."""
+    return knn(bank, queries, lambda images: features(
+        teacher.backbone, images, args.img_size, device=device, mean=args.mean, std=args.std))
 
 
 def pixels(images, img_size):
@@ -151,11 +151,13 @@ def summary(args, log, metrics, bank, queries, step):
               f"  raw pixels            {metrics['raw_knn']:5.1f}\n"
               f"  {untrained:<21} {metrics['untrained_knn']:5.1f}\n"
               f"  teacher, step {step:<7d} {metrics['knn']:5.1f}")
+    is_memory = metrics["unique_0.5"] is None
     print(f"prototypes ({args.prototypes}, K {args.num_prototypes}, D {args.bottleneck_dim}), "
-          "shares of K")
+          f"shares of {'the vectors in the memory' if is_memory else 'K'}")
     for eps, name in ((0.025, "unique(.025)"), (0.5, "unique(.5)  ")):
         print(f"  {name} {share(metrics[f'unique_{eps}'])}   "
-              f"ceiling {metrics[f'ceiling_{eps}']:.3f} (the same share of K vectors h)")
+              f"ceiling {metrics[f'ceiling_{eps}']:.3f} (the same share of "
+              f"{'as many' if is_memory else 'K'} vectors h)")
     heaviest = metrics.get("pi_max")
     print(f"  used {metrics['used']:.3f}   perplexity {metrics['perplexity']:.3f}   "
           f"drift {metrics['drift']:.3f}   |h| {metrics['h_norm']:.2f}"

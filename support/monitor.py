@@ -49,8 +49,8 @@ def states(row, K):
     used = measure(row, "used")
     if used < 0.05 and follows_appendix_a(row):
         return {"few components": (
-            f"for every image the most responsible component is one of {round(used * K)}, of the "
-            f"mixture's {K}; the heaviest has the weight {measure(row, 'pi_max'):.2f}. The others "
+            f"only {round(used * K)} of the mixture's {K} components are the most responsible one "
+            f"for any image; the heaviest has the weight {measure(row, 'pi_max'):.2f}. The others "
             "stay near their start; if that was at random directions, they are unique whatever the "
             "images are. This is what the printed equations do; docs/collapse.md explains it")}
     return {}
@@ -67,8 +67,8 @@ def troubles(row, K):
     h_norm = measure(row, "h_norm")
     mixture_runs = row.get("mixture_used") is not None
     sentences = {}
-    # Every run starts at ln K, and rests there for a while. A fifth of the run is enough for every
-    # preset to leave it.
+    # The first term starts near its value for a uniform student, and rests there for a while. The
+    # default run has left it after a fifth of its length; the long presets were not run.
     if 0.995 < loss_over_ln_k < 1.005 and measure(row, "progress") > 0.2:
         sentences["uniform"] = (
             f"the first term of the loss stays at {loss_over_ln_k:.3f} of its value at the start: "
@@ -83,8 +83,8 @@ def troubles(row, K):
         sentences["collapse"] = (
             f"partial prototype collapse: {100 * unique:.0f} % of the prototypes are unique at "
             "eps 0.025. Try --prototypes kp, live or frozen")
-    # The means of a mixture lie on the data, and cannot be more unique at eps 0.5 than the data
-    # are: for them, few at 0.5 are no collapse.
+    # Means that lie on the data cannot be more unique at eps 0.5 than the data are: so for a
+    # mixture, few at 0.5 are no collapse.
     elif unique_strict < 0.5 and not mixture_runs:
         sentences["collapse"] = (
             f"many prototypes lie close together: only {100 * unique_strict:.0f} % are unique at "

@@ -4,7 +4,7 @@ import torch
 from support import ddp
 
 
-def make(args, params, device):
+def make(args, params):
     """The optimiser that --optimizer names, in two groups: with weight decay, and without.
 
     Biases and norms have none. As in DINO's official code everything of two or more dimensions
@@ -14,7 +14,7 @@ def make(args, params, device):
     groups = [{"params": [p for p in params if p.dim() > 1]},
               {"params": [p for p in params if p.dim() < 2]}]
     return {
-        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=device.type != "mps"),
+        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=True),
         "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
         "lars": lambda: LARS(groups),
     }[args.optimizer]()
@@ -23,8 +23,8 @@ def make(args, params, device):
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al. 2017), as DINO and CARP train ResNets.
 
-    SGD with momentum, in which the step of each tensor of two or more dimensions is as long as
-    trust times lr times the tensor itself.
+    SGD with momentum. Before it enters the momentum, the gradient of each tensor of two or more
+    dimensions, with its weight decay, is scaled to trust times the length of the tensor.
     """
 
     def __init__(self, params, lr=0.0, momentum=0.9, trust=0.001):

@@ -19,7 +19,8 @@ WHITES = (1, 255, 1023, 4095, 16383, 65535, 2 ** 24 - 1, 2 ** 32 - 1)
 LARGE = 2 ** 26  # pixels; of images with more, one at a time is decoded
 one_large_image = threading.Lock()
 IGNORED = 255  # in a mask: the label of a pixel that is not counted
-# `opened` says itself what is wrong with a file; an image of many pixels is nothing wrong
+# `opened` says itself what is wrong with a file. Pillow warns above 89 million pixels, which is
+# nothing wrong, and refuses above twice as many, which `opened` says too
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 

@@ -1,11 +1,11 @@
 """
 Pictures of prototype sets: Fig. 1 (where they lie), Fig. 3a (unique against eps), Fig. 4a (over
-training), the table of an ablation, images per prototype, and labels of pixels.
+training), the table of an ablation, the design space, images per prototype, and labels of pixels.
 
-Every function gets plain numbers and the name of the picture file. It raises ValueError where
-matplotlib is missing, and OSError where the file cannot be written. The colours are those of Okabe
-and Ito, which the colour-blind can tell apart; lines and markers differ too, for black and white
-print. matplotlib is imported inside the functions, so that nothing else needs it.
+A function that draws gets plain numbers and the name of the picture file. It raises ValueError
+where matplotlib is missing, and OSError where the file cannot be written. The colours are those of
+Okabe and Ito, which the colour-blind can tell apart; lines and markers differ too, for black and
+white print. matplotlib is imported inside the functions, so that nothing else needs it.
 """
 import itertools
 import math
@@ -106,7 +106,11 @@ def training(runs, file, x="step", chosen=None):
     margin = .04 * (max(steps) - min(steps)) or 1
     for ax in axes.flat:  # one scale in every panel, whatever a run has measured
         ax.set_xlim(min(steps) - margin, max(steps) + margin)
-    handles, names = axes.flat[0].get_legend_handles_labels()
+    of_name = {}  # {name: line}; a run may have no curve in the first panel
+    for ax in axes.flat:
+        for handle, name in zip(*ax.get_legend_handles_labels()):
+            of_name.setdefault(name, handle)
+    handles, names = list(of_name.values()), list(of_name)
     ceilings = {column.replace("unique", "ceiling") for column, _, _ in panels}
     if ceilings & columns - {column for column, _, _ in panels}:
         from matplotlib.lines import Line2D
@@ -167,8 +171,8 @@ def sweep(curves, baselines, file):
 def ablation(order, parts, measures, file):
     """A panel per measure, a line per row of the table, seeds as points and their mean as a bar.
 
-    order: names of the rows. parts: {part: {row: [{measure: text}, one per seed]}}, drawn side by
-    side in colours. measures: [(measure, title, digits)]."""
+    order: names of the rows. parts: {part: {row: [{measure: text}, one per seed]}}, drawn one below
+    the other, in colours. measures: [(measure, title, digits)]."""
     rows = [row for row in order if any(row in results for results in parts.values())]
     height = .34 * len(rows) * max(1, .4 * len(parts)) + 1.3
     fig, axes = figure(1, len(measures), 1.9 * len(measures) + 2, height)
@@ -284,8 +288,8 @@ def fig1(sets, file):
     """Fig. 1: prototypes in their main plane with a Gaussian KDE (upper row), and their angles with
     a von Mises-Fisher KDE (lower row). sets: [(label, unit rows (K, D))], side by side on one
     scale."""
-    from matplotlib.colors import PowerNorm
     fig, axes = figure(2, len(sets), 2.4 * len(sets) + 1, 4.6)
+    from matplotlib.colors import PowerNorm
     grid = np.linspace(-1.3, 1.3, 161)
     circle = np.linspace(-math.pi, math.pi, 361)
     angles = [plane(X) for _, X in sets]

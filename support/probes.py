@@ -103,7 +103,7 @@ def warm_cosine(step, steps):
 
 def adamw(p, g, moments, rate, wd, step):
     """Step number `step`, from 0, of AdamW: changes p, whose gradient is g, and its two moments.
-    rate, wd: of each element of p, or of each of its first dimensions."""
+    rate, wd: numbers, or tensors that broadcast to p."""
     m, v = moments
     p *= 1 - rate * wd
     m.lerp_(g, 1 - BETAS[0])

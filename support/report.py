@@ -9,6 +9,7 @@ Nothing is measured here. Everything comes as plain numbers, as collapse.measure
 import csv
 import io
 import json
+import math
 import os
 
 from support import checkpoints
@@ -32,13 +33,17 @@ def read_log(path):
         with open(log, newline="", **TEXT) as file:
             for row in csv.DictReader(file):
                 rows.append({k: float(v) for k, v in row.items() if k and v})
+                if not math.isfinite(rows[-1].get("step", 0)):
+                    raise ValueError(f"step {rows[-1]['step']}")
     except (TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{log}: not a table of numbers ({error})") from None
     return [row for row in rows if "step" in row and is_evaluated(row)]
 
 
 def is_evaluated(row):
-    return any(column == "knn" or column.startswith("unique_") for column in row)
+    """Whether a row of a log has an evaluation: without labels it has no k-NN, and of a memory no
+    unique share."""
+    return any(column in ("knn", "used") or column.startswith("unique_") for column in row)
 
 
 def describe_run(path, name, log, drift):
@@ -56,8 +61,13 @@ def describe_run(path, name, log, drift):
         if isinstance(own, dict) and {"vectors", "start"} <= own.keys():
             row["drift"] = drift(own["vectors"], own["start"])
     elif os.path.isfile(os.path.join(path, "args.json")):
-        with open(os.path.join(path, "args.json")) as file:
-            args = json.load(file)
+        try:
+            with open(os.path.join(path, "args.json"), **TEXT) as file:
+                args = json.load(file)
+        except ValueError:
+            args = None
+        if not isinstance(args, dict):
+            raise ValueError(f"{path}/args.json does not hold the flags of a run")
     if log:
         row |= log[-1]
     row |= {"run": name, "method": args.get("method"), "prototypes": args.get("prototypes"),
@@ -80,20 +90,22 @@ def short_names(paths):
 
 def over_training(sets):
     """Checkpoints of one folder, in order of their step or epoch, as the rows that a log.csv would
-    have: ([(folder, rows)], "step" or "epoch"). ValueError for a file that stores neither."""
+    have: ([(folder, rows)], "step" or "epoch"). ValueError if not all files store the same one."""
+    stored = {one["file"]: checkpoints.read(one["file"]) for one in sets}
+    axes = [axis for axis in ("step", "epoch")
+            if all(isinstance(saved, dict) and isinstance(saved.get(axis), (int, float))
+                   for saved in stored.values())]
+    if not axes:
+        raise ValueError(f"{', '.join(stored)}: there is no step, or no epoch, inside all of these "
+                         "files, so they have no place on a curve over training")
+    x_axis = axes[0]
     runs = {}  # {folder, and the set where a file has several: rows}
-    x_axis = "step"
     for one in sets:
-        saved = checkpoints.read(one["file"])
-        stored = [k for k in ("step", "epoch") if isinstance(saved, dict) and k in saved]
-        if not stored:
-            raise ValueError(f"{one['file']}: no step or epoch inside, so it has no place on a "
-                             f"curve over training")
-        x_axis = stored[0]
-        row = {x_axis: float(saved[x_axis])}
+        row = {x_axis: float(stored[one["file"]][x_axis])}
         for eps, e in one["eps"].items():
             row[f"unique_{eps:g}"] = e["share"]
-        folder = os.path.dirname(os.path.abspath(one["file"]))
+        path = os.path.abspath(one["file"])
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
         if one["several"]:
             folder += f" {one['set']}"
         runs.setdefault(folder, []).append(row)
@@ -157,6 +169,7 @@ def table_of_counts(named):
             rows.append([name if is_first else "",
                          f"{measures['K']:,} x {measures['D']}" if is_first else "",
                          f"{eps:g}", f"{e['unique']:,}", f"{e['share']:.1%}",
+                         None if e["any_order_mean"] is None else
                          f"{e['any_order_mean']:,.1f} ± {e['any_order_sd']:.1f}",
                          f"{e['components']:,}", f"{e['with_neighbour']:,}",
                          " ".join(str(n) for n in e["largest_groups"]) or None])

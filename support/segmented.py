@@ -14,13 +14,12 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import data
-from support import evaluation, pixels
+from support import evaluation, pixels, transfer
 from support.files import TEXT
 
 # Named sets that have no label maps: one must not be downloaded to be refused.
 WITHOUT_MAPS = ("cifar10", "cifar100", "stl10", "inat18")
-VOC = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
-       "motorbike person pottedplant sheep sofa train tvmonitor").split()
+VOC = ["background", *transfer.VOC]
 
 
 @dataclass(eq=False)

@@ -111,7 +111,8 @@ def outline_distance(shape, u, v):
 
 
 def wave(texture, U, V):
-    """A texture of CLASSES at the points (U, V), about -1 to 1; lengths are 2/3 pixels."""
+    """A texture of CLASSES at the points (U, V), -1 to 1, of checks -2 to 2; lengths are 2/3
+    pixels."""
     def sin(length, along):
         return (along * 2 * math.pi / length).sin()
 

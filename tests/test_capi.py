@@ -313,7 +313,7 @@ def test_learning_rate_and_momentum_at_the_three_points_of_the_official_run():
 def test_the_rates_and_decays_of_the_parameters(tmp_path):
     args = args_of()
     student, protos = capi.network(args), capi.student_prototypes(args)
-    optimizer, factors = capi.optimizer_of([student, protos], torch.device("cpu"))
+    optimizer, factors = capi.optimizer_of([student, protos])
     of = {id(p): factor for group, factor in zip(optimizer.param_groups, factors)
           for p in group["params"]}
     names = dict(student.named_parameters()) | dict(protos.named_parameters())

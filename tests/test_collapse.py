@@ -897,15 +897,17 @@ def test_with_images(tmp_path, monkeypatch, capsys):
     net = ToyNet(8, 8, bias=False).train()
     net.weight.data = torch.eye(8)
 
-    def probabilities(h, tau, centre):
+    def probabilities(h, beta, tau, centre):
+        assert beta == 0.7
         return (h @ C.T / tau - centre).softmax(1)
 
-    prototypes = argparse.Namespace(assign=probabilities, vectors=lambda: C)
+    there = {"to": lambda device: None}
+    prototypes = argparse.Namespace(assign=probabilities, vectors=lambda: C, **there)
     centre = torch.zeros(6)
     centre[3] = 1.
-    loss = argparse.Namespace(tau=1 / 9, centre_over_tau=lambda: centre)
+    loss = argparse.Namespace(tau=1 / 9, centre_over_tau=lambda: centre, **there)
     saved = {"data": "toy", "img_size": 2, "imbalance": 5, "seed": 3, "script": "zoo/mine.py",
-             "mean": [0.5] * 3, "std": [0.5] * 3}
+             "mean": [0.5] * 3, "std": [0.5] * 3, "beta": [0.1, 0.7]}
     loaded = []  # imbalance of each set that was asked for
 
     def load(data, imbalance=1, **others):
@@ -913,9 +915,9 @@ def test_with_images(tmp_path, monkeypatch, capsys):
         return images, None
 
     monkeypatch.setattr(assign.checkpoint, "load_run",
-                        lambda path: (net, prototypes, loss, saved), raising=False)
+                        lambda path: (net.eval(), prototypes, loss, saved), raising=False)
     monkeypatch.setattr(data, "load", load)
-    monkeypatch.setattr(assign.views, "eval_batches",
+    monkeypatch.setattr(assign.checkpoint.views, "eval_batches",
                         lambda images, size, device, mean, std: torch.eye(8)[k].split(10))
     run = fake_run(tmp_path / "run", "joint", 1)
     files = ["--assign", str(tmp_path / "a.csv"), "--montage", str(tmp_path / "m.png")]

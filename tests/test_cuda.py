@@ -139,7 +139,7 @@ def test_a_step_that_is_not_finite_is_skipped(optimizer):
     args = SimpleNamespace(optimizer=optimizer)
     with PretendedGPU():
         norm = torch.nn.BatchNorm1d(4).to(CUDA)
-        take_step = optim.CheckedStep(optim.make(args, list(norm.parameters()), GPU), [norm])
+        take_step = optim.CheckedStep(optim.make(args, list(norm.parameters())), [norm])
         for number, taken in ((1., 1), (float("nan"), 0)):
             before = [x.clone() for x in norm.state_dict().values()]
             loss = (norm(torch.randn(3, 4, device=CUDA)) * number).square().sum()

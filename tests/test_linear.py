@@ -736,10 +736,10 @@ def test_files_on_disk_are_known_by_path_size_and_time(tmp_path):
     for i in range(2):
         Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
     images = data.Files([str(tmp_path / f"{i}.png") for i in range(2)], None, [], "")
-    first = backbones.identity(images)
-    assert backbones.identity(images) == first
+    first = backbones.hash_of_images(images)
+    assert backbones.hash_of_images(images) == first
     os.utime(tmp_path / "1.png", (1, 1))
-    assert backbones.identity(images) != first
+    assert backbones.hash_of_images(images) != first
 
 
 # ---- backbones of others -------------------------------------------------------------------------

@@ -455,7 +455,7 @@ def test_a_dead_mixture_is_named_once(capsys, tmp_path):
     train_tiny(tmp_path, "--steps", "40", "--gmm-start", "0", "--num-prototypes", "1024",
                "--log-every", "1", "--eval-every", "20")
     out = capsys.readouterr().out
-    assert out.count("for every image the most responsible component is one of") == 1
+    assert out.count("components are the most responsible one for any image") == 1
     assert out.count("remark, step") == 1 and "most of the mixture is unused" not in out
 
 

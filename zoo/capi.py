@@ -224,7 +224,7 @@ def network(args, drop_path=0.0):
     return Network(args, drop_path)
 
 
-def optimizer_of(modules, device):
+def optimizer_of(modules):
     """(AdamW, [(factor of the learning rate, factor of the weight decay) of each group]).
 
     The projection of patches learns at a fifth of the rate. Parameters with "norm" in their name,
@@ -237,7 +237,7 @@ def optimizer_of(modules, device):
         decay = 0.0 if name.endswith("bias") else 0.1 if "norm" in name else 1.0
         groups.setdefault((rate, decay), []).append(p)
     adamw = torch.optim.AdamW([{"params": params} for params in groups.values()], lr=0.0,
-                              betas=(0.9, 0.95), fused=device.type != "mps")
+                              betas=(0.9, 0.95), fused=True)
     return adamw, list(groups)
 
 
@@ -388,7 +388,7 @@ def train(args, device, stop_request):
     average_s = copy.deepcopy(protos_s).requires_grad_(False)  # what the paper counted
     trained = [*student.parameters(), *protos_s.parameters()]  # theta
     averaged = [*teacher.parameters(), *average_s.parameters()]  # phi
-    optimizer, factors = optimizer_of([student, protos_s], device)
+    optimizer, factors = optimizer_of([student, protos_s])
     parts = {"student": student, "teacher": teacher, "loss": Temperature(), "optimizer": optimizer,
              "student_average": average_s}
     # [] of frozen ones and of a mixture
@@ -396,7 +396,7 @@ def train(args, device, stop_request):
     if trained_clusters:
         # its learning rate and weight decay are those that take_cluster_step is called with
         cluster_optimizer = torch.optim.AdamW(trained_clusters, lr=0.0, betas=(0.9, 0.95),
-                                              fused=device.type != "mps")
+                                              fused=True)
         take_cluster_step = optim.CheckedStep(cluster_optimizer, [], factors=[(1.0, 1.0)])
         parts["cluster_optimizer"] = cluster_optimizer
 

@@ -407,7 +407,7 @@ def train(args, device, stop_request, make_streams=streams):
     of_student = dict(student.named_parameters())
     averaged = [(phi, of_student[name]) for name, phi in teacher.named_parameters()]  # (phi, theta)
     averaged += [pair for s in sets for pair in zip(s.teacher.parameters(), s.student.parameters())]
-    optimizer = optim.make(args, trained, device)
+    optimizer = optim.make(args, trained)
 
     # ---- start or go on ------------------------------------------------------------------------
     parts = {"student": student, "teacher": teacher, "loss": loss_fn, "optimizer": optimizer,

@@ -195,7 +195,7 @@ def train(args, device, stop_request):
     loss_fn = make_loss(args).to(device)
     trained = [*student.parameters(), *protos.parameters()]  # theta
     averaged = list(teacher.parameters())  # phi
-    optimizer = optim.make(args, trained, device)
+    optimizer = optim.make(args, trained)
     n_patches = (args.img_size // args.patch_size) ** 2
 
     # ---- start or go on ------------------------------------------------------------------------
