@@ -165,7 +165,7 @@ def test_which_column_of_which_run_goes_where(capsys, monkeypatch):
     (["knn", "--bank", "19"], "--bank must be at least 20, the neighbours of a query, got 19"),
     (["unique", "--D", "9" * 20], "--D must be a number below 4294967296 in size, got 9999"),
     (["--device", ""], "--device must not be empty"),
-    (["--device", "abacus"], "--device abacus does not work here")])
+    (["--device", "abacus"], "--device must be cpu or cuda, got abacus")])
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, sentence, capsys, monkeypatch):
     monkeypatch.setattr(bench, "ITEMS", dict.fromkeys(bench.ITEMS))
     with pytest.raises(SystemExit) as stop:

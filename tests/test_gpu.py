@@ -182,7 +182,7 @@ def test_the_exit_code_says_whether_all_was_well(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, sentence", [
     (["--minutes", "0"], "--minutes must be positive, got 0"),
     (["--turn", "0"], "--turn must be at least 1, got 0"),
-    (["--device", "abacus"], "--device abacus does not work here"),
+    (["--device", "abacus"], "--device must be cpu or cuda, got abacus"),
     (["--device", "cpu", "--data", "nowhere"], "--data nowhere is neither a folder nor one of"),
     (["--device", "cpu", "--data", ".", "--", "--lr", "-1"], "--lr must be positive, got -1"),
     (["--device", "cpu", "--data", ".", "--", "--hue", "1"], "unrecognized arguments: --hue 1")])
