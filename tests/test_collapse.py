@@ -726,6 +726,48 @@ def test_table_of_runs_and_training_picture(tmp_path, capsys):
         assert "--panels needs --plot" in refusal(capsys, a, b, "--panels", "knn", *flags)
 
 
+def test_a_log_alone_has_no_prototypes_to_judge(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = fake_run(tmp_path / "run", "joint", .5)
+    os.remove(tmp_path / "run" / "ckpt.pt")
+    for flags in (["--fail-below", "0.5"], ["--data", "shapes"]):
+        assert "has no ckpt.pt, and --fail-below and --data need" in refusal(capsys, run, *flags)
+    for picture in ("fig1", "sweep"):
+        assert f"--picture {picture} needs prototypes" in refusal(
+            capsys, run, "--plot", str(tmp_path / "p.png"), "--picture", picture)
+    (tmp_path / "run" / "args.json").write_text("[1]")
+    assert "args.json does not hold the flags of a run" in refusal(capsys, run)
+    (tmp_path / "run" / "args.json").write_text("{")
+    assert "args.json does not hold the flags of a run" in refusal(capsys, run)
+    (tmp_path / "run" / "log.csv").write_text("step,knn\ninf,3\n")
+    assert "log.csv: not a table of numbers (step inf)" in refusal(capsys, run)
+
+
+def test_without_random_orders_nothing_is_said_of_them(tmp_path, capsys):
+    C = angles(0, 10, 90)  # one pair of neighbours
+    one = collapse.describe(C, [.025], orders=0)["eps"][.025]
+    assert one["unique"] == 2 and one["any_order_mean"] is one["any_order_sd"] is None
+    alone = collapse.describe(angles(0, 90), [.025], orders=0)["eps"][.025]
+    assert (alone["any_order_mean"], alone["any_order_sd"]) == (2, 0)  # the same in any order
+    torch.save(C, tmp_path / "C.pt")
+    assert collapse.main([str(tmp_path / "C.pt"), "--orders", "0"]) == 0
+    assert " ± " not in capsys.readouterr().out.splitlines()[1]
+
+
+def test_checkpoints_with_different_places_on_a_curve(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = []
+    for i, place in enumerate(({"epoch": 1, "step": 5}, {"epoch": 2})):
+        files.append(str(tmp_path / f"{i}.pt"))
+        torch.save({"prototypes.weight": angles(0, 10, 90), **place}, files[-1])
+    picture = ["--plot", str(tmp_path / "p.png"), "--picture", "training"]
+    assert collapse.main([*files, *picture]) == 0  # both have an epoch
+    torch.save({"prototypes.weight": angles(0, 10, 90), "step": 1}, files[1])
+    torch.save({"prototypes.weight": angles(0, 10, 90), "epoch": 1}, files[0])
+    assert "there is no step, or no epoch, inside all of these files" in refusal(
+        capsys, *files, *picture)
+
+
 def test_logs_without_checkpoint_and_the_reverse(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     a, b = fake_run(tmp_path / "a", "joint", .5), fake_run(tmp_path / "b", "kp", .5)

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import sys
+import threading
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import losses
 import train
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
-from support import assign, checkpoint
+from support import assign, checkpoint, ddp
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 CPU = torch.device("cpu")
@@ -265,6 +266,47 @@ def test_two_processes_equal_one(one_and_two, case):
     assert torch.allclose(C, b["prototypes"][name], rtol=0, atol=within * longest)
     for name, value in a["teacher"].items():
         assert torch.allclose(value.float(), b["teacher"][name].float(), atol=2e-3), name
+
+
+def test_batch_norm_over_two_processes_counts_every_row_once(monkeypatch):
+    """Two threads stand for processes with 3 and 7 rows, as patches have; torch's batch norm of all
+    10 rows is the oracle, gradients included."""
+    rank, at_once, given = threading.local(), threading.Barrier(2, timeout=60), [None, None]
+
+    def all_reduce(x, op="sum"):
+        given[rank.number] = x.clone()
+        at_once.wait()
+        x.copy_(given[0] + given[1])
+        at_once.wait()
+        return x
+    monkeypatch.setattr(ddp, "all_reduce", all_reduce)
+    monkeypatch.setattr(ddp, "WORLD", 2)
+    generator = torch.Generator().manual_seed(0)
+    x = 2 + torch.randn(10, 4, generator=generator)
+    w = torch.randn(10, 4, generator=generator)  # of each output in a loss
+    found = [None, None]
+
+    def process(number, rows):
+        rank.number = number
+        norm = ddp.sync_batchnorm(torch.nn.BatchNorm1d(4))
+        part = x[rows].clone().requires_grad_()
+        y = norm(part)
+        (y * w[rows]).sum().backward()
+        found[number] = y.detach(), part.grad, norm.running_mean, norm.running_var
+    threads = [threading.Thread(target=process, args=(number, rows))
+               for number, rows in enumerate((slice(0, 3), slice(3, 10)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole, norm = x.clone().requires_grad_(), torch.nn.BatchNorm1d(4)
+    y = norm(whole)
+    (y * w).sum().backward()
+    assert torch.allclose(torch.cat([y for y, *_ in found]), y.detach(), atol=1e-5)
+    assert torch.allclose(torch.cat([g for _, g, *_ in found]), whole.grad, atol=1e-5)
+    for *_, mean, var in found:
+        assert torch.allclose(mean, norm.running_mean, atol=1e-6)
+        assert torch.allclose(var, norm.running_var, atol=1e-6)
 
 
 # ---- bad input ---------------------------------------------------------------------------------
