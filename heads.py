@@ -339,13 +339,13 @@ PROTOTYPES = {
 
 
 def prototype_class(name):
-    """The class that the table has under a name."""
-    return class_of(PROTOTYPES[name])
+    """The class that the table has under a name; Frozen for a name that only other code has."""
+    return class_of(PROTOTYPES.get(str(name), Frozen))
 
 
 def prototypes(args, begin=0):
     """The prototype set that --prototypes names; begin: the step at which a mixture starts."""
-    return prototype_class(args.prototypes).from_args(args, begin)
+    return class_of(PROTOTYPES[args.prototypes]).from_args(args, begin)
 
 
 def student_and_teacher(args, begin=0):

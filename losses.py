@@ -269,7 +269,7 @@ LOSSES = {
 
 def loss_class(name):
     """The class that the table has under a name; Loss for a loss of a script's own."""
-    return class_of(LOSSES.get(name, Loss))
+    return class_of(LOSSES.get(str(name), Loss))
 
 
 def loss(args, steps_per_epoch=1):

@@ -181,6 +181,9 @@ def test_a_value_that_a_flag_cannot_have_differs_from_any(value):
     new = vars(config.parse(["--device", "cpu"]))
     change, = config.differences(new | {"lr": value}, new)
     assert change.startswith("--lr ") and change.endswith(" -> 0.018")
+    for name in ("method", "prototypes"):
+        changes = config.differences(new | {name: value}, new)
+        assert f"-> {new[name]}" in changes[0] and changes[0].startswith(f"--{name} ")
     assert config.differences(new, new) == []
 
 
