@@ -91,17 +91,20 @@ def short_names(paths):
 def over_training(sets):
     """Checkpoints of one folder, in order of their step or epoch, as the rows that a log.csv would
     have: ([(folder, rows)], "step" or "epoch"). ValueError if not all files store the same one."""
-    stored = {one["file"]: checkpoints.read(one["file"]) for one in sets}
-    axes = [axis for axis in ("step", "epoch")
-            if all(isinstance(saved, dict) and isinstance(saved.get(axis), (int, float))
-                   for saved in stored.values())]
+    places = {}  # {file: {"step" or "epoch": number}}; a file may be large and is not kept
+    for file in dict.fromkeys(one["file"] for one in sets):
+        saved = checkpoints.read(file)
+        saved = saved if isinstance(saved, dict) else {}
+        places[file] = {axis: float(saved[axis]) for axis in ("step", "epoch")
+                        if isinstance(saved.get(axis), (int, float))}
+    axes = [axis for axis in ("step", "epoch") if all(axis in at for at in places.values())]
     if not axes:
-        raise ValueError(f"{', '.join(stored)}: there is no step, or no epoch, inside all of these "
+        raise ValueError(f"{', '.join(places)}: there is no step, or no epoch, inside all of these "
                          "files, so they have no place on a curve over training")
     x_axis = axes[0]
     runs = {}  # {folder, and the set where a file has several: rows}
     for one in sets:
-        row = {x_axis: float(stored[one["file"]][x_axis])}
+        row = {x_axis: places[one["file"]][x_axis]}
         for eps, e in one["eps"].items():
             row[f"unique_{eps:g}"] = e["share"]
         path = os.path.abspath(one["file"])
