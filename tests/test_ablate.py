@@ -424,7 +424,7 @@ def test_the_verdict_on_the_instrument_by_hand():
     lines = ablate.verdict(rows_of_instrument())[:-1]
     assert [words_of(line) for line in lines] == ["met"] * 6
     joint = [line.split("CARP, joint ")[1].split(",")[0] for line in lines]
-    # 84 less the mean of seeds 0 to 2; that less 61; the deviation; 81 less 40; 81; 95 less that mean
+    # 84 less the mean of seeds 0 to 2; that less 61; the deviation; 81 less 40; 81; 95 less 80.5
     assert [float(value.strip(")")) for value in joint] == [3.5, 19.5, 0.8, 41, 81, 14.5]
 
 
