@@ -180,6 +180,9 @@ def draw_words(rng, tool):
     if tool == "train.py":
         if rng.random() < 0.9 or "--stop-at" not in words:
             words += ["--stop-at", "3"]  # no long training, whatever --steps is
+    if tool == "lab.chaos" and {"4294967295", "1e9", "1_0"} & set(words):
+        # such values are allowed, and take long: kills are tried until one meets a running process
+        words += ["--steps", "2", "--longest", "0.1"]
     return words
 
 
