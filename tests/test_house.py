@@ -2,6 +2,7 @@
 import argparse
 import ast
 import glob
+import importlib
 import inspect
 import os
 import re
@@ -415,13 +416,21 @@ then python collapse.py
 
 
 def parse_command(script, words, monkeypatch):
-    """Parse a command of a page. What follows -- goes to every run of lab.ablate."""
+    """Parse a command of a page. What follows -- goes to the runs: of train.py, or of --script."""
     if script == "train.py":
         config.parse(words)
         return
     parse(script, words, monkeypatch)
     if "--" in words:
-        config.parse(words[words.index("--") + 1:])
+        of_run = words[words.index("--script") + 1] if "--script" in words else "train.py"
+        of_training(of_run)([*words[words.index("--") + 1:], "--device", "cpu"])
+
+
+def of_training(script):
+    """The function that parses the flags of train.py, of zoo/NAME.py or of zoo.NAME."""
+    if script == "train.py":
+        return config.parse
+    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse
 
 
 def has_flags(script, words, monkeypatch):
@@ -458,6 +467,19 @@ def test_commands_of_the_pages_parse(page, tmp_path, monkeypatch):
             pytest.fail(f"{page}: {script} {' '.join(words)} is refused")
     for script, words in in_prose:
         has_flags(script, words, monkeypatch)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/fork.md"])
+def test_no_two_trainings_of_a_page_have_one_folder(page):
+    """Who types the commands of a page one after the other is not refused: a folder that holds a
+    run needs --resume."""
+    found = {}  # {folder: command lines; those of two hosts are one}
+    for script, words in commands(bash_lines(read(page))):
+        trains = script == "train.py" or script.startswith("zoo.")
+        if trains and not {"--resume", "--export"} & set(words) and "$kind" not in words:
+            out = of_training(script)([*words, "--device", "cpu"]).out
+            found.setdefault(out, set()).add(shlex.join([script, *words]))
+    assert all(len(lines) == 1 for lines in found.values()), found
 
 
 def test_the_readme_shows_how_to_train_to_count_and_to_evaluate():
