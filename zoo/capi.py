@@ -276,10 +276,10 @@ def teacher_clusters(args, begin=0):
         # not the set of zoo/clustered.py, which is this rule in the loop of train.py
         clusters = LinearClusters(args.num_prototypes, args.bottleneck_dim, args.seed)
         return clusters.requires_grad_(args.prototypes == "clustered")
-    of_set = copy.copy(args)
+    of_clusters = copy.copy(args)
     # Decoupled takes 2 batch_size for the vectors of a step, and chooses its mixture by it
-    of_set.batch_size = math.ceil(args.batch_size * args.patch_rows / 2)
-    return heads.prototypes(of_set, begin)
+    of_clusters.batch_size = math.ceil(args.batch_size * args.patch_rows / 2)
+    return heads.prototypes(of_clusters, begin)
 
 
 @torch.no_grad()
