@@ -4,6 +4,7 @@ What such a run reaches too is no merit of the prototypes.
 """
 import contextlib
 import csv
+import functools
 import glob
 import io
 import os
@@ -26,8 +27,10 @@ def computed(args):
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
-def interpret(words):
-    """The args of a command line, unchecked: it need not be able to run here and now."""
+@functools.cache  # a table holds the same command more than once, and a test asks again and again
+def interpret(*words):
+    """The args of a command line, unchecked: it need not be able to run here and now. Not to be
+    changed, as the next one to ask gets the same."""
     p = config.parser()
     preset = p.parse_args(words).preset
     p.set_defaults(**config.PRESETS[preset])
@@ -40,9 +43,9 @@ def typed(args):
     """[words] of a command line that gives the args that decide the results of a control."""
     words = [] if args.preset == "tiny" else ["--preset", args.preset]
     # defaults follow the method, so it is given here; it is typed where the preset has another one
-    base = vars(interpret([*words, "--method", args.method]))
+    base = dict(vars(interpret(*words, "--method", args.method)))
     wanted = computed(args).keys() | {"seed", "data_root"}
-    base["method"] = vars(interpret(words))["method"]
+    base["method"] = interpret(*words).method
     for action in config.parser()._actions:
         name, value = action.dest, vars(args).get(action.dest)
         if name not in wanted or value == base[name]:
@@ -81,15 +84,18 @@ def rows(args, folder):
 
 def is_control(row, args):
     """Whether a row of a table, {column: text}, is of the control of the run with these args."""
-    words = shlex.split(row.get("command") or "")
-    if words[:1] != [args.script] or "frozen" not in words or not row.get("unique_0.5"):
+    text = row.get("command") or ""
+    if "frozen" not in text or not row.get("unique_0.5"):
+        return False
+    words = shlex.split(text)
+    if words[:1] != [args.script] or "frozen" not in words:
         return False
     methods = [word for flag, word in zip(words, words[1:]) if flag == "--method"]
     if methods and methods[-1] != args.method:
         return False  # before its flags are read, which loads the file of the method
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            other = interpret(words[1:])
+            other = interpret(*words[1:])
     except SystemExit:  # a flag that is no longer there
         return False
     float(row["unique_0.5"]), float(row.get("knn") or 0)  # ValueError: no numbers

@@ -19,6 +19,7 @@ from support import shapes
 from support.pixels import IGNORED
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
+os.fsync = lambda descriptor: None  # no test cuts the power, and waiting for the disk takes long
 TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "6", "--num-prototypes", "16",
         "--partition-size", "8", "--bottleneck-dim", "8", "--head-hidden", "16",
         "--local-crops", "1", "--eval-bank", "60", "--eval-queries", "40",

@@ -1,10 +1,12 @@
 """lab/bench.py: a comparison is fair only if all contestants do the same work; and what is printed
 is what was measured."""
 import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import forked
 from lab import bench, contestants
 
 TINY = {"K": 64, "D": 8, "N": 20, "V": 4, "B": 3, "P": 16, "unique": 60, "bank": 50, "queries": 7,
@@ -74,13 +76,20 @@ def test_the_floors_run(item, sizes):
 
 
 # ---- the race ----------------------------------------------------------------------------------
-def test_every_contestant_has_its_own_process():
+@pytest.fixture
+def quick_start(monkeypatch):
+    """A contestant's process is a fork in which torch is loaded, and so is a run's."""
+    monkeypatch.setattr(bench.multiprocessing, "get_context", lambda method: forked.server)
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=forked.run))
+
+
+def test_every_contestant_has_its_own_process(quick_start):
     measured = bench.race("unique", ("ours", "floor"), argparse.Namespace(**TINY), reps=2)
     for seconds, peak in measured.values():
         assert len(seconds) == 2 and min(seconds) > 0 and peak >= 0
 
 
-def test_a_process_that_ends_is_named():
+def test_a_process_that_ends_is_named(quick_start):
     """64 prototypes are no multiple of 24, so the process of the plain way raises."""
     with pytest.raises(ValueError, match="loss: the process of 'plain' ended with code 2"):
         bench.race("loss", ("plain",), argparse.Namespace(**TINY | {"P": 24}, joint=False))
@@ -174,7 +183,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, sentence, capsys, monk
     assert stop.value.code == 2 and sentence in err and not out
 
 
-def test_a_run_that_fails_is_one_sentence():
+def test_a_run_that_fails_is_one_sentence(quick_start):
     sentence = "(?s)train.py --lr -1 ended with exit code 2: .*--lr must be positive"
     with pytest.raises(ValueError, match=sentence):
         bench.train("--lr", -1)

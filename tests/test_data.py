@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -21,6 +20,7 @@ from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
 import data
+import forked
 import views
 from support import groups
 from support import shapes
@@ -308,7 +308,7 @@ def test_a_named_set_comes_before_a_folder_of_that_name(monkeypatch, tmp_path):
 def test_the_default_set_loads_nothing_that_only_others_need():
     root = os.path.dirname(os.path.abspath(data.__file__))
     program = "import sys, data; data.load('shapes'); print('support.groups' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    out = forked.run([sys.executable, "-c", program], cwd=root, capture_output=True)
     assert out.stdout == "False\n", out.stderr
 
 

@@ -92,9 +92,9 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
     import socket
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
-        done = subprocess.run(
+        done = forked.run(
             [sys.executable, "train.py", "--device", "cpu", "--out", str(tmp_path / "out")],
-            capture_output=True, text=True, cwd=ROOT, timeout=100,
+            capture_output=True, cwd=ROOT, timeout=100,
             env=os.environ | WHOLE | {"RANK": "0", "MASTER_PORT": port})
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "train.py: error: process 0 of 2 cannot meet the others at MASTER_ADDR" in done.stderr

@@ -1,4 +1,5 @@
 """Two hosts: lab/hosts.py at its smallest, where the system lets us make them."""
+import os
 import signal
 import socket
 import subprocess
@@ -26,31 +27,8 @@ def lab_hosts(*flags):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def test_two_hosts_train_as_one_process_and_survive_a_cut_cable(can_make_hosts):
-    """The losses of one process; both leave with a sentence; the run that goes on has the bits of
-    one that nobody disturbed."""
-    process = lab_hosts("--steps", "40", "--timeout", "5")
-    printed, errors = process.communicate()
-    assert process.returncode == 0, printed + errors
-    assert printed.count("and leaves; the last checkpoint is whole, go on with --resume") == 2
-    assert "values that differ from those of run 2: 0\n" in printed
-    assert f"nanoproto-{process.pid}-" not in hosts.ip("netns", "list")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_hosts_are_removed_after_a_signal(can_make_hosts, number):
-    process = lab_hosts()
-    assert process.stdout.readline() == "1. one process\n"
-    time.sleep(0.5)  # the run has begun
-    assert hosts.ip("netns", "list").count(f"nanoproto-{process.pid}-") == 2
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and errors == ""
-    assert f"nanoproto-{process.pid}-" not in hosts.ip("netns", "list")
-
-
-def test_without_the_rights_there_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setenv("PATH", "")
+def code_of_main():
+    """The exit code of lab.hosts in this process, whose own handlers of signals come back."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as stop:
@@ -58,7 +36,49 @@ def test_without_the_rights_there_is_one_sentence(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
-    assert stop.value.code == 2
+    return stop.value.code
+
+
+def test_two_hosts_train_as_one_process_and_survive_a_cut_cable(can_make_hosts):
+    """The losses of one process; both leave with a sentence; the run that goes on has the bits of
+    one that nobody disturbed."""
+    process = lab_hosts("--steps", "24", "--timeout", "5")
+    printed, errors = process.communicate()
+    assert process.returncode == 0, printed + errors
+    assert printed.count("and leaves; the last checkpoint is whole, go on with --resume") == 2
+    assert "values that differ from those of run 2: 0\n" in printed
+    assert f"nanoproto-{process.pid}-" not in hosts.ip("netns", "list")
+
+
+def test_the_hosts_are_removed_after_a_signal(can_make_hosts):
+    process = lab_hosts()
+    assert process.stdout.readline() == "1. one process\n"
+    time.sleep(0.5)  # the run has begun
+    assert hosts.ip("netns", "list").count(f"nanoproto-{process.pid}-") == 2
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and errors == ""
+    assert f"nanoproto-{process.pid}-" not in hosts.ip("netns", "list")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_through_what_removes_the_hosts(monkeypatch, number):
+    """An exception reaches the with statement of two_hosts, where a dead process would not."""
+    left = []
+
+    def experiment(args):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)  # Python calls the handler between two statements
+        finally:
+            left.append(number)
+    monkeypatch.setattr(hosts, "experiment", experiment)
+    assert code_of_main() == 128 + number and left == [number]
+
+
+def test_without_the_rights_there_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert code_of_main() == 2
     assert capsys.readouterr().err == ("lab.hosts: error: this needs Linux and its command ip, of "
                                        "the package iproute2\n")
 

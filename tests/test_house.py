@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 import collapse
 import config
 import eval_knn
+import forked
 import gmm
 import heads
 import losses
@@ -205,8 +205,7 @@ def test_a_default_run_loads_neither_fast_nor_zoo_nor_lab(tmp_path):
     args = config.parse(["--device", "cpu"])
     assert args.eval_bank * args.eval_queries <= eval_knn.PLAIN_UP_TO
     code = RUN.format(root=ROOT, out=str(tmp_path / "out"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = forked.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     loaded = done.stdout.split("MODULES\n")[1].split()
     ours = sources()
