@@ -344,8 +344,16 @@ def prototype_class(name):
 
 
 def prototypes(args, begin=0):
-    """The prototype set that --prototypes names; begin: the step at which a mixture starts."""
-    return class_of(PROTOTYPES[args.prototypes]).from_args(args, begin)
+    """The prototype set that --prototypes names; begin: the step at which a mixture starts.
+
+    ValueError if its vectors are not (K, D).
+    """
+    protos = class_of(PROTOTYPES[args.prototypes]).from_args(args, begin)
+    shape, asked = tuple(protos.vectors().shape), (args.num_prototypes, args.bottleneck_dim)
+    if protos.countable and shape != asked:
+        raise ValueError(f"--prototypes {args.prototypes} has vectors() of shape {shape}, where "
+                         f"--num-prototypes and --bottleneck-dim ask for {asked}")
+    return protos
 
 
 def student_and_teacher(args, begin=0):

@@ -104,10 +104,14 @@ class Log:
 def joined(*parts, **more):
     """One dict of several, each {column of log.csv: value}.
 
-    ValueError for a name in two of them.
+    ValueError for a name in two of them, and for a part that is no dict.
     """
     whole = {}
     for part in (*parts, more):
+        if not isinstance(part, dict):
+            raise ValueError("a loss returns {name of a term: value}, and step() of a prototype "
+                             "set {column of log.csv: number}, {} if it has nothing to report; got "
+                             f"a {type(part).__name__}")
         for name in part:
             if name in whole:
                 raise ValueError(f"two values have the name {name!r} in log.csv: a term of the "

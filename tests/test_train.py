@@ -403,6 +403,39 @@ def test_a_name_that_is_taken_in_the_log_is_refused(tmp_path, capsys, monkeypatc
     assert f"two values have the name {name!r} in log.csv" in capsys.readouterr().err
 
 
+class TakesInAndSaysNothing(heads.Frozen):
+    def step(self, h, step, beta=0.5):
+        self.start.lerp_(h.mean(0), 1e-3)  # and returns None
+
+
+class OneTerm(losses.CARPLoss):
+    def forward(self, *args):
+        return sum(super().forward(*args).values())
+
+
+class Half(heads.Frozen):
+    def vectors(self):
+        return self.start[::2]
+
+
+@pytest.mark.parametrize("table, kind, flags, sentence", [
+    (heads.PROTOTYPES, TakesInAndSaysNothing, ["--prototypes", "mine"],
+     "step() of a prototype set {column of log.csv: number}, {} if it has nothing to report; got a "
+     "NoneType"),
+    (losses.LOSSES, OneTerm, ["--method", "mine", "--prototypes", "frozen"],
+     "a loss returns {name of a term: value}, and"),
+    (heads.PROTOTYPES, Half, ["--prototypes", "mine"],
+     "--prototypes mine has vectors() of shape (8, 8), where --num-prototypes and "
+     "--bottleneck-dim ask for (16, 8)")])
+def test_a_class_that_returns_something_else_is_refused(tmp_path, capsys, monkeypatch, table, kind,
+                                                        flags, sentence):
+    monkeypatch.setitem(table, "mine", kind)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny(tmp_path, *flags)
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prototypes", ["joint", "decoupled"])
 def test_the_parameters_of_a_loss_are_trained(tmp_path, monkeypatch, prototypes):
     made = []
