@@ -1,102 +1,21 @@
-"""Every flag, once, and the presets.
+"""Every flag, once.
 
 A value comes from the command line; if it is not typed there, from the run that --resume goes on
-with, else from the preset, else from the default. A preset holds only what differs from the
-defaults. Groups of flags marked (results) change what is learned. Of the others, --seed and
---preset do so too, and --amp and --compile change how numbers are rounded.
+with, else from the preset (presets.py), else from the default. Groups of flags marked (results)
+change what is learned. Of the others, --seed and --preset do so too, and --amp and --compile change
+how numbers are rounded. What a value may be stands in support/rules.py.
 """
 import argparse
 import json
 import os
-
-import torch
 
 import data
 import heads
 import losses
 import models
 import views
-from support import ddp
-from support.flags import check_values
-
-# python train.py: 3 minutes on 2 CPU cores; docs and README show its numbers
-PRESETS = {"tiny": {}}
-
-# python train.py --preset cifar10: for one GPU; not run
-PRESETS["cifar10"] = dict(
-    data="cifar10", arch="vit_tiny", patch_size=4, drop_path=0.1,
-    num_prototypes=4096, partition_size=512, head_hidden=1024, bottleneck_dim=256,
-    batch_size=256, epochs=200, warmup_epochs=10, lr=1e-3, momentum=0.992,
-    local_crops=6, global_scale=[0.32, 1.0], local_scale=[0.1, 0.32],
-    jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, solarize=[0.0, 0.2, 0.0],
-    log_every=100, eval_every=1950)
-
-# python train.py --preset cifar10-cpu: the tiny network on real images; not run at this length
-PRESETS["cifar10-cpu"] = dict(
-    data="cifar10", epochs=8.0, batch_size=32, lr=0.012, momentum=0.98,
-    jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, log_every=100, eval_every=1562)
-
-# The rows of the papers, for 8 GPUs. None of them was run.
-#   torchrun --nproc_per_node=8 train.py --preset NAME --data IMAGENET
-# Table B.1a: CARP, ViT-S
-PRESETS["paper-vits"] = dict(
-    data="imagenet", arch="vit_small", patch_size=16, img_size=224, drop_path=0.1,
-    local_size=96, local_crops=10, global_scale=[0.32, 1.0], local_scale=[0.05, 0.32],
-    jitter=[0.4, 0.4, 0.2, 0.1], blur=[1.0, 0.1, 0.5], gray=0.2, solarize=[0.0, 0.2, 0.0],
-    head_hidden=2048, bottleneck_dim=256, head_bn=False,
-    num_prototypes=65536, partition_size=512,
-    batch_size=1024, epochs=300, warmup_epochs=10, lr=5e-4, min_lr=1e-6,
-    weight_decay=0.04, weight_decay_end=0.4, momentum=0.992, clip_grad=1.0,
-    workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
-
-# Table B.1b: CARP, ViT-B
-PRESETS["paper-vitb"] = dict(
-    PRESETS["paper-vits"], arch="vit_base", epochs=400, lr=7.5e-4, min_lr=2e-6, momentum=0.996,
-    clip_grad=0.3)
-
-# Table 2: iNaturalist-2018; with --data-root DIR instead of --data
-PRESETS["inat18"] = dict(PRESETS["paper-vits"], data="inat18")
-
-# DINO's official recipe, as run for Table C.3
-PRESETS["paper-dino"] = dict(
-    PRESETS["paper-vits"], method="dino", prototypes="joint", epochs=100, momentum=0.996,
-    clip_grad=3.0, local_crops=6, global_scale=[0.4, 1.0], local_scale=[0.05, 0.4],
-    teacher_temp=[0.04, 0.07], teacher_temp_epochs=30, freeze_prototypes=1)
-
-# Last row of Table C.3: DINO with decoupled prototypes
-PRESETS["paper-dino-dec"] = dict(
-    PRESETS["paper-dino"], prototypes="decoupled", targets="sinkhorn",
-    teacher_temp=[0.05, 0.025], teacher_temp_epochs=100, num_prototypes=2048)
-
-# CARP's official ResNet-50. Its batch size is not published; 1,024 is ours
-PRESETS["paper-rn50"] = dict(
-    PRESETS["paper-vits"], arch="resnet50", drop_path=0.0, head_bn=True,
-    optimizer="lars", lr=0.45, min_lr=0.0048, warmup_epochs=0, epochs=400,
-    weight_decay=1e-6, weight_decay_end=1e-6, momentum=0.99, clip_grad=0.0,
-    local_crops=6, global_scale=[0.2, 1.0], local_scale=[0.05, 0.2])
-
-# Fig. 4a: CARL with CARP's recipe, 100 epochs
-PRESETS["paper-carl"] = dict(
-    PRESETS["paper-rn50"], method="carl", prototypes="joint", epochs=100)
-
-# DINO's official ResNet-50, 100 epochs
-PRESETS["paper-dino-rn50"] = dict(
-    PRESETS["paper-dino"], arch="resnet50", drop_path=0.0, optimizer="sgd", lr=0.03,
-    weight_decay=1e-4, weight_decay_end=1e-4, local_crops=8, global_scale=[0.14, 1.0],
-    local_scale=[0.05, 0.14], teacher_temp=[0.04, 0.04], teacher_temp_epochs=0)
-
-# Rows of Tables 3 and C.1: SwAV's official recipe; DeepCluster-v2 shares it, and trains longer
-PRESETS["paper-swav"] = dict(
-    data="imagenet", method="swav", prototypes="joint", arch="resnet50", patch_size=16,
-    img_size=224, local_size=96, local_crops=6, global_scale=[0.14, 1.0], local_scale=[0.05, 0.14],
-    jitter=[0.8, 0.8, 0.8, 0.2], gray=0.2, blur=[0.5, 0.5, 0.5],
-    head_hidden=2048, bottleneck_dim=128, head_bn=True, num_prototypes=3000, freeze_prototypes=1,
-    optimizer="lars", lr=0.3, min_lr=0.0048, warmup_epochs=10, epochs=400, batch_size=4096,
-    weight_decay=1e-6, weight_decay_end=1e-6, clip_grad=0.0, queue=0,
-    momentum=0.0, momentum_end=0.0,
-    workers=10, log_every=100, eval_every=3120, eval_bank=50000, eval_queries=10000)
-PRESETS["paper-deepcluster"] = dict(
-    PRESETS["paper-swav"], method="deepcluster", prototypes="kmeans", epochs=800)
+from presets import PRESETS
+from support import ddp, rules
 
 # Flags that may differ between a run and its continuation: where it runs, what is printed, and how
 # numbers are rounded (amp, compile)
@@ -348,8 +267,8 @@ def parse(argv=None, script="train.py", add_flags=None):
     args = p.parse_args(argv)
     check_changes(args, p)
     p.complete(args)
-    check(args, p.error)
-    args.device = device(args, p.error)
+    rules.check(args, p.error)
+    args.device = rules.device(args, p.error)
     args.resume = args.resume or ddp.RESTARTS > 0
     args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
     if args.method == "carl":
@@ -525,113 +444,6 @@ def check_changes(args, parser):
             parser.error(f"--{name.replace('_', '-')} changes nothing with {choice}; it is for "
                          f"{', '.join(readers)} (READ_BY_... in config.py says who reads it); "
                          f"got {value}")
-
-
-# (what a value must be, test, flags); see support/flags.py
-RANGES = [
-    ("be at least 1", lambda v: v >= 1,
-     ["num_prototypes", "partition_size", "batch_size", "bottleneck_dim", "head_hidden",
-      "patch_size", "img_size", "local_size", "accum", "log_every", "eval_every", "eval_bank",
-      "eval_queries", "steps", "stop_at", "save_every", "keep_every", "memory", "neighbours",
-      "timeout"]),
-    ("be positive", lambda v: v > 0,
-     ["epochs", "lr", "logit_scale", "var_floor", "student_temp", "teacher_temp", "live_patience",
-      "std"]),
-    ("not be negative", lambda v: v >= 0,
-     ["seed", "warmup_epochs", "min_lr", "weight_decay", "weight_decay_end", "clip_grad",
-      "gmm_start", "eta_a", "kp_weight", "freeze_prototypes", "teacher_temp_epochs", "live_apart",
-      "jitter", "queue", "uniformity"]),
-    ("lie in [0, 1000]", lambda v: 0 <= v <= 1000, ["local_crops", "workers"]),
-    ("lie in [0, 1]", lambda v: 0 <= v <= 1,
-     ["jitter_p", "gray", "momentum", "momentum_end", "blur", "solarize", "beta", "mean"]),
-    ("lie in [0, 1)", lambda v: 0 <= v < 1, ["resurrect", "drop_path"]),
-    ("lie in (0, 1)", lambda v: 0 < v < 1, ["live_eta"]),
-    ("lie in (0, 0.99), the range in which A.7 rises to 0.99", lambda v: 0 < v < 0.99, ["eta_c"]),
-    ("be at least 1, as it is largest class over smallest", lambda v: v >= 1, ["imbalance"]),
-]
-
-
-def check(args, error):
-    """Rules of the flags; error(sentence) does not return."""
-    try:
-        check_values(args, RANGES)
-    except ValueError as sentence:
-        error(sentence)
-    K, batch = args.num_prototypes, args.batch_size
-    loss, protos = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
-    # methods of scripts in zoo/ are not in LOSSES; those that get here have temperatures too
-    has_temperatures = issubclass(loss, losses.DINOLoss) or args.method not in losses.LOSSES
-    if issubclass(protos, heads.VMF) and not has_temperatures:
-        error(f"--prototypes {args.prototypes} has concentrations in units of DINO's temperatures; "
-              f"got --method {args.method}")
-    if issubclass(protos, heads.VMF) and args.bottleneck_dim < 3:
-        error(f"--prototypes {args.prototypes} needs --bottleneck-dim 3 or more, got "
-              f"{args.bottleneck_dim}")
-    if args.prototypes == "live" and K < 2:
-        error(f"--prototypes live needs --num-prototypes 2 or more, got {K}")
-    if loss.only_with and not issubclass(protos, heads.prototype_class(loss.only_with)):
-        error(f"--method {args.method} takes its targets from --prototypes {loss.only_with}; got "
-              f"--prototypes {args.prototypes}")
-    if protos.only_with and not issubclass(loss, losses.loss_class(protos.only_with)):
-        error(f"--prototypes {args.prototypes} belongs to --method {protos.only_with}; got "
-              f"--method {args.method}")
-    if args.student_prototypes == "joint" and (issubclass(protos, heads.Joint)
-                                               or not protos.countable):
-        error("--student-prototypes joint stands beside prototypes that the loss does not train, "
-              f"and that stay for longer than a step; got --prototypes {args.prototypes}")
-    for name in ("global_scale", "local_scale"):
-        lo, hi = getattr(args, name)
-        if not 0 < lo <= hi <= 1:
-            error(f"--{name.replace('_', '-')} needs 0 < LO <= HI <= 1, got {lo} {hi}")
-    b, c, s, h = args.jitter
-    if h > 0.5:
-        error(f"--jitter needs a hue of at most 0.5, got {b} {c} {s} {h}")
-    has_partitions = issubclass(loss, losses.CARPLoss) and args.method != "carl"
-    if has_partitions and K % args.partition_size:
-        error(f"--num-prototypes {K} must be a multiple of --partition-size {args.partition_size}")
-    if has_partitions and args.partition_size == 1:
-        error("--partition-size 1 leaves a softmax over one prototype, which learns nothing; use 2 "
-              "or more")
-    if args.arch in models.VITS:
-        for name in ["img_size"] + ["local_size"] * (args.local_crops > 0):
-            if getattr(args, name) % args.patch_size:
-                error(f"--{name.replace('_', '-')} {getattr(args, name)} must be a multiple of "
-                      f"--patch-size {args.patch_size}")
-    if args.arch == "vit_nano" and args.patch_size != 8:
-        error(f"--arch vit_nano has a stem of patch size 8, got --patch-size {args.patch_size}")
-    if batch % (args.accum * ddp.WORLD):
-        error(f"--batch-size {batch} must be a multiple of --accum {args.accum} times "
-              f"{ddp.WORLD} processes")
-    if args.head_bn and batch // args.accum < 2:
-        error(f"--batch-size {batch} over --accum {args.accum} leaves one image, too few for "
-              "--head-bn")
-    start, end = args.teacher_temp
-    if start != end and not args.teacher_temp_epochs and not args.resume:
-        error(f"--teacher-temp {start} {end}: START counts only with --teacher-temp-epochs, the "
-              "passes over which it becomes END; without it, type one value twice")
-    if args.stop_at and args.steps and args.stop_at > args.steps:
-        error(f"--stop-at {args.stop_at} lies beyond --steps {args.steps}")
-
-
-def device(args, error):
-    """cuda or cpu for --device auto; error(sentence) for one that is not there, or that has no
-    float64, in which the mixture and the measures of prototypes are computed."""
-    name, has_cuda = args.device, torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if has_cuda else "cpu"
-    kind = name.split(":")[0]
-    if kind == "mps":
-        error("--device mps has no float64, in which the mixture and the measures of prototypes "
-              "are computed; use --device cpu")
-    if kind not in ("cpu", "cuda"):
-        error(f"--device must be auto, cpu or cuda, got {name}")
-    if kind == "cuda" and not has_cuda:
-        error(f"--device {name}: torch {torch.__version__} finds no such device here")
-    try:
-        torch.empty(0, device=name)  # it may have a number, as in cuda:1
-    except (RuntimeError, AssertionError):
-        error(f"--device {name} does not work here")
-    return name
 
 
 def completed(old, add_flags=None):

@@ -13,6 +13,7 @@ import statistics
 
 import config
 import losses
+from presets import PRESETS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -33,7 +34,7 @@ def interpret(*words):
     changed, as the next one to ask gets the same."""
     p = config.parser()
     preset = p.parse_args(words).preset
-    p.set_defaults(**config.PRESETS[preset])
+    p.set_defaults(**PRESETS[preset])
     args = p.parse_args(words)
     config.complete(args)
     return args

@@ -74,7 +74,7 @@ def test_a_run_that_has_ended_does_not_fail_over_its_control(tmp_path, monkeypat
     results(tmp_path, ("train.py --prototypes frozen --batch-size 66", "many",
                        data.VERSIONS["shapes"]))
     run = args("--batch-size", "66")
-    monkeypatch.setattr(control.config, "check", lambda *_: pytest.fail("flags were checked"))
+    monkeypatch.setattr(control.config.rules, "check", lambda *_: pytest.fail("flags were checked"))
     # as on three processes, where the default batch of 64 would be refused
     sentence = control.sentence(run, tmp_path)
     assert "not in results/" in sentence and "python train.py --batch-size 66" in sentence

@@ -22,6 +22,7 @@ import losses
 import models
 import train
 from conftest import ROOT
+from support import rules
 
 FOLDERS = ("", "fast", "zoo", "support", "lab")  # of our code; "" is the root
 PAGES = ["README.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))]
@@ -331,9 +332,9 @@ def is_read(name, texts):
 def test_every_flag_of_train_has_a_help_text_and_is_read():
     """To check that a value can be is not to read it."""
     texts = sources()
-    rules = inspect.getsource(config.check)
-    assert rules in texts["config"]
-    texts["config"] = texts["config"].replace(rules, "")
+    check = inspect.getsource(rules.check)
+    assert check in texts["support.rules"]
+    texts["support.rules"] = texts["support.rules"].replace(check, "")
     for action in flags_of(config.parser()):
         assert action.help, action.dest
         assert is_read(action.dest, texts.values()), f"nobody reads --{action.dest}"

@@ -16,6 +16,7 @@ import eval_knn
 import forked
 import heads
 import losses
+import presets
 import train
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
@@ -550,10 +551,10 @@ def test_help_needs_no_network_and_names_every_default():
     assert "default: 1024" in done.stdout
 
 
-@pytest.mark.parametrize("preset", config.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS)
 def test_presets_parse_and_hold_legal_values(preset):
     actions = {action.dest: action for action in config.parser()._actions}
-    for name, value in config.PRESETS[preset].items():
+    for name, value in presets.PRESETS[preset].items():
         action = actions[name]
         assert not action.choices or value in action.choices
         assert not action.nargs or len(value) == action.nargs

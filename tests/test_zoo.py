@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import config
 import heads
 import losses
+import presets
 from conftest import TINY, differences, read_checkpoint, read_log, sentence_of_refusal, train_tiny
 from views import indices
 from zoo.bank import SOP, Bank
@@ -557,7 +558,7 @@ def test_a_script_has_one_method_and_no_preset_of_another(name, capsys):
     small = ["--device", "cpu", "--data", "shapes"]
     for preset in ["tiny", *script.PRESETS]:
         assert script.parse(["--preset", preset, *small]).method == name
-    for preset in config.PRESETS.keys() - {"tiny"}:
+    for preset in presets.PRESETS.keys() - {"tiny"}:
         with pytest.raises(SystemExit) as refusal:
             script.parse(["--preset", preset, *small])
         assert refusal.value.code == 2

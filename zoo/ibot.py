@@ -45,6 +45,7 @@ import config
 import data
 import heads
 import models
+import presets
 import views
 from losses import DINOLoss, sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim
@@ -65,7 +66,7 @@ SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the
 # Official recipes, for 16 and more GPUs; none of them was run. They share the rest with paper-vits
 PRESETS = {}
 PRESETS["paper-ibot-vits"] = dict(
-    config.PRESETS["paper-vits"], epochs=800, momentum=0.996, clip_grad=3.0, freeze_prototypes=1,
+    presets.PRESETS["paper-vits"], epochs=800, momentum=0.996, clip_grad=3.0, freeze_prototypes=1,
     num_prototypes=8192, shared_prototypes=True, norm_last_layer=False, targets="center",
     teacher_temp=[0.04, 0.07], teacher_temp_epochs=30, patch_temp=[0.04, 0.07],
     global_scale=[0.25, 1.0], local_scale=[0.05, 0.25])

@@ -35,6 +35,7 @@ streams are.
 """
 import config
 import heads
+import presets
 from support import ddp
 from support.errors import one_sentence
 from support.files import locked
@@ -51,7 +52,7 @@ SCRIPT = "zoo/sop.py"  # args.json names the script of a run
 # run
 PRESETS = {}
 PRESETS["paper-sop-vits"] = dict(
-    config.PRESETS["paper-vits"], epochs=800, momentum=0.996, clip_grad=3.0,
+    presets.PRESETS["paper-vits"], epochs=800, momentum=0.996, clip_grad=3.0,
     num_prototypes=4096, neighbours=8, memory=65536,
     num_patch_prototypes=512, patch_neighbours=0, patch_memory=8192,
     global_scale=[0.25, 1.0], local_scale=[0.05, 0.25])
