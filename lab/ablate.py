@@ -5,209 +5,40 @@
     python -m lab.ablate C3 --show                       the finished table again, from its file
     python -m lab.ablate main -- --preset cifar10-cpu    what follows -- goes to every run
 
-Start it in the folder of train.py. Results stand in results/TABLE.csv. A run that stands there is
-not repeated, and one that was interrupted goes on from its checkpoint. The table that is printed
-shows mean and standard deviation over the seeds, and the runs with other flags after -- as a block
-of their own. A row is only as good as the control beside it, frozen random prototypes.
+Start it in the folder of train.py. lab/tables.py says which rows a table has. Results stand in
+results/TABLE.csv. A run that stands there is not repeated, and one that was interrupted goes on
+from its checkpoint. The table that is printed (lab/tabulate.py) shows mean and standard deviation
+over the seeds, and the runs with other flags after -- as a block of their own. A row is only as
+good as the control beside it, frozen random prototypes.
 """
 import argparse
-import csv
 import datetime
 import importlib
-import io
 import json
-import math
 import os
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-import textwrap
 import zlib
 from typing import NamedTuple
-
-import torch
 
 import config
 from lab import eval_dense
 from lab.machine import hardware
-from support import plots
+from lab.tables import FIVE_SEEDS, MEASURES, PATCHES, SEEDS, STUDENTS, TABLES, TARGETS, VECTORS
+from lab.tabulate import add, draw, is_done, read, read_results, table
 from support.errors import one_sentence
-from support.files import TEXT, write
+from support.files import TEXT
 from support.flags import check_values
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-# ---- the tables --------------------------------------------------------------------------------
-# pieces of commands that several rows share
-CARP = "--method carp --prototypes "
-DINO = "--method dino --prototypes "
-DECOUPLED = "--prototypes decoupled"
-SINKHORN = DINO + "decoupled --targets sinkhorn"
-RISING = " --teacher-temp 0.04 0.07 --teacher-temp-epochs 2"
-FALLING = " --teacher-temp 0.05 0.025 --teacher-temp-epochs 3"
-CONTROL = ("frozen random (control)", "--prototypes frozen")
-# The design space of Eq. 3: who moves the prototypes, under two losses that keep them in use in
-# two ways, and under CARP with a term that spreads the vectors. Sinkhorn-Knopp flattens targets
-# with K above the rows of a step, so K is the batch there
-MOVED_BY = {"joint": "joint", "kp": "kp", "frozen": "frozen", "kmeans": "kmeans",
-            "clustered": "clustered", "clustered, joint student":
-            "clustered --student-prototypes joint", "decoupled": "decoupled",
-            "decoupled per sample": "decoupled --forgetting sample", "live": "live"}
-BALANCED = "--method dino --targets sinkhorn --num-prototypes 64 --prototypes "
-SPREAD = "--method carp-uniform --prototypes "
-# A loss of patches beside that of class tokens, whose prototypes are trained in all rows. Without
-# the patches' loss this is DINO: patch prototypes then do not change the network, but those that
-# follow the teacher still move
-DENSE = "zoo/ibot.py --prototypes joint --patch-prototypes "
-IN_DENSE = ["joint", "kp", "frozen", "decoupled", "decoupled per sample"]
-NO_PATCH_LOSS = " --patch-weight 0 --mask-share 0"
-# The clusters of CAPI's teacher, and over what its targets are balanced
-CLUSTERS = {"as published": "clustered", "frozen clusters": "frozen", "mixture": "decoupled"}
-BALANCED_OVER = {"each place": "place", "all patches": "all"}
-
-# The instrument: what its k-NN does if a run is shorter or longer, and with other seeds
-EPOCHS = config.parser().get_default("epochs")
-SYSTEMS = {"CARP, joint": CARP + "joint", "CARP, frozen": CARP + "frozen",
-           "CARP, decoupled": CARP + "decoupled", "DINO, joint": DINO + "joint --batch-size 32"}
-LENGTHS = {"a third": 1 / 3, "default length": 1, "three times": 3}
-INSTRUMENT = [(f"{system}, {length}", f"{command} --epochs {factor * EPOCHS:g}")
-              for system, command in SYSTEMS.items() for length, factor in LENGTHS.items()]
-LABELS = "labels, default length"
-
-# name: (what it is, [(row, command)]). A command holds the flags of train.py, or a script of zoo/
-# and its flags: "zoo/NAME.py --lr 0.01"
-TABLES = {
-    "main": ("method x prototype set", [
-        ("CARP, joint", CARP + "joint"),
-        ("CARP, kp", CARP + "kp"),
-        ("CARP, frozen", CARP + "frozen"),
-        ("CARP, decoupled", CARP + "decoupled"),
-        ("CARP, live", CARP + "live"),
-        # the set never starts: what remains is that h is measured from its mean
-        ("CARP, live before its start", CARP + "live --gmm-start 1e9"),
-        ("DINO, joint", DINO + "joint"),
-        ("DINO, kp", DINO + "kp"),
-        ("DINO, vmf", DINO + "vmf"),
-        ("DINO, frozen", DINO + "frozen"),
-        ("DINO, decoupled", DINO + "decoupled"),
-        ("DINO, live", DINO + "live")]),
-    "A1": ("Table A.1 of the paper: components of the mixture", [
-        ("no responsibility forgetting", f"{DECOUPLED} --forgetting plain"),
-        ("no annealing, no rescaling", f"{DECOUPLED} --beta 1 1 --no-rescale"),
-        ("no annealing", f"{DECOUPLED} --beta 1 1"),
-        ("no annealing, resurrect, rescaling", f"{DECOUPLED} --beta 1 1 --resurrect 0"),
-        ("no resurrect, rescaling", f"{DECOUPLED} --resurrect 0"),
-        ("full, as printed", DECOUPLED),
-        CONTROL]),
-    "A2": ("Table A.2: a and c of the forgetting factor", [
-        ("a 0.001, c 0.75", f"{DECOUPLED} --eta-a 0.001 --eta-c 0.75"),
-        ("a 0.001, c 0.95", f"{DECOUPLED} --eta-a 0.001 --eta-c 0.95"),
-        ("a 0.0005, c 0.89", f"{DECOUPLED} --eta-a 0.0005 --eta-c 0.89"),
-        ("a 0.002, c 0.89", f"{DECOUPLED} --eta-a 0.002 --eta-c 0.89"),
-        ("a 0.001, c 0.89", f"{DECOUPLED} --eta-a 0.001 --eta-c 0.89"),
-        CONTROL]),
-    "C3": ("Table C.3: DINO with decoupled prototypes, one change at a time", [
-        ("joint, centre", DINO + "joint" + RISING),
-        ("decoupled, centre", DINO + "decoupled" + RISING),
-        ("+ Sinkhorn-Knopp", SINKHORN + RISING),
-        ("+ temperature .05 to .025", SINKHORN + FALLING),
-        ("+ K / 8", SINKHORN + FALLING + " --num-prototypes 128"),
-        ("+ K / 4 instead", SINKHORN + FALLING + " --num-prototypes 256"),
-        ("frozen, Sinkhorn-Knopp (control)", DINO + "frozen --targets sinkhorn" + FALLING)]),
-    "choices": ("points the paper leaves open: beta, exponent, means in the logits, start, scale", [
-        ("as shipped", DECOUPLED),
-        ("beta 1", f"{DECOUPLED} --beta 1 1"),
-        ("exponent per sample", f"{DECOUPLED} --forgetting sample"),
-        ("raw means in the logits", f"{DECOUPLED} --proto-norm raw"),
-        ("start at 0, features", f"{DECOUPLED} --gmm-start 0 --gmm-init features"),
-        ("start at three quarters, features", f"{DECOUPLED} --gmm-init features"),
-        ("variance floor .1", f"{DECOUPLED} --var-floor 0.1"),
-        ("unit h, scale 20", f"{DECOUPLED} --head-norm --logit-scale 20"),
-        ("unit h, scale 20, frozen (control)", "--prototypes frozen --head-norm --logit-scale 20"),
-        CONTROL]),
-    "longtail": ("long tail, largest class over smallest 100; head: above 1,000 images, "
-                 "tail: below 200", [
-                     ("CARP, joint", CARP + "joint --imbalance 100"),
-                     ("CARP, kp", CARP + "kp --imbalance 100"),
-                     ("CARP, frozen", CARP + "frozen --imbalance 100"),
-                     ("CARP, decoupled", CARP + "decoupled --imbalance 100"),
-                     ("CARP, live", CARP + "live --imbalance 100")]),
-    "space": ("who moves the prototypes", [
-        *[(f"CARP, {name}", CARP + flags) for name, flags in MOVED_BY.items()],
-        *[(f"CARP + uniformity, {name}", SPREAD + MOVED_BY[name])
-          for name in ("frozen", "kmeans", "clustered", "live")],
-        *[(f"DINO + Sinkhorn, {name}", BALANCED + flags) for name, flags in MOVED_BY.items()],
-        ("SOP, bank", "--method sop --prototypes bank --num-prototypes 128")]),
-    "dense": ("who moves the prototypes of patches", [
-        *[(f"iBOT, {name}", DENSE + MOVED_BY[name]) for name in IN_DENSE],
-        ("iBOT, decoupled, place mean", DENSE + "decoupled --place-mean"),
-        *[(f"DINO, {name}", DENSE + MOVED_BY[name] + NO_PATCH_LOSS)
-          for name in ("joint", "decoupled", "decoupled per sample")]]),
-    "capi": ("who moves the clusters of CAPI's teacher", [
-        *[(f"{kind}, {over}", f"zoo/capi.py --prototypes {flag} --sinkhorn {rule}")
-          for kind, flag in CLUSTERS.items() for over, rule in BALANCED_OVER.items()],
-        ("frozen student, each place", "zoo/capi.py --student-prototypes frozen")]),
-    "instrument": ("what the default run can tell: length, seeds, room above",
-                   [*INSTRUMENT, (LABELS, "--method supervised --prototypes joint")]),
-}
-SEEDS = [0, 1, 2]
-# rows of "instrument" whose spread over seeds is a claim
-FIVE_SEEDS = [f"{system}, default length" for system in SYSTEMS]
 # with CIFAR-10 at 5,000 to 50 images, 4 classes are head, 3 medium and 3 tail; of the built-in
 # images no class is head, as each has at most 1,000
 GROUP_LIMITS = ["--head", "1000", "--tail", "200"]
 PROBED = ["--steps", "100"]  # steps of the attentive probe
 SEGMENTED = ["--train-images", "500", "--test-images", "250"]  # half of what lab.eval_dense takes
-
-# (column of the file, its title in the table, digits)
-MEASURES = [("knn", "k-NN", 1), ("unique_0.025", "unique(.025)", 3),
-            ("unique_0.5", "unique(.5)", 3), ("ceiling_0.5", "ceiling(.5)", 3), ("used", "used", 3),
-            ("perplexity", "perplexity", 3), ("drift", "drift", 3)]
-# of the vectors and of their logits, beside the prototypes
-VECTORS = [("h_rank", "rank h", 1), ("h_cosine", "cos h", 2), ("z_sd", "sd z", 2),
-           ("ms_per_step", "ms/step", 0)]
-GROUPS = [("knn_head", "head", 1), ("knn_medium", "medium", 1), ("knn_tail", "tail", 1)]
-# of patches: their prototypes, and what the network knows of them, by lab/eval_dense.py
-PATCHES = [("miou", "mIoU", 1),
-           *[(f"patch_{column}", title, digits) for column, title, digits in MEASURES[2:]],
-           ("patch_place_nats", "place", 2), ("patch_place_nats_shuffled", "shuffled", 2)]
-# of CAPI: its features and targets, and its second set of prototypes
-TARGETS = [("attentive", "attentive", 1), ("target_entropy", "entropy of targets", 2),
-           ("entropy_floor", "about at least", 2), ("place_nats", "place", 2),
-           ("place_nats_shuffled", "shuffled", 2)]
-STUDENTS = [(f"student_{column}", title, digits) for column, title, digits in MEASURES[1:]]
-# what untrained weights and raw pixels reach
-CONTROLS = ["raw_knn", "untrained_knn", "raw_miou", "untrained_miou"]
-# block: the flags after --; command: the script of the run and its flags
-FIELDS = ["row", "seed", "block",
-          *dict.fromkeys(column for column, _, _ in
-                         MEASURES + VECTORS + GROUPS + PATCHES + TARGETS + STUDENTS),
-          "ceiling_0.025", "h_norm", *CONTROLS, "steps", "command", "hardware", "torch", "date",
-          "data_version"]
-
-
-def parts(name):
-    """[(heading or "", measures as in MEASURES)]: a table of runs is shown as one Markdown table,
-    or as several where it has two kinds of prototypes. They are at most 100 columns wide."""
-    if name == "dense":
-        of_class = [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS[:1]
-        return [("class tokens", of_class), ("patches", PATCHES)]
-    if name == "capi":
-        return [("features", [MEASURES[0], PATCHES[0], TARGETS[0]]), ("targets", TARGETS[1:]),
-                ("teacher's clusters", MEASURES[1:]), ("student's set", STUDENTS)]
-    if name == "space":
-        ceiling, = (m for m in MEASURES if m[0] == "ceiling_0.5")  # of random vectors
-        return [("", [m for m in MEASURES if m != ceiling]), ("vectors", [ceiling, *VECTORS])]
-    if name == "longtail":
-        return [("", MEASURES[:1] + GROUPS + [m for m in MEASURES[1:] if m[0] != "ceiling_0.5"])]
-    return [("", MEASURES)]
-
-
-def measures(name):
-    """All that a table shows, as in MEASURES."""
-    return [measure for _, part in parts(name) for measure in part]
 
 
 # ---- commands ----------------------------------------------------------------------------------
@@ -355,194 +186,6 @@ def attentive_accuracy(out):
         raise ValueError(f"eval_linear.py of {out} failed")
     rows = read(os.path.join(out, "results.csv"), ["protocol", "result", "all"])
     return [row["all"] for row in rows if row["protocol"].endswith(" attentive")][-1]
-
-
-# ---- the file and the printed table ------------------------------------------------------------
-def read(file, columns):
-    """The rows of a csv file as dicts of text; none where there is no file.
-
-    ValueError if it is no table, or lacks one of these columns.
-    """
-    if not os.path.exists(file):
-        return []
-    try:
-        with open(file, newline="", **TEXT) as f:
-            table = csv.DictReader(f)
-            rows, there = list(table), table.fieldnames or []
-    except csv.Error as error:
-        raise ValueError(f"{file} is not a csv file: {error}") from None
-    lacking = [column for column in columns if column not in there]
-    if lacking:
-        raise ValueError(f"{file} lacks the column {lacking[0]}")
-    if any(None in row or None in row.values() for row in rows):
-        raise ValueError(f"{file} has rows with more or fewer cells than columns")
-    return rows
-
-
-def read_results(name, file):
-    """The rows of a table's file, as `add` wrote them; ValueError for another file."""
-    numbers = ["raw_knn", "untrained_knn", *[column for column, _, _ in measures(name)]]
-    results = read(file, ["row", "seed", "block", "steps", "hardware", "torch", "date", *numbers])
-    if results and not rows_of_table(name, results):
-        raise ValueError(f"{file} has no row of the table {name}")
-    for result in results:
-        for column in numbers:
-            try:
-                float(result[column] or 0)
-            except ValueError:
-                raise ValueError(f"{file}: {column} {result[column]!r} is no number") from None
-    return results
-
-
-def rows_of_table(name, results):
-    """The results of rows that the table has; a file may have more, of an earlier version of it."""
-    rows = [row for row, _ in TABLES[name][1]]
-    return [result for result in results if result["row"] in rows]
-
-
-def add(file, results, result):
-    """Write the results and one more; the old file stays whole until the new one is."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*results, result])
-    write(file, lambda f: f.write(text.getvalue().encode(**TEXT)))
-
-
-def is_done(run, block, results):
-    """Whether the results hold this run with the flags `block` after --."""
-    done = {(result["row"], result["seed"], result["block"]) for result in results}
-    return (run.row, str(run.seed), block) in done
-
-
-def blocks(results):
-    """{block: {row: [results, one a seed]}} of the file's rows."""
-    out = {}
-    for result in results:
-        out.setdefault(result["block"], {}).setdefault(result["row"], []).append(result)
-    return out
-
-
-def mean(results, column, digits):
-    """Mean over the results that have the column, as text; "-" if none has."""
-    values = [float(result[column]) for result in results if result.get(column)]
-    return f"{statistics.mean(values):.{digits}f}" if values else "-"
-
-
-def deviation(results, column, digits):
-    """Standard deviation over the results that have the column, as text; "" for fewer than two."""
-    values = [float(result[column]) for result in results if result.get(column)]
-    return f"{spread(values):.{digits}f}" if len(values) > 1 else ""
-
-
-def spread(values):
-    """Standard deviation of at least two numbers; nan where one is not finite."""
-    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
-
-
-def table(name, results):
-    """The Markdown text of a finished table, block by block."""
-    return "\n".join(line for block, rows in blocks(rows_of_table(name, results)).items()
-                     for line in lines_of_block(name, block, rows))
-
-
-def lines_of_block(name, block, rows):
-    """[line] for the rows {row: [results]} of one block: what it is, and its tables.
-
-    A row holds means over seeds, and the row below it, "± sd", their standard deviations.
-    """
-    order = [row for row, _ in TABLES[name][1] if row in rows]
-    results = [result for row in order for result in rows[row]]
-    command = f"python -m lab.ablate {name}" + (f" -- {block}" if block else "")
-    steps = " and ".join(sorted({result["steps"] for result in results},
-                                key=lambda number: (len(number), number)))
-    hardware = " and ".join(sorted({result["hardware"] for result in results}))
-    raw, untrained = mean(results, "raw_knn", 1), mean(results, "untrained_knn", 1)
-    notes = [f"* {TABLES[name][0]}",
-             f"* {steps} steps; k-NN of raw pixels {raw}, of the untrained backbone {untrained}",
-             f"* {hardware}, torch {results[0]['torch']}, "
-             f"{max(result['date'] for result in results)}"]
-    if any(result.get("raw_miou") for result in results):
-        raw, untrained = mean(results, "raw_miou", 1), mean(results, "untrained_miou", 1)
-        notes.insert(2, f"* mIoU of raw pixels {raw}, of the untrained backbone {untrained}")
-    lines = [f"`{command}`", "", *wrapped(notes)]
-    for heading, shown in parts(name):
-        lines += ["",
-                  f"| {heading or 'row'} | runs | {' | '.join(title for _, title, _ in shown)} |",
-                  "|---|---|" + "---|" * len(shown)]
-        for row in order:
-            cells = [mean(rows[row], column, digits) for column, _, digits in shown]
-            lines.append(f"| {row} | {len(rows[row])} | {' | '.join(cells)} |")
-            if len(rows[row]) > 1:
-                cells = [deviation(rows[row], column, digits) for column, _, digits in shown]
-                lines.append(f"| ± sd | | {' | '.join(cells)} |")
-    return [*lines, "", *wrapped(verdict(rows) if name == "instrument" else [])]
-
-
-def wrapped(items):
-    """The lines of items "* ...", at most 98 columns wide."""
-    return [line for item in items for line in textwrap.wrap(item, 98, subsequent_indent="  ")]
-
-
-def verdict(rows):
-    """[line]: what the rows {row: [results]} of the table "instrument" say of the default run.
-
-    A claim that lacks a run says so.
-    """
-    def knn(row):
-        """{seed: k-NN} of a row."""
-        return {result["seed"]: float(result["knn"]) for result in rows.get(row, [])
-                if result["knn"]}
-
-    def line(claim, values, least=-math.inf, most=math.inf):
-        if None in values.values():
-            return f"* {claim}: not run"
-        met = all(least <= value <= most for value in values.values())
-        told = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
-        return f"* {claim}: {'met' if met else 'NOT MET'} ({told})"
-
-    def difference(a, b):
-        """Mean of a - b over the seeds that both have; None without one."""
-        shared = a.keys() & b.keys()
-        return statistics.mean(a[seed] - b[seed] for seed in shared) if shared else None
-
-    third, default, three = ({s: knn(f"{s}, {length}") for s in SYSTEMS} for length in LENGTHS)
-    controls = {s: {r["seed"]: max(float(r["raw_knn"] or 0), float(r["untrained_knn"] or 0))
-                    for r in rows.get(f"{s}, default length", [])} for s in SYSTEMS}
-    lines = [
-        line("(a) three times the length gains, or loses at most 0.5 points",
-             {s: difference(three[s], default[s]) for s in SYSTEMS}, least=-0.5),
-        line("(a) the default length gains on a third of it, or loses at most 0.5 points",
-             {s: difference(default[s], third[s]) for s in SYSTEMS}, least=-0.5),
-        line("(b) standard deviation over seeds at most 1.5 points",
-             {s: spread(list(default[s].values())) if len(default[s]) > 1 else None
-              for s in SYSTEMS}, most=1.5),
-        line("(c) at least 20 points above raw pixels and the untrained backbone",
-             {s: difference(default[s], controls[s]) for s in SYSTEMS}, least=20),
-        line("(d) at most 88 % at the default length",
-             {s: statistics.mean(default[s].values()) if default[s] else None
-              for s in SYSTEMS}, most=88),
-        line("(d) labels reach at least 5 points more",
-             {s: difference(knn(LABELS), default[s]) for s in SYSTEMS}, least=5)]
-    return [*lines, ""]
-
-
-def draw(name, results, file):
-    """The picture of a table. ValueError without matplotlib."""
-    rows = rows_of_table(name, results)
-    if name == "space":
-        columns = ("knn", "unique_0.5", "used")
-        by_block = blocks(rows)
-        # runs without flags after --; the first block of the file if there are none
-        first = by_block.get("") or next(iter(by_block.values()))
-        means = {row: {column: float(mean(first[row], column, 6)) for column in columns}
-                 | {"knn_sd": float(deviation(first[row], "knn", 6) or 0)}
-                 for row, _ in TABLES[name][1]
-                 if row in first and all(first[row][0][column] for column in columns)}
-        plots.space(means, file)
-    else:
-        order = [row for row, _ in TABLES[name][1]]
-        plots.ablation(order, blocks(rows), measures(name), file)
 
 
 # ---- command line ------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ import config
 import eval_knn
 import eval_linear
 import train
-from lab import ablate, bench, chaos, contestants
+from lab import ablate, bench, chaos, contestants, tables, tabulate
 from lab.machine import cpu
 from support.errors import one_sentence
 from support.flags import check_values
@@ -233,9 +233,9 @@ def make_template():
         from safetensors.torch import save_file
         save_file({"prototypes.weight": C}, "C.safetensors")
     for seed in range(2):
-        for row, _ in ablate.TABLES["A2"][1]:
-            result = dict.fromkeys(ablate.FIELDS, "0.5") | {"row": row, "seed": seed, "block": ""}
-            ablate.add("A2.csv", ablate.read_results("A2", "A2.csv"), result)
+        for row, _ in tables.TABLES["A2"][1]:
+            result = dict.fromkeys(tables.FIELDS, "0.5") | {"row": row, "seed": seed, "block": ""}
+            tabulate.add("A2.csv", tabulate.read_results("A2", "A2.csv"), result)
 
 
 def damage(path, seed):

@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 
 import config
 import forked
-from lab import ablate
+from lab import ablate, tables, tabulate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "4", "--num-prototypes", "16",
@@ -30,11 +30,11 @@ def quick_start(monkeypatch):
 
 
 # ---- commands ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ablate.TABLES)
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_every_row_of_every_table_is_a_command_of_train(name, capsys):
     ablate.main([name, "--dry-run", "--seeds", "0", "7", "--results", "nowhere"])
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 2 * len(ablate.TABLES[name][1])
+    assert len(lines) == 2 * len(tables.TABLES[name][1])
     assert len(set(lines)) == len(lines)
     assert all(line.startswith(("python train.py ", "python -m zoo.")) for line in lines)
 
@@ -53,7 +53,7 @@ def test_every_row_of_every_table_is_a_command_of_train(name, capsys):
 
 
 def test_a_row_can_name_a_script_of_the_zoo(monkeypatch, capsys):
-    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [
+    monkeypatch.setitem(tables.TABLES, "main", ("a test", [
         ("one", "--lr 1"), ("two", "zoo/some_script.py --lr 2"), ("three", "zoo/plain.py")]))
     one, two, three = ablate.runs("main", [5], ["--steps", "9"])
     assert (one.script, one.flags) == ("train.py", "--lr 1 --steps 9 --seed 5".split())
@@ -81,7 +81,7 @@ def make_images(folder):
 @pytest.fixture
 def ablate_main(tmp_path, monkeypatch):
     """Runs the table "main", which has one row here, with --seeds and more flags for train.py."""
-    monkeypatch.setitem(ablate.TABLES, "main", FROZEN)
+    monkeypatch.setitem(tables.TABLES, "main", FROZEN)
     folder = make_images(tmp_path / "set")
 
     def call(*seeds, extra=()):
@@ -159,13 +159,13 @@ def test_a_script_of_the_zoo_is_run_beside_train(tmp_path, monkeypatch):
     shutil.copytree(ROOT, tree, ignore=leave_out)
     shutil.copy(tree / "train.py", tree / "zoo" / "copied.py")
     folder = make_images(tmp_path / "set")
-    monkeypatch.setitem(ablate.TABLES, "main", ("a test", [
+    monkeypatch.setitem(tables.TABLES, "main", ("a test", [
         ("one", "--prototypes frozen"), ("two", "zoo/copied.py --prototypes frozen")]))
     monkeypatch.setattr(ablate, "ROOT", str(tree))  # where the scripts run
     monkeypatch.setitem(sys.modules, "zoo.copied", SimpleNamespace())  # it has no flags of its own
     monkeypatch.chdir(tree)
     ablate.main(["main", "--seeds", "0", "--", *TINY, "--data", folder])
-    one, two = ablate.read(tree / "results" / "main.csv", ["row"])
+    one, two = tabulate.read(tree / "results" / "main.csv", ["row"])
     assert [one[column] for column in MEASURED] == [two[column] for column in MEASURED]
     assert one["command"].startswith("train.py --prototypes frozen ")
     assert two["command"].startswith("zoo/copied.py --prototypes frozen ")
@@ -227,19 +227,19 @@ def test_an_old_folder_without_a_script_is_of_train(refusal, tmp_path):
 
 # ---- the printed table -------------------------------------------------------------------------
 def result(row, seed, knn, block=""):
-    return dict.fromkeys(ablate.FIELDS, "0.5") | {
+    return dict.fromkeys(tables.FIELDS, "0.5") | {
         "row": row, "seed": str(seed), "knn": str(knn), "block": block, "raw_knn": "40",
         "untrained_knn": "30", "steps": "10", "hardware": "a machine", "torch": "2", "date": "d"}
 
 
 def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
-    first, second = (row for row, _ in ablate.TABLES["A2"][1][:2])
+    first, second = (row for row, _ in tables.TABLES["A2"][1][:2])
     file = str(tmp_path / "A2.csv")
     elsewhere = {"hardware": "another", "steps": "9"}
     for r in (result(second, 0, 60), result(first, 0, 50) | elsewhere, result(first, 1, 54),
               result(first, 2, 55), result(first, 0, 20, "--steps 3")):
-        ablate.add(file, ablate.read_results("A2", file), r)
-    text = ablate.table("A2", ablate.read_results("A2", file))
+        tabulate.add(file, tabulate.read_results("A2", file), r)
+    text = tabulate.table("A2", tabulate.read_results("A2", file))
     # mean of 50, 54, 55 is 53; deviations -3, 1, 2: sqrt((9 + 1 + 4) / 2) = 2.65
     assert f"| {first} | 3 | 53.0 | 0.500 |" in text and "\n| ± sd | | 2.6 | 0.000 |" in text
     assert f"| {second} | 1 | 60.0 | 0.500 |" in text
@@ -280,8 +280,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(argv, words, capsys):
     (lambda text: "a" * 200_000, "A2.csv is not a csv file: field larger than field limit"),
 ])
 def test_a_csv_of_others_or_a_damaged_one_is_named(change, words, tmp_path, capsys):
-    row, _ = ablate.TABLES["A2"][1][0]
-    ablate.add(str(tmp_path / "A2.csv"), [], result(row, 0, 50))
+    row, _ = tables.TABLES["A2"][1][0]
+    tabulate.add(str(tmp_path / "A2.csv"), [], result(row, 0, 50))
     damaged = change((tmp_path / "A2.csv").read_text())
     (tmp_path / "A2.csv").write_text(damaged)
     for flags in (["--show"], ["--dry-run"], []):
@@ -294,21 +294,21 @@ def test_a_csv_of_others_or_a_damaged_one_is_named(change, words, tmp_path, caps
 
 @pytest.mark.parametrize("value", ["nan", "inf", "1e999"])
 def test_a_number_that_is_not_finite_is_shown_as_such(value, tmp_path, capsys):
-    file, (row, _) = str(tmp_path / "A2.csv"), ablate.TABLES["A2"][1][0]
-    ablate.add(file, [result(row, 0, 50)], result(row, 1, value))
+    file, (row, _) = str(tmp_path / "A2.csv"), tables.TABLES["A2"][1][0]
+    tabulate.add(file, [result(row, 0, 50)], result(row, 1, value))
     ablate.main(["A2", "--show", "--results", str(tmp_path)])
     text = capsys.readouterr().out
     assert f"| {row} | 2 | {float(value)} |" in text and "| ± sd | | nan |" in text
 
 
 def test_rows_of_an_earlier_table_stay_in_the_file_and_are_not_shown(tmp_path, capsys):
-    file, (row, _) = str(tmp_path / "A2.csv"), ablate.TABLES["A2"][1][0]
-    ablate.add(file, [], result("of old", 0, 50, "--steps 3"))
-    ablate.add(file, ablate.read(file, ["row"]), result(row, 0, 60))
+    file, (row, _) = str(tmp_path / "A2.csv"), tables.TABLES["A2"][1][0]
+    tabulate.add(file, [], result("of old", 0, 50, "--steps 3"))
+    tabulate.add(file, tabulate.read(file, ["row"]), result(row, 0, 60))
     ablate.main(["A2", "--show", "--results", str(tmp_path)])
     text = capsys.readouterr().out
     assert f"| {row} | 1 | 60.0 |" in text and "of old" not in text and "--steps 3" not in text
-    assert [r["row"] for r in ablate.read(file, [])] == ["of old", row]
+    assert [r["row"] for r in tabulate.read(file, [])] == ["of old", row]
 
 
 # ---- the tables that the project shows ---------------------------------------------------------
@@ -330,9 +330,9 @@ KEPT = sorted(os.path.basename(file).removesuffix(".csv") for file in FILES)
 @pytest.mark.parametrize("name", KEPT)
 def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
     """No number of a table is typed by hand, and every table has its control."""
-    results = ablate.read_results(name, os.path.join(ROOT, "results", f"{name}.csv"))
+    results = tabulate.read_results(name, os.path.join(ROOT, "results", f"{name}.csv"))
     lines_of_pages = set(pages.splitlines())
-    for line in ablate.table(name, results).splitlines():
+    for line in tabulate.table(name, results).splitlines():
         assert line in lines_of_pages, line
     assert any("frozen" in r["row"] for r in results)
     for r in results:
@@ -347,10 +347,10 @@ def test_the_picture_of_the_design_space(tmp_path, monkeypatch):
         return {"row": row, "seed": str(seed), "block": "", "knn": knn, "unique_0.5": unique,
                 "used": used}
     drawn = {}
-    real = ablate.plots.save
-    monkeypatch.setattr(ablate.plots, "save", lambda fig, file: drawn.update(fig=fig) or real(
+    real = tabulate.plots.save
+    monkeypatch.setattr(tabulate.plots, "save", lambda fig, file: drawn.update(fig=fig) or real(
         fig, file))
-    ablate.draw("space", [
+    tabulate.draw("space", [
         result("CARP, joint", "80", ".2", ".1"), result("CARP, joint", "84", ".4", ".3", 1),
         result("CARP, frozen", "82", "1", ".5"), result("SOP, bank", "70", "", ".5"),
         result("DINO + Sinkhorn, live", "60", ".9", "1")], str(tmp_path / "space.png"))
@@ -377,7 +377,7 @@ def test_the_dense_table_measures_both_kinds_of_prototypes(tmp_path, capfd, monk
     text = capfd.readouterr().out
     assert "| class tokens | runs |" in text and "| patches | runs | mIoU |" in text
     row, = results
-    log = ablate.read(str(tmp_path / "runs/dense" / os.listdir(tmp_path / "runs/dense")[0]
+    log = tabulate.read(str(tmp_path / "runs/dense" / os.listdir(tmp_path / "runs/dense")[0]
                           / "log.csv"), ["patch_used"])
     for column in ("patch_used", "patch_place_nats", "used"):
         assert row[column] == log[-1][column] != ""
@@ -395,7 +395,7 @@ def test_the_table_of_capi_measures_both_sets(tmp_path, capfd, monkeypatch):
     for heading in ("features", "targets", "teacher's clusters", "student's set"):
         assert f"| {heading} | runs | " in text
     out, = (tmp_path / "runs" / "capi").iterdir()
-    log = ablate.read(str(out / "log.csv"), ["student_used"])
+    log = tabulate.read(str(out / "log.csv"), ["student_used"])
     for column in ("student_used", "target_entropy", "entropy_floor", "place_nats", "used"):
         assert row[column] == log[-1][column] != ""
     assert 0 <= float(row["attentive"]) <= 100 and not row["miou"]  # a folder has no label maps
@@ -405,7 +405,7 @@ def test_the_table_of_capi_measures_both_sets(tmp_path, capfd, monkeypatch):
 def rows_of_instrument(**changes):
     """{row: [result]} of a default run that can tell much; changes: {row: [k-NN]}."""
     knn = {}
-    for system in ablate.SYSTEMS:
+    for system in tables.SYSTEMS:
         knn[f"{system}, a third"] = [60, 61, 62]
         knn[f"{system}, default length"] = [80, 80.5, 81, 81.5, 82]
         knn[f"{system}, three times"] = [84, 84, 84]
@@ -421,7 +421,7 @@ def words_of(line):
 
 
 def test_the_verdict_on_the_instrument_by_hand():
-    lines = ablate.verdict(rows_of_instrument())[:-1]
+    lines = tabulate.verdict(rows_of_instrument())[:-1]
     assert [words_of(line) for line in lines] == ["met"] * 6
     joint = [line.split("CARP, joint ")[1].split(",")[0] for line in lines]
     # 84 less the mean of seeds 0 to 2; that less 61; the deviation; 81 less 40; 81; 95 less 80.5
@@ -432,7 +432,7 @@ def test_the_verdict_compares_the_same_seeds():
     rows = rows_of_instrument()
     of_labels = rows["labels, default length"]
     of_labels[:] = [result | {"seed": seed} for result, seed in zip(of_labels, "43")]
-    last = ablate.verdict(rows)[5]
+    last = tabulate.verdict(rows)[5]
     assert "CARP, joint 13.2" in last  # 95 less the mean of 81.5 and 82
 
 
@@ -444,16 +444,16 @@ def test_the_verdict_compares_the_same_seeds():
     ("CARP, decoupled, default length", [89, 89, 89, 89, 89], [0, 4]),
     ("labels, default length", [85, 85, 85], [5])])
 def test_the_verdict_names_what_the_instrument_cannot_do(row, values, fails):
-    words = [words_of(line) for line in ablate.verdict(rows_of_instrument(**{row: values}))[:-1]]
+    words = [words_of(line) for line in tabulate.verdict(rows_of_instrument(**{row: values}))[:-1]]
     assert [i for i, word in enumerate(words) if word == "NOT MET"] == fails
 
 
 def test_the_verdict_does_not_hide_what_was_not_run():
     rows = rows_of_instrument()
     del rows["DINO, joint, three times"], rows["labels, default length"]
-    words = [words_of(line) for line in ablate.verdict(rows)[:-1]]
+    words = [words_of(line) for line in tabulate.verdict(rows)[:-1]]
     assert words == ["not run", "met", "met", "met", "met", "not run"]
-    assert {words_of(line) for line in ablate.verdict({})[:-1]} == {"not run"}
+    assert {words_of(line) for line in tabulate.verdict({})[:-1]} == {"not run"}
 
 
 def test_the_instrument_runs_five_seeds_at_the_default_length():
