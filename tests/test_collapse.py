@@ -901,6 +901,18 @@ def test_sweep_fig1_and_checkpoint_series(tmp_path, capsys):
     assert [row["unique_0.5"] for row in runs[0][1]] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
+def test_the_legend_names_a_run_that_the_first_panel_lacks(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda fig, file: drawn.append(fig))
+    plots.training([("a memory", [{"step": s, "used": .5} for s in (0., 1.)]),
+                    ("a set", [{"step": s, "unique_0.5": 1., "used": 1.} for s in (0., 1.)])],
+                   str(tmp_path / "x.png"))
+    first = drawn[0].axes[0]
+    assert first.get_legend_handles_labels()[1] == ["a set"]
+    assert {text.get_text() for text in drawn[0].legends[0].get_texts()} == {"a memory", "a set"}
+
+
 def test_densities():
     circle = np.linspace(-np.pi, np.pi, 721)[:-1]
     a = np.array([0., 0, 2])

@@ -2,6 +2,7 @@
 scikit-learn and torch.optim, cache, foreign files, protocols through main([...]). Images and
 networks are tiny; nothing is downloaded."""
 import csv
+import dataclasses
 import math
 import os
 import re
@@ -740,6 +741,10 @@ def test_files_on_disk_are_known_by_path_size_and_time(tmp_path):
     assert backbones.hash_of_images(images) == first
     os.utime(tmp_path / "1.png", (1, 1))
     assert backbones.hash_of_images(images) != first
+    os.utime(tmp_path / "0.png", (1, 1))
+    second = backbones.hash_of_images(images)
+    # the pixels of deep files change with what is white in them
+    assert backbones.hash_of_images(dataclasses.replace(images, white=4095)) != second
 
 
 # ---- backbones of others -------------------------------------------------------------------------
