@@ -156,25 +156,34 @@ def last_evaluation(out):
         "torch": args.get("torch", ""), "data_version": args.get("data_version") or ""}
 
 
+def evaluated(command, file, columns):
+    """The rows that a command of ours adds to a csv file with these columns.
+
+    ValueError if it fails, or adds none, as where the folder cannot be written.
+    """
+    before = len(read(file, columns))
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError(f"{shlex.join(command[1:])} failed")
+    new = read(file, columns)[before:]
+    if not new:
+        raise ValueError(f"{shlex.join(command[1:])} added no row to {file}")
+    return new
+
+
 def accuracy_of_groups(out):
     """k-NN (k 20) of head, medium and tail classes in the whole test split, by eval_knn.py."""
     command = [sys.executable, "eval_knn.py", out, "--k", "20", *GROUP_LIMITS]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise ValueError(f"eval_knn.py of {out} failed")
-    file, groups = os.path.join(out, "results.csv"), ("head", "medium", "tail")
-    results = [row for row in read(file, ["result", *groups]) if row["result"] == "k=20"]
-    if not results:
-        raise ValueError(f"{file} has no row of k=20")
-    return {f"knn_{group}": results[-1][group] for group in groups}
+    groups = ("head", "medium", "tail")
+    new = evaluated(command, os.path.join(out, "results.csv"), ["result", *groups])
+    of_20, = (row for row in new if row["result"] == "k=20")
+    return {f"knn_{group}": of_20[group] for group in groups}
 
 
 def segmentation(out):
     """mIoU of k-NN on patches, by lab/eval_dense.py."""
     command = [sys.executable, "-m", "lab.eval_dense", out, "--probe", "knn", *SEGMENTED]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise ValueError(f"lab.eval_dense of {out} failed")
-    file = os.path.join(out, "results_dense.csv")
-    found = {row["result"]: row["miou"] for row in read(file, ["result", "miou"])}
+    new = evaluated(command, os.path.join(out, "results_dense.csv"), ["result", "miou"])
+    found = {row["result"]: row["miou"] for row in new}
     return {"miou": found["backbone knn"], "untrained_miou": found["untrained knn"],
             "raw_miou": found["pixels knn"]}
 
@@ -182,10 +191,8 @@ def segmentation(out):
 def attentive_accuracy(out):
     """Percent of the test images that an attentive probe classifies rightly, by eval_linear.py."""
     command = [sys.executable, "eval_linear.py", out, "--protocol", "attentive", *PROBED]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        raise ValueError(f"eval_linear.py of {out} failed")
-    rows = read(os.path.join(out, "results.csv"), ["protocol", "result", "all"])
-    return [row["all"] for row in rows if row["protocol"].endswith(" attentive")][-1]
+    new = evaluated(command, os.path.join(out, "results.csv"), ["all"])
+    return new[0]["all"]  # the best of the tried settings
 
 
 # ---- command line ------------------------------------------------------------------------------
@@ -196,7 +203,7 @@ def parser():
     flag = p.add_argument
     flag("table", choices=TABLES, help=tables)
     flag("--seeds", type=int, nargs="+", help="seeds of every row; None: 0 1 2, and 0 to 4 for the "
-         "default length in the table instrument")
+         "four systems at the default length in the table instrument")
     flag("--rows", nargs="+", metavar="ROW", help="only these rows of the table, by name")
     flag("--runs", default="runs", metavar="DIR", help="folder of the runs, DIR/TABLE/ROW-sSEED")
     flag("--results", default="results", metavar="DIR", help="folder of TABLE.csv and TABLE.png")
@@ -216,8 +223,14 @@ def main(argv=None):
 
 def ablate(args, extra):
     check_values(args, [("not be negative", lambda v: v >= 0, ["seeds"])])
-    if {"--seed", "--out", "--resume"} & set(extra):
-        raise ValueError("--seed, --out and --resume are set for each run: use --seeds and --runs")
+    own = {word.split("=")[0] for word in extra} & {"--seed", "--out", "--resume", "--stop-at",
+                                                    "--export"}
+    if own:
+        raise ValueError("runs of a table go to their ends, with a seed and a folder of their own: "
+                         f"{', '.join(sorted(own))} cannot follow --; use --seeds and --runs")
+    if args.show and (args.seeds or args.rows or extra):
+        raise ValueError("--show prints the whole file: leave out --seeds, --rows and what follows "
+                         "--")
     names = [row for row, _ in TABLES[args.table][1]]
     for row in args.rows or []:
         if row not in names:
@@ -248,7 +261,7 @@ def ablate(args, extra):
     print("\n" + table(args.table, results))
     try:
         draw(args.table, results, f"{file[:-4]}.png")
-    except ValueError as error:  # no matplotlib
+    except ValueError as error:  # no matplotlib, or nothing to draw
         print(f"no picture: {error}")
     return results
 

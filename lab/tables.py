@@ -138,18 +138,18 @@ TARGETS = [("attentive", "attentive", 1), ("target_entropy", "entropy of targets
            ("place_nats_shuffled", "shuffled", 2)]
 STUDENTS = [(f"student_{column}", title, digits) for column, title, digits in MEASURES[1:]]
 # what untrained weights and raw pixels reach
-CONTROLS = ["raw_knn", "untrained_knn", "raw_miou", "untrained_miou"]
+UNLEARNED = ["raw_knn", "untrained_knn", "raw_miou", "untrained_miou"]
 # block: the flags after --; command: the script of the run and its flags
 FIELDS = ["row", "seed", "block",
           *dict.fromkeys(column for column, _, _ in
                          MEASURES + VECTORS + GROUPS + PATCHES + TARGETS + STUDENTS),
-          "ceiling_0.025", "h_norm", *CONTROLS, "steps", "command", "hardware", "torch", "date",
+          "ceiling_0.025", "h_norm", *UNLEARNED, "steps", "command", "hardware", "torch", "date",
           "data_version"]
 
 
 def parts(name):
-    """[(heading or "", measures as in MEASURES)]: a table of runs is shown as one Markdown table,
-    or as several where it has two kinds of prototypes. They are at most 100 columns wide."""
+    """[(heading or "", measures as in MEASURES)]: the Markdown tables in which a table is shown, one
+    below the other; more than one where the measures do not fit into a line of 100 characters."""
     if name == "dense":
         of_class = [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS[:1]
         return [("class tokens", of_class), ("patches", PATCHES)]

@@ -109,13 +109,15 @@ def lines_of_block(name, block, rows):
     order = [row for row, _ in TABLES[name][1] if row in rows]
     results = [result for row in order for result in rows[row]]
     command = f"python -m lab.ablate {name}" + (f" -- {block}" if block else "")
-    steps = " and ".join(sorted({result["steps"] for result in results},
-                                key=lambda number: (len(number), number)))
-    hardware = " and ".join(sorted({result["hardware"] for result in results}))
+    def values(column):
+        """The different ones in a column, as text; numbers by their size."""
+        return " and ".join(sorted({result[column] for result in results},
+                                   key=lambda text: (text.isdigit() and int(text), text)))
     raw, untrained = mean(results, "raw_knn", 1), mean(results, "untrained_knn", 1)
     notes = [f"* {TABLES[name][0]}",
-             f"* {steps} steps; k-NN of raw pixels {raw}, of the untrained backbone {untrained}",
-             f"* {hardware}, torch {results[0]['torch']}, "
+             f"* {values('steps')} steps; k-NN of raw pixels {raw}, of the untrained backbone "
+             f"{untrained}",
+             f"* {values('hardware')}, torch {values('torch')}, "
              f"{max(result['date'] for result in results)}"]
     if any(result.get("raw_miou") for result in results):
         raw, untrained = mean(results, "raw_miou", 1), mean(results, "untrained_miou", 1)
@@ -131,7 +133,9 @@ def lines_of_block(name, block, rows):
             if len(rows[row]) > 1:
                 cells = [deviation(rows[row], column, digits) for column, _, digits in shown]
                 lines.append(f"| ± sd | | {' | '.join(cells)} |")
-    return [*lines, "", *wrapped(verdict(rows) if name == "instrument" else [])]
+    if name == "instrument":
+        lines += ["", *wrapped(verdict(rows))]
+    return [*lines, ""]
 
 
 def wrapped(items):
@@ -161,10 +165,13 @@ def verdict(rows):
         shared = a.keys() & b.keys()
         return statistics.mean(a[seed] - b[seed] for seed in shared) if shared else None
 
-    third, default, three = ({s: knn(f"{s}, {length}") for s in SYSTEMS} for length in LENGTHS)
-    controls = {s: {r["seed"]: max(float(r["raw_knn"] or 0), float(r["untrained_knn"] or 0))
-                    for r in rows.get(f"{s}, default length", [])} for s in SYSTEMS}
-    lines = [
+    of_length = {length: {s: knn(f"{s}, {length}") for s in SYSTEMS} for length in LENGTHS}
+    third, default, three = (of_length[length] for length in
+                             ("a third", "default length", "three times"))
+    controls = {s: {r["seed"]: max(float(r["raw_knn"]), float(r["untrained_knn"]))
+                    for r in rows.get(f"{s}, default length", [])
+                    if r["raw_knn"] and r["untrained_knn"]} for s in SYSTEMS}
+    return [
         line("(a) three times the length gains, or loses at most 0.5 points",
              {s: difference(three[s], default[s]) for s in SYSTEMS}, least=-0.5),
         line("(a) the default length gains on a third of it, or loses at most 0.5 points",
@@ -179,11 +186,10 @@ def verdict(rows):
               for s in SYSTEMS}, most=88),
         line("(d) labels reach at least 5 points more",
              {s: difference(knn(LABELS), default[s]) for s in SYSTEMS}, least=5)]
-    return [*lines, ""]
 
 
 def draw(name, results, file):
-    """The picture of a table. ValueError without matplotlib."""
+    """The picture of a table. ValueError without matplotlib, or with nothing to draw."""
     rows = rows_of_table(name, results)
     if name == "space":
         columns = ("knn", "unique_0.5", "used")
@@ -193,8 +199,13 @@ def draw(name, results, file):
         means = {row: {column: float(mean(first[row], column, 6)) for column in columns}
                  | {"knn_sd": float(deviation(first[row], "knn", 6) or 0)}
                  for row, _ in TABLES[name][1]
+                 # a memory has no unique share, and images without labels have no k-NN
                  if row in first and all(first[row][0][column] for column in columns)}
+        if not means:
+            raise ValueError("no row has k-NN, unique(.5) and used")
         plots.space(means, file)
     else:
         order = [row for row, _ in TABLES[name][1]]
-        plots.ablation(order, blocks(rows), measures(name), file)
+        shown = [(column, f"{heading}\n{title}" if heading else title, digits)
+                 for heading, part in parts(name) for column, title, digits in part]
+        plots.ablation(order, blocks(rows), shown, file)

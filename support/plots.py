@@ -172,7 +172,8 @@ def ablation(order, parts, measures, file):
     """A panel per measure, a line per row of the table, seeds as points and their mean as a bar.
 
     order: names of the rows. parts: {part: {row: [{measure: text}, one per seed]}}, drawn one below
-    the other, in colours. measures: [(measure, title, digits)]."""
+    the other, in colours. measures: [(measure, title, digits)]. Shares of a set have a common
+    scale, other measures one of their own."""
     rows = [row for row in order if any(row in results for results in parts.values())]
     height = .34 * len(rows) * max(1, .4 * len(parts)) + 1.3
     fig, axes = figure(1, len(measures), 1.9 * len(measures) + 2, height)
@@ -194,7 +195,7 @@ def ablation(order, parts, measures, file):
         ax.set_yticks(range(len(rows)), rows if ax is axes[0, 0] else [], fontsize=8)
         ax.tick_params(axis="x", labelsize=8)
         open_frame(ax)
-        if not measure.startswith("knn") and measure != "drift":
+        if any(share in measure for share in ("unique", "ceiling", "used", "perplexity")):
             ax.set_xlim(-.05, 1.05)
     if len(parts) > 1:
         handles = {}

@@ -122,6 +122,18 @@ def test_a_run_that_was_stopped_goes_on(ablate_main, tmp_path, capfd):
         assert resumed[column] == whole[column], column
 
 
+@pytest.mark.parametrize("measure, file, head", [
+    ("accuracy_of_groups", "results.csv", "result,head,medium,tail"),
+    ("segmentation", "results_dense.csv", "result,miou"),
+    ("attentive_accuracy", "results.csv", "all")])
+def test_an_evaluation_that_keeps_nothing_is_no_result(tmp_path, monkeypatch, measure, file, head):
+    """A number of an earlier evaluation in the same file is not taken for the new one."""
+    (tmp_path / file).write_text(f"{head}\n" + ",".join("7" * len(head.split(","))) + "\n")
+    monkeypatch.setattr(ablate.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    with pytest.raises(ValueError, match=f"added no row to .*{file}"):
+        getattr(ablate, measure)(str(tmp_path))
+
+
 def test_a_run_that_fails_is_named(ablate_main, capfd):
     with pytest.raises(SystemExit) as stop:
         ablate_main("0", extra=("--batch-size", "64"))  # there are 16 images
@@ -254,7 +266,9 @@ def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
 
 @pytest.mark.parametrize("argv, words", [
     (["main", "--show", "--results", "nowhere"], "nowhere/main.csv holds no results yet"),
-    (["main", "--", "--seed", "3"], "use --seeds"),
+    (["main", "--", "--seed", "3"], "--seed cannot follow --; use --seeds"),
+    (["main", "--", "--seed=3", "--stop-at", "9"], "--seed, --stop-at cannot follow --"),
+    (["A2", "--show", "--rows", "a 0.001, c 0.75"], "leave out --seeds, --rows and what follows"),
     (["A1", "--rows", "nope"],
      "--rows 'nope' is not a row of A1; there are: no responsibility forgetting"),
     (["A1", "--seeds", "0", "-1"], "--seeds must not be negative, got 0 -1"),
@@ -339,6 +353,23 @@ def test_every_kept_table_is_shown_as_it_is_printed(name, pages):
         assert r["command"].startswith(("train.py ", "zoo/")) and r["date"] and r["torch"]
 
 
+def test_only_shares_have_the_scale_of_shares(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(tabulate.plots, "save", lambda fig, file: drawn.append(fig))
+    row, _ = tables.TABLES["dense"][1][0]
+    values = {"knn": "80", "h_rank": "12", "miou": "43", "used": ".9", "patch_drift": "1.3"}
+    tabulate.draw("dense", [result(row, 0, 80) | dict.fromkeys(tables.FIELDS, "0.5") | values
+                            | {"row": row, "block": ""}], str(tmp_path / "x.png"))
+    panels = {ax.get_title(loc="left"): ax for ax in drawn[0].axes}
+    for title, value in (("class tokens\nk-NN", 80), ("class tokens\nrank h", 12),
+                         ("patches\nmIoU", 43), ("patches\ndrift", 1.3),
+                         ("class tokens\nused", .9)):
+        low, high = panels[title].get_xlim()
+        assert low < value < high, title
+    assert panels["patches\nused"].get_xlim() == (-.05, 1.05)
+
+
 # ---- the table "space" ---------------------------------------------------------------------------
 def test_the_picture_of_the_design_space(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -421,7 +452,7 @@ def words_of(line):
 
 
 def test_the_verdict_on_the_instrument_by_hand():
-    lines = tabulate.verdict(rows_of_instrument())[:-1]
+    lines = tabulate.verdict(rows_of_instrument())
     assert [words_of(line) for line in lines] == ["met"] * 6
     joint = [line.split("CARP, joint ")[1].split(",")[0] for line in lines]
     # 84 less the mean of seeds 0 to 2; that less 61; the deviation; 81 less 40; 81; 95 less 80.5
@@ -444,16 +475,30 @@ def test_the_verdict_compares_the_same_seeds():
     ("CARP, decoupled, default length", [89, 89, 89, 89, 89], [0, 4]),
     ("labels, default length", [85, 85, 85], [5])])
 def test_the_verdict_names_what_the_instrument_cannot_do(row, values, fails):
-    words = [words_of(line) for line in tabulate.verdict(rows_of_instrument(**{row: values}))[:-1]]
+    words = [words_of(line) for line in tabulate.verdict(rows_of_instrument(**{row: values}))]
     assert [i for i, word in enumerate(words) if word == "NOT MET"] == fails
 
 
 def test_the_verdict_does_not_hide_what_was_not_run():
     rows = rows_of_instrument()
     del rows["DINO, joint, three times"], rows["labels, default length"]
-    words = [words_of(line) for line in tabulate.verdict(rows)[:-1]]
+    words = [words_of(line) for line in tabulate.verdict(rows)]
     assert words == ["not run", "met", "met", "met", "met", "not run"]
-    assert {words_of(line) for line in tabulate.verdict({})[:-1]} == {"not run"}
+    assert {words_of(line) for line in tabulate.verdict({})} == {"not run"}
+
+
+def test_a_claim_about_controls_is_not_met_by_a_control_that_was_lost():
+    rows = rows_of_instrument()
+    for row in rows["CARP, joint, default length"]:
+        row["raw_knn"] = ""
+    assert words_of(tabulate.verdict(rows)[3]) == "not run"
+
+
+def test_two_blocks_of_the_instrument_are_apart(monkeypatch):
+    monkeypatch.setattr(tabulate, "verdict", lambda rows: ["* a claim"])
+    row, _ = tables.TABLES["instrument"][1][0]
+    text = tabulate.table("instrument", [result(row, 0, 50), result(row, 0, 50, "--steps 3")])
+    assert "* a claim\n\n`python -m lab.ablate instrument -- --steps 3`" in text
 
 
 def test_the_instrument_runs_five_seeds_at_the_default_length():
