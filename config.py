@@ -17,8 +17,8 @@ import views
 from presets import PRESETS
 from support import ddp, rules
 
-# Flags that may differ between a run and its continuation: where it runs, what is printed, and how
-# numbers are rounded (amp, compile)
+# Flags that may differ between a run and its continuation: where it runs, what is printed and kept,
+# and how numbers are rounded (amp, compile)
 FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_every", "eval_bank",
         "eval_queries", "data", "data_root", "amp", "compile", "save_every", "keep_every", "export",
         "timeout",
@@ -255,13 +255,12 @@ def parse(argv=None, script="train.py", add_flags=None):
     # a first look at the words that decide defaults: --preset, and the run to go on with
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="tiny")
-    early.add_argument("--out")
     early.add_argument("--resume", action="store_true")
     typed = early.parse_known_args(argv)[0]
     p.set_defaults(**p.presets.get(typed.preset, {}))
-    if typed.resume and typed.out:
+    if typed.resume:
         try:
-            p.set_defaults(**flags_of_run(typed.out, p))
+            p.set_defaults(**flags_of_run(folder(p.parse_args(argv)), p))
         except ValueError as error:
             p.error(error)
     args = p.parse_args(argv)
@@ -270,12 +269,17 @@ def parse(argv=None, script="train.py", add_flags=None):
     rules.check(args, p.error)
     args.device = rules.device(args, p.error)
     args.resume = args.resume or ddp.RESTARTS > 0
-    args.out = args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
+    args.out = folder(args)
     if args.method == "carl":
         args.partition_size = args.num_prototypes
     args.script = script
     args.data_version = data.VERSIONS.get(args.data)  # None: images that are not made here
     return args
+
+
+def folder(args):
+    """Where a run is kept: --out, or a name from its flags."""
+    return args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
 
 
 def narrow(parser, presets, choices, helps=None):
@@ -367,7 +371,7 @@ def could_be(value, action):
                 and all(isinstance(v, (int, float)) for v in value))  # all such flags are floats
     kinds = {int: int, float: (int, float), None: str}
     is_switch = isinstance(action.default, bool) or action.nargs == 0
-    kind = bool if is_switch else kinds[action.type]
+    kind = bool if is_switch else kinds.get(action.type, object)  # a fork may have another type
     if not isinstance(value, kind) or isinstance(value, bool) and not is_switch:
         return False
     return not action.choices or value in action.choices
@@ -400,9 +404,9 @@ def check_not_read(args, add_flags, names, script):
 
 
 # What each loss and each prototype set reads, of the flags that not all of them read. One that is
-# not here, as that of a fork, may read any. Sizes and lengths are not among these flags, although
-# CARP alone reads --partition-size and mixtures alone read --gmm-start: so one line of them serves
-# all methods and sets
+# not here, as that of a fork, may read any. Sizes and lengths are left out, although CARP alone
+# reads --partition-size and mixtures alone read --gmm-start: so the same sizes can be typed for
+# every method and set
 SOFTMAX = "student_temp teacher_temp teacher_temp_epochs"
 READ_BY_METHODS = {
     "carp": "", "carl": "", "carp-uniform": "uniformity",

@@ -32,11 +32,11 @@ from support.errors import one_sentence
 from support.features import POOLS, embed
 from views import Recipe, batches, indices
 
-VERSION = "linear-2"  # printed with every number; raise it when anything that changes a number does
+VERSION = "linear-2"  # printed with every number; raise it with every change that changes a number
 BATCH = 1024  # of sgd: 128 on each of 8 GPUs
 MOST = 2 ** 31  # numbers that attentive holds in memory: 8.6 GB
+LINEAR = ("lbfgs", "grid", "sgd", "transfer")  # protocols that see an image as one vector
 # Flags that not every protocol reads: (the protocols that do, default).
-LINEAR = ("lbfgs", "grid", "sgd", "transfer")  # those that see an image as one vector
 PROTOCOL_FLAGS = {
     "weight_decay": (("lbfgs",), 0.0),
     "raw": (("lbfgs",), False),
@@ -198,12 +198,13 @@ def sgd(backbone, train, y, q, test_y, labels, flags):
             if hits > best_hits.get(lr, -1):
                 best[lr], best_hits[lr], best_epoch[lr] = last[lr], hits, epoch
     results = {}
-    for lr in sorted(last, key=lambda lr: -best_hits[lr]):  # the headline first
+    rates_in_order = sorted(last, key=lambda lr: -best_hits[lr])  # the headline first
+    for lr in rates_in_order:
         results[f"lr {lr:g}, best"] = best[lr]
         results[f"lr {lr:g}, last"] = last[lr]
     note = (f"{flags.epochs} epochs of {steps} steps of {batch_size}; the best epoch, "
-            f"{', '.join(map(str, best_epoch.values()))}, is picked on the test images, as DINO's "
-            "code does, and so is the best lr; the last epoch is not")
+            f"{', '.join(f'{best_epoch[lr]} of lr {lr:g}' for lr in rates_in_order)}, is picked on "
+            "the test images, as DINO's code does, and so is the best lr; the last epoch is not")
     return results, note
 
 
@@ -223,7 +224,8 @@ def best_strength(train_x, train_y, val_x, val_y, q, metric):
         x, y = torch.cat([train_x, val_x]), torch.cat([train_y, val_y])
         train, val = torch.arange(len(train_x)), torch.arange(len(train_x), len(x))
     models, tried = None, []  # tried: (score, models) of each strength
-    for strength in tqdm(probes.STRENGTHS, desc="45 strengths", leave=False, disable=None):
+    for strength in tqdm(probes.STRENGTHS, desc=f"{len(probes.STRENGTHS)} strengths", leave=False,
+                         disable=None):
         # goes on from the models of the strength before
         models = probes.fit_logistic(x[train], y[train], strength, models)
         score = percent(metric, probes.apply_logistic(models, x[val], scores_wanted), y[val])
@@ -261,7 +263,8 @@ def parser():
         help="lbfgs: Fig. 4b; grid: Table 3; attentive: CAPI's, on patches; sgd: Table 2; "
         "transfer: Table 4")
     add("--layers", type=int, metavar="N",
-        help="class tokens of the last N blocks; None: 1, for grid and sgd of a ViT below ViT-B 4")
+        help="class tokens of the last N blocks; None: 1; with grid and sgd 4 of a ViT smaller "
+        "than ViT-B")
     add("--pool", choices=POOLS,
         help="cls: class token; mean: of the patches; cls+mean: both; predictor: of zoo/capi.py; "
         "None: cls, for grid and sgd of a ViT-B cls+mean")

@@ -79,7 +79,7 @@ def train(args, device, stop_request):
     # a record with rows: the log's last row is there only because the run stopped at that step
     log = Log(args, start, drop_last=bool(record.rows))
     metrics = {}  # of the last evaluation
-    monitor = Monitor(len(protos_t.vectors()))
+    monitor = Monitor(len(protos_t.vectors()), args.prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))
@@ -144,7 +144,7 @@ def train(args, device, stop_request):
             row = joined(record.means(), report, clock.speed(args.batch_size), lr=lr, beta=beta,
                          epoch=done / steps_per_epoch, memory_mb=peak_memory(device))
             if loss_fn.uniform:  # ln P for CARP, ln K for DINO; log.csv says ln_k for both
-                row["loss_over_ln_k"] = row[first_term] / loss_fn.uniform
+                row = joined(row, loss_over_ln_k=row[first_term] / loss_fn.uniform)
             if now.evaluation:
                 h = measures.coming_vectors(teacher, images, recipe, done, args, device,
                                             amp(args, device))

@@ -47,7 +47,7 @@ from support.pixels import IGNORED
 PROTOCOL = "dense-1"
 # Settings that each probe tries; of equally good ones the first is taken
 KNN = list(itertools.product((1, 3, 10, 30), ("cosine", "L2")))  # (k, similarity)
-LINEAR = (10 ** np.linspace(-6, 5, 8)).tolist()  # strengths
+LINEAR = (10 ** np.linspace(-6, 5, 8)).tolist()  # scikit-learn's C
 MAX_ITER = 1000  # of L-BFGS
 BLOCK, ROWS = 2 ** 24, 256  # most similarities, and most queries, in memory at a time
 IMAGES = {"shapes": (1000, 500)}  # training and test images by default
@@ -181,27 +181,27 @@ def knn(x, maps, q, settings, C):
 
 
 def linear(x, maps, q, settings, C):
-    """Settings are strengths, scikit-learn's C: |W|^2 / 2 + strength (sum of the patches'
-    cross-entropies) is minimised. All pixels of a patch get the label predicted for it."""
+    """Settings are what scikit-learn calls C, small where the regularisation is strong: |W|^2 / 2 +
+    setting (sum of the patches' cross-entropies) is minimised. All pixels of a patch get the label
+    predicted for it. C, the classes, is not needed."""
     # differs: support/probes.py's solver remembers 10 steps where CAPI's remembers 5, and it stops
     # at gradients below 1e-5.
     h, w = maps.shape[1:]
     labels, y = modal(maps).unique(return_inverse=True)  # (labels,), (N,)
-    for strength in tqdm(settings, desc="strengths", leave=False,
-                         disable=None if len(settings) > 1 else True):
-        W, b, _ = probes.lbfgs(x, y, len(labels), weight_decay=1 / (strength * len(x)),
+    for setting in tqdm(settings, desc="regularisations", leave=False,
+                        disable=None if len(settings) > 1 else True):
+        W, b, _ = probes.lbfgs(x, y, len(labels), weight_decay=1 / (setting * len(x)),
                                max_iter=MAX_ITER)
         predicted = labels[probes.predict(q, W, b)].cpu()  # (M,)
-        yield strength, predicted[:, None, None].expand(-1, h, w)
+        yield setting, predicted[:, None, None].expand(-1, h, w)
 
 
 PROBES = {"knn": (knn, KNN), "linear": (linear, LINEAR)}
 
 
 def apply(probe, train, queries, settings, C, device="cpu"):
-    """What a probe yields: standardise, fit to Patches `train`, predict queries (n, g*g, D).
-
-    Predicted maps are (n, g*g, p, p).
+    """Yield (setting, predicted maps (n, g*g, p, p)) of a probe that is fitted to Patches `train`,
+    for queries (n, g*g, D). Both are standardised first, by mean and deviation of `train`.
     """
     x, maps = train.to_fit()  # (N, D), (N, p, p)
     x, q = probes.standardise(x, queries.flatten(0, 1))  # (N, D), (M, D)

@@ -148,8 +148,10 @@ FIELDS = ["row", "seed", "block",
 
 
 def parts(name):
-    """[(heading or "", measures as in MEASURES)]: the Markdown tables in which a table is shown, one
-    below the other; more than one where the measures do not fit into a line of 100 characters."""
+    """[(heading or "", measures as in MEASURES)]: the Markdown tables in which a table is shown.
+
+    They stand one below the other, where all measures do not fit into a line of 100 characters.
+    """
     if name == "dense":
         of_class = [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS[:1]
         return [("class tokens", of_class), ("patches", PATCHES)]

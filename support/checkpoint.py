@@ -78,7 +78,7 @@ def vectors_or_memory(protos):
 
 
 def mixture_state(protos):
-    """The mixture of a prototype set, {} without one; mu and var too, for who reads the file."""
+    """The mixture of a prototype set, {} without one; with mu and var, for readers of the file."""
     gmm = {k[4:]: v for k, v in protos.state_dict().items() if k.startswith("gmm.")}
     if "S_mu" in gmm:
         gmm |= {"mu": protos.gmm.mu, "var": protos.gmm.var}
@@ -91,7 +91,7 @@ def state_without_mixture(protos):
 
 # ---- reading -----------------------------------------------------------------------------------
 def saved(out):
-    """Paths of the checkpoints in a folder: ckpt.pt first, then the one that was written last."""
+    """Paths of the checkpoints in a folder: ckpt.pt, then the others, the newest one first."""
     names = os.listdir(out) if os.path.isdir(out) else []
     paths = [os.path.join(out, n) for n in names if re.fullmatch(r"ckpt(\.prev|-\d+)?\.pt", n)]
     return sorted(paths, key=lambda p: (p.endswith("ckpt.pt"), os.path.getmtime(p)), reverse=True)
@@ -151,9 +151,7 @@ def resume(args, paths, parts, protos_s, protos_t):
                          f"{'; '.join(refused)}")
     path = ddp.from_rank0(path)  # one process chooses, whatever the others see
     ckpt = ckpt or load(path)
-    if ckpt["version"] not in (1, 2, VERSION):
-        raise ValueError(f"--resume: {path} is of version {ckpt['version']}, and this code reads "
-                         f"1 to {VERSION}: use the code that wrote it")
+    check_version(path, ckpt)
     if ckpt["version"] == 1:
         ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages "
                    "steps from it on")
@@ -172,10 +170,16 @@ def resume(args, paths, parts, protos_s, protos_t):
     ddp.barrier()
     newest = os.path.join(args.out, "ckpt.pt")
     if ddp.RANK == 0 and path != newest and os.path.exists(newest):
-        # damaged; if it stayed, the next checkpoint would push out ckpt.prev.pt for it
+        # It is damaged, and `save` would make it ckpt.prev.pt in the place of the one just loaded
         os.replace(newest, os.path.join(args.out, "ckpt.damaged.pt"))
     ddp.print0(f"resumed {path} at step {ckpt['step']}")
     return ckpt["step"], Record(ckpt.get("trail"))
+
+
+def check_version(path, ckpt):
+    if ckpt.get("version") not in (1, 2, VERSION):
+        raise ValueError(f"{path} is of version {ckpt.get('version')}, and this code reads 1 to "
+                         f"{VERSION}: use the code that wrote it")
 
 
 def check_data_version(path, old, args):
@@ -292,6 +296,7 @@ def load_run(path):
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     ckpt = checkpoints.read(path)
     backbones.check_ours(path, ckpt, "teacher")
+    check_version(path, ckpt)
     try:
         script = checkpoints.module_of(ckpt["args"].get("script", "train.py"), path)
         if hasattr(script, "load_run"):
@@ -299,9 +304,9 @@ def load_run(path):
         net, protos, args = networks_of(ckpt)
         loss = losses.loss(args)
         loss.load_state_dict(ckpt["loss"])
+    except (ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever a damaged or foreign file can raise
-        if isinstance(error, ValueError):
-            raise
         reason = type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of a run of ours ({reason})") from error
     return net.eval(), protos, loss, vars(args)

@@ -2,7 +2,8 @@
 import os
 import re
 
-# The largest number that any flag takes. Products of two such numbers fit into float32 and int64.
+# The largest number that any flag takes. Its square fits into float32, and a million times it into
+# int64.
 MOST = 2 ** 32 - 1
 
 
@@ -39,8 +40,9 @@ def values_of(flags, name):
 
 def check_files(flags, *names, inputs=()):
     """ValueError for flags that name no file which may be written: it lies in a folder that exists,
-    is a file itself if it exists, and is neither one of the inputs nor what a run of ours keeps."""
-    read = {os.path.realpath(path) for path in inputs}
+    is a file itself if it exists, is neither one of the inputs nor what a run of ours keeps, and is
+    not named twice."""
+    read, written = {os.path.realpath(path) for path in inputs}, set()
     for name in names:
         for path in values_of(flags, name):
             folder = os.path.dirname(os.path.abspath(path))
@@ -50,4 +52,8 @@ def check_files(flags, *names, inputs=()):
             of_run = re.fullmatch(r"ckpt.*\.pt|args\.json|log\.csv|lock", os.path.basename(path))
             if os.path.exists(path) and (of_run or os.path.realpath(path) in read):
                 raise ValueError(f"--{name.replace('_', '-')} {path} would overwrite a file that "
-                                 "is read; name another one")
+                                 "is read, or that a run keeps; name another one")
+            if os.path.realpath(path) in written:
+                raise ValueError(f"--{name.replace('_', '-')} {path} would overwrite the file of "
+                                 "another flag; name another one")
+            written.add(os.path.realpath(path))

@@ -113,6 +113,9 @@ def joined(*parts, **more):
                              "set {column of log.csv: number}, {} if it has nothing to report; got "
                              f"a {type(part).__name__}")
         for name in part:
+            if name in ("step", "raw_knn"):
+                raise ValueError(f"{name!r} is a column of log.csv that the loop fills: a term of "
+                                 "the loss, and what a prototype set reports, need other names")
             if name in whole:
                 raise ValueError(f"two values have the name {name!r} in log.csv: a term of the "
                                  "loss, and what a prototype set reports, need names of their own")
@@ -220,7 +223,7 @@ class Record:
 
 
 class Clock:
-    """Speed since the last row of the log."""
+    """Speed since the last `restart`, which is at regular rows of the log."""
 
     def __init__(self):
         self.restart()
@@ -254,7 +257,10 @@ class Due:
 
 
 def due(args, done, stop, total, leaving):
-    """done: steps so far; stop, total: last step of this process, of the run; leaving: a signal."""
+    """What is Due after `done` steps.
+
+    stop, total: last step of this process, and of the run. leaving: the number of a signal, or 0.
+    """
     regular = done == total or done % args.log_every == 0 or done % args.eval_every == 0
     evaluation = done == stop or done % args.eval_every == 0
     often = [n for n in (args.save_every, args.keep_every) if n and done % n == 0]
@@ -264,7 +270,7 @@ def due(args, done, stop, total, leaving):
 def peak_memory(device):
     """Peak memory so far, MB: of the GPU, or of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
     try:
         import resource
     except ImportError:  # on Windows

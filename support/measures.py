@@ -19,9 +19,10 @@ EPS = (0.025, 0.5)  # Def. 2.1: the threshold of the literature, and the strict 
 def of_coming_batches(compute, teacher, images, recipe, step, args, device, autocast):
     """What `compute` makes of the global crops of the next steps, about --eval-bank crops in all.
 
-    compute(crops, step) -> a tuple of tensors, for the crops of a step on this process. Returns a
-    list of these tensors, each now of all steps, one at least, and of all processes. The crops are
-    made as training makes them, batch norm on batch statistics included: a mixture knows no others.
+    compute(crops, step) -> a tuple of tensors, for the crops of a step on this process. Returns one
+    tensor for each of the tuple, joined over the steps (at least one) and then over the processes.
+    The crops are made as training makes them, batch norm on batch statistics included: a mixture
+    knows no others.
     """
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     recipe = replace(recipe, n_local=0)
@@ -124,7 +125,7 @@ def knn(bank, queries, of_images):
 
 
 def controls(bank, queries, args, teacher, device):
-    """k-NN of the untrained backbone and of raw pixels: row 0 of the log."""
+    """k-NN of the backbone as the run starts and of raw pixels: row 0 of the log."""
     return {"knn": teacher_knn(bank, queries, args, teacher, device),
             "raw_knn": knn(bank, queries, lambda images: pixels(images, args.img_size))}
 
@@ -136,7 +137,8 @@ def teacher_knn(bank, queries, args, teacher, device):
 
 
 def pixels(images, img_size):
-    """Raw pixels (N, 3 s s), s at most 32: what no learning has touched."""
+    """Pixels (N, 3 s s), s at most 32, less ImageNet's mean and over its deviation: what no
+    learning has touched."""
     batches = views.eval_batches(images, img_size)
     return torch.cat([F.adaptive_avg_pool2d(x, min(32, img_size)).flatten(1) for x in batches])
 

@@ -58,11 +58,19 @@ def save(fig, file):
     write(file, lambda f: fig.savefig(f, format=suffix(file), dpi=150, facecolor="white"))
 
 
+def colour(i):
+    return COLOURS[i % len(COLOURS)]
+
+
+def marker(i):
+    return MARKERS[i % len(MARKERS)]
+
+
 def line_style(i, n):
     """Keywords for `plot` of curve i, which has n points. Colours and markers repeat after 7
     curves, line styles after 5, so 35 curves all differ."""
     gap = max(1, n // 8)  # about 8 markers on a curve
-    return {"color": COLOURS[i % 7], "linestyle": STYLES[i % 5], "marker": MARKERS[i % 7],
+    return {"color": colour(i), "linestyle": STYLES[i % len(STYLES)], "marker": marker(i),
             "markevery": (i % gap, gap),  # not at the same points, so that equal curves show
             "markersize": 5, "markerfacecolor": "white", "linewidth": 1.6}
 
@@ -111,8 +119,9 @@ def training(runs, file, x="step", chosen=None):
         for handle, name in zip(*ax.get_legend_handles_labels()):
             of_name.setdefault(name, handle)
     handles, names = list(of_name.values()), list(of_name)
-    ceilings = {column.replace("unique", "ceiling") for column, _, _ in panels}
-    if ceilings & columns - {column for column, _, _ in panels}:
+    ceilings = {column.replace("unique", "ceiling") for column, _, _ in panels
+                if column.startswith("unique")}
+    if ceilings & columns:
         from matplotlib.lines import Line2D
         handles.append(Line2D([], [], color="grey", linestyle=":"))
         names.append("ceiling: random features")
@@ -139,7 +148,7 @@ def training_panel(ax, runs, x, column, title, factor):
             ceiling = column.replace("unique", "ceiling")
             points = [(row[x], factor * row[ceiling]) for row in rows if ceiling in row]
             if points:
-                ax.plot(*zip(*points), color=COLOURS[i % 7], linestyle=":", linewidth=1.1)
+                ax.plot(*zip(*points), color=colour(i), linestyle=":", linewidth=1.1)
     ax.set_title(title, fontsize=10, loc="left")
     open_frame(ax)
     if factor == 100:
@@ -185,10 +194,10 @@ def ablation(order, parts, measures, file):
                 if not values:
                     continue
                 y = line + shift
-                ax.plot(values, [y] * len(values), MARKERS[i % 7], color=COLOURS[i % 7],
+                ax.plot(values, [y] * len(values), marker(i), color=colour(i),
                         markersize=4, alpha=.55)
                 mean = np.mean(values)
-                ax.plot([mean, mean], [y - .17, y + .17], color=COLOURS[i % 7], linewidth=2.5,
+                ax.plot([mean, mean], [y - .17, y + .17], color=colour(i), linewidth=2.5,
                         label=part or "as shipped")
         ax.set_title(title, fontsize=9, loc="left")
         ax.set_ylim(len(rows) - .5, -.5)
@@ -223,7 +232,7 @@ def space(rows, file):
                if name.startswith(f"{loss}, ")}
         x, y = ([row[column] for row in own.values()] for column in ("unique_0.5", "knn"))
         area = [10 + 500 * row["used"] for row in own.values()]  # in points squared; 0 is visible
-        ax.scatter(x, y, s=area, color=COLOURS[i % 7], alpha=.4, edgecolor="black", linewidth=.5)
+        ax.scatter(x, y, s=area, color=colour(i), alpha=.4, edgecolor="black", linewidth=.5)
         ax.errorbar(x, y, [row["knn_sd"] for row in own.values()], fmt="none", ecolor="grey",
                     elinewidth=.6)
         # names of points at one height would cover each other: they stand apart, in order of height

@@ -99,7 +99,7 @@ def over_training(sets):
                         if isinstance(saved.get(axis), (int, float))}
     axes = [axis for axis in ("step", "epoch") if all(axis in at for at in places.values())]
     if not axes:
-        raise ValueError(f"{', '.join(places)}: there is no step, or no epoch, inside all of these "
+        raise ValueError(f"{', '.join(places)}: neither a step nor an epoch stands in all of these "
                          "files, so they have no place on a curve over training")
     x_axis = axes[0]
     runs = {}  # {folder, and the set where a file has several: rows}
@@ -212,7 +212,7 @@ def write_text(text, file):
 
 
 def json_text(result):
-    """All numbers."""
+    """What `show` prints, and all other numbers, as JSON."""
     return json.dumps(result, indent=1) + "\n"
 
 

@@ -86,6 +86,7 @@ def check(args, error):
         error(f"--batch-size {batch} over --accum {args.accum} leaves one image, too few for "
               "--head-bn")
     start, end = args.teacher_temp
+    # a run that began before this rule goes on
     if start != end and not args.teacher_temp_epochs and not args.resume:
         error(f"--teacher-temp {start} {end}: START counts only with --teacher-temp-epochs, the "
               "passes over which it becomes END; without it, type one value twice")
@@ -99,7 +100,10 @@ def device(args, error):
     name, has_cuda = args.device, torch.cuda.is_available()
     if name == "auto":
         return "cuda" if has_cuda else "cpu"
-    kind = name.split(":")[0]
+    kind, _, number = name.partition(":")
+    if number and ddp.WORLD > 1:
+        error(f"--device {name} names one GPU, and each of {ddp.WORLD} processes needs its own: "
+              "use --device cuda")
     if kind == "mps":
         error("--device mps has no float64, in which the mixture and the measures of prototypes "
               "are computed; use --device cpu")

@@ -764,7 +764,7 @@ def test_checkpoints_with_different_places_on_a_curve(tmp_path, capsys):
     assert collapse.main([*files, *picture]) == 0  # both have an epoch
     torch.save({"prototypes.weight": angles(0, 10, 90), "step": 1}, files[1])
     torch.save({"prototypes.weight": angles(0, 10, 90), "epoch": 1}, files[0])
-    assert "there is no step, or no epoch, inside all of these files" in refusal(
+    assert "neither a step nor an epoch stands in all of these files" in refusal(
         capsys, *files, *picture)
 
 

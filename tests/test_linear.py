@@ -1023,7 +1023,7 @@ def test_sgd_reports_the_best_epoch_and_the_last_and_leaves_the_backbone_alone(t
     out = go(run, "--protocol", "sgd", "--epochs", "3", "--lr", "1", "2")
     assert {k: round(6 * v["all"] / 100) for k, v in out["results"].items()} == {
         "lr 1, best": 3, "lr 1, last": 1, "lr 2, best": 1, "lr 2, last": 1}
-    assert out["accuracy"] == 50 and "the best epoch, 1, 1, is" in out["note"]
+    assert out["accuracy"] == 50 and "the best epoch, 1 of lr 1, 1 of lr 2, is" in out["note"]
     fresh = load_backbone(run)[0]
     used = loaded[0][0]
     assert backbones.fingerprint(used) == backbones.fingerprint(fresh)  # statistics too

@@ -59,6 +59,15 @@ def test_every_warning_is_given_once_and_names_flags(change, words):
     assert monitor.warnings(HEALTHY | change) == []
 
 
+@pytest.mark.parametrize("prototypes, advice", [
+    ("joint", "Try --prototypes kp, live or frozen"), ("kp", "Try --prototypes live or frozen"),
+    ("frozen", "Try a larger --bottleneck-dim or fewer --num-prototypes")])
+def test_nobody_is_told_to_try_what_runs(prototypes, advice):
+    for change in ({"unique_0.025": 0.3}, {"unique_0.5": 0.14}):
+        sentence, = Monitor(1024, prototypes).warnings(HEALTHY | change)
+        assert sentence.endswith(advice)
+
+
 def test_a_new_kind_of_trouble_is_named_after_an_old_one():
     monitor = Monitor(1024)
     monitor.warnings(HEALTHY | {"h_norm": 1e5})

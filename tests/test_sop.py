@@ -311,7 +311,7 @@ def test_the_monitor_knows_that_shares_are_of_the_memory_and_not_of_the_anchors(
     import train
     sizes, Monitor = [], ibot.Monitor
     for script in (train, ibot):
-        monkeypatch.setattr(script, "Monitor", lambda K: sizes.append(K) or Monitor(K))
+        monkeypatch.setattr(script, "Monitor", lambda K, name: sizes.append(K) or Monitor(K))
     run(tmp_path / "sop", "--stop-at", "1")
     train.main([*TINY, "--out", str(tmp_path / "train"), "--stop-at", "1", "--method", "sop",
                 "--prototypes", "bank", "--memory", "100"])

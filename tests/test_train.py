@@ -404,6 +404,19 @@ def test_a_name_that_is_taken_in_the_log_is_refused(tmp_path, capsys, monkeypatc
     assert f"two values have the name {name!r} in log.csv" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, sentence", [
+    ("step", "'step' is a column of log.csv that the loop fills"),
+    ("loss_over_ln_k", "two values have the name 'loss_over_ln_k'")])
+def test_a_name_that_the_loop_fills_is_refused(tmp_path, capsys, monkeypatch, name, sentence):
+    class Named(losses.CARPLoss):
+        def forward(self, *args):
+            return super().forward(*args) | {name: args[0].sum()}
+    monkeypatch.setitem(losses.LOSSES, "mine", Named)
+    with pytest.raises(SystemExit):
+        train_tiny(tmp_path, "--method", "mine", "--prototypes", "frozen")
+    assert sentence in capsys.readouterr().err
+
+
 class TakesInAndSaysNothing(heads.Frozen):
     def step(self, h, step, beta=0.5):
         self.start.lerp_(h.mean(0), 1e-3)  # and returns None
@@ -503,6 +516,16 @@ def test_resume_needs_no_flag_typed_again(capsys, tmp_path):
     assert not differences(parts, whole)
     sentence = sentence_of_refusal(capsys, tmp_path / "parts", "--resume", "--preset", "cifar10")
     assert "--preset tiny -> cifar10" in sentence
+
+
+def test_resume_finds_the_flags_of_a_run_in_the_folder_that_nobody_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "runs" / "tiny-dino-decoupled-s3"
+    out.mkdir(parents=True)
+    (out / "args.json").write_text('{"epochs": 8.0, "eval_bank": 7}')
+    args = config.parse(["--method", "dino", "--seed", "3", "--resume", "--eval-bank", "9"])
+    assert (args.epochs, args.eval_bank, args.out) == (8, 9, "runs/tiny-dino-decoupled-s3")
+    assert config.parse(["--method", "dino", "--seed", "3"]).epochs != 8
 
 
 @pytest.mark.parametrize("text, sentence", [

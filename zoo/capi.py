@@ -415,7 +415,7 @@ def train(args, device, stop_request):
     # a record with rows: the log's last row is there only because the run stopped at that step
     log = Log(args, start, drop_last=bool(record.rows))
     metrics = {}  # of the last evaluation
-    monitor = Monitor(args.num_prototypes)
+    monitor = Monitor(args.num_prototypes, args.prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     warn_of_flat_targets(args, rows)
     if start == 0 and ddp.RANK == 0:
@@ -495,7 +495,7 @@ def train(args, device, stop_request):
             row = joined(record.means(), report, clock.speed(args.batch_size), spread(clusters),
                          lr=lr, beta=beta, momentum=m, entropy_floor=entropy_floor,
                          epoch=done / steps_per_epoch, memory_mb=peak_memory(device))
-            row["loss_over_ln_k"] = row["cross_entropy"] / math.log(args.num_prototypes)
+            row = joined(row, loss_over_ln_k=row["cross_entropy"] / math.log(args.num_prototypes))
             if now.evaluation:
                 h, at, h_s = coming_tokens(student, teacher, images, recipe, done, args, device)
                 if ddp.RANK == 0:

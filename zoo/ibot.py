@@ -431,7 +431,7 @@ def train(args, device, stop_request, make_streams=streams):
     # a record with rows: the log's last row is there only because the run stopped at that step
     log = Log(args, start, drop_last=bool(record.rows))
     metrics = {}  # of the last evaluation
-    monitor = Monitor(len(cls.teacher.vectors()))
+    monitor = Monitor(len(cls.teacher.vectors()), args.prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))
@@ -525,7 +525,7 @@ def train(args, device, stop_request, make_streams=streams):
         if now.row:
             row = joined(record.means(), report, clock.speed(args.batch_size), lr=lr, beta=beta,
                          epoch=done / steps_per_epoch, memory_mb=peak_memory(device))
-            row["loss_over_ln_k"] = row["cross_entropy"] / cls.loss.uniform
+            row = joined(row, loss_over_ln_k=row["cross_entropy"] / cls.loss.uniform)
             # the patch term of a uniform student: crops without a mask count 0
             scale = args.patch_weight * args.mask_share * patch.loss.uniform
             row["patch_over_ln_k"] = row["patch"] / scale if scale else None

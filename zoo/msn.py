@@ -215,7 +215,7 @@ def train(args, device, stop_request):
     # a record with rows: the log's last row is there only because the run stopped at that step
     log = Log(args, start, drop_last=bool(record.rows))
     metrics = {}  # of the last evaluation
-    monitor = Monitor(args.num_prototypes)
+    monitor = Monitor(args.num_prototypes, args.prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))
@@ -280,7 +280,7 @@ def train(args, device, stop_request):
         if now.row:
             row = joined(record.means(), report, clock.speed(args.batch_size), lr=lr, beta=beta,
                          epoch=done / steps_per_epoch, memory_mb=peak_memory(device))
-            row["loss_over_ln_k"] = row["match"] / loss_fn.uniform
+            row = joined(row, loss_over_ln_k=row["match"] / loss_fn.uniform)
             if now.evaluation:
                 h = measures.coming_vectors(teacher, images, recipe, done, args, device,
                                             amp(args, device))
