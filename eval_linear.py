@@ -44,6 +44,7 @@ PROTOCOL_FLAGS = {
     "epochs": (("sgd",), 100),
     "lr": (("sgd",), (0.001, 0.01, 0.1, 0.3)),
     "workers": (("sgd",), 0),
+    "seed": (("grid", "attentive", "sgd"), 0),
     "layers": (LINEAR, None),
     "pool": (LINEAR, None),
     "dump": (LINEAR, None),
@@ -281,8 +282,9 @@ def parser():
         "125,000 steps of ImageNet), 0.01, 0.1 and 0.3 (for small sets)")
     add("--workers", type=int, metavar="N",
         help="sgd: processes that decode images on disk; None: 0")
-    add("--seed", type=int, default=0,
-        help="of heads and crops; splits are the same for every seed")
+    add("--seed", type=int,
+        help="grid, attentive, sgd: of heads and crops; splits are the same for every seed; None: "
+        "0")
     return p
 
 
@@ -359,13 +361,15 @@ def evaluate(flags):
 
     row = evaluation.result_row("eval_linear", f"{VERSION} {flags.protocol}", flags, backbone, args,
                                 name)
+    seed = flags.seed if flags.protocol in PROTOCOL_FLAGS["seed"][0] else ""
     row |= {"imbalance": long_tail(args) if own else "", "train": len(known_y), "test": len(test),
             "metric": metric, "img_size": flags.img_size, "layers": flags.layers,
-            "pool": flags.pool, "seed": flags.seed, "head_above": flags.head,
+            "pool": flags.pool, "seed": seed, "head_above": flags.head,
             "tail_below": flags.tail, "settings": settings(flags)}
     evaluation.append_results(flags, row, tables)
     if flags.dump:
-        evaluation.dump(flags.dump, features_of(train), train.y, features_of(test), test.y)
+        known = torch.cat([features_of(part) for part in (train, val) if part is not None])
+        evaluation.dump(flags.dump, known, known_y, features_of(test), test.y)
     headline = next(iter(tables.values()))
     return {"protocol": flags.protocol, "metric": metric,
             "accuracy": headline["all" if metric == "top1" else metric], "results": tables,

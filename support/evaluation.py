@@ -68,7 +68,8 @@ def add_common_flags(parser):
     add("--tail", type=int, default=20, metavar="N",
         help="tail classes have fewer training images than this")
     add("--dump", metavar="FILE", help="torch.save {train_x, train_y, test_x, test_y} there: the "
-        "features of plain images; those of k-NN have length one")
+        "features of plain images; those of k-NN have length one, and those of --protocol transfer "
+        "have the validation images in train_x")
     add("--no-cache", action="store_true",
         help="neither read nor write features/ next to the checkpoint")
 

@@ -989,6 +989,7 @@ def test_every_linear_protocol_learns_colours_and_says_so(tmp_path, monkeypatch,
     weights = backbones.fingerprint(backbones.load_backbone(run)[0])
     assert line["weights"] == out["weights"] == weights
     assert line["imbalance"] == "" and line["head"] == ""
+    assert line["seed"] == ("0" if protocol in ("grid", "sgd") else "")
     assert float(line["medium"]) > 90 and float(line["per_class"]) > 90
     assert line["settings"] == {
         "lbfgs": "weight_decay=0.0 raw=False", "grid": "steps=40",
@@ -1207,8 +1208,10 @@ def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeyp
     sets = {"flowers": splits, "voc2007": tuple(multi_label)}
     monkeypatch.setattr(transfer, "load", lambda name, root: sets[name])
     run = checkpoint(tmp_path / "run")
-    out = go(run, "--protocol", "transfer", "--data", "flowers")
+    out = go(run, "--protocol", "transfer", "--data", "flowers", "--dump", tmp_path / "f.pt")
     assert out["metric"] == "per_class" and out["train"] == 36
+    dump = torch.load(tmp_path / "f.pt", weights_only=True)  # all that the probe was fitted to
+    assert dump["train_y"].tolist() == [0, 1, 2] * 12 and dump["train_x"].shape == (36, 96)
     assert out["accuracy"] == out["results"]["test"]["per_class"]
     out = go(run, "--protocol", "transfer", "--data", "voc2007")
     assert out["results"]["test"] == {"map11": out["accuracy"]} and out["accuracy"] > 90
@@ -1225,6 +1228,7 @@ def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeyp
     (["--protocol", "attentive", "--dump", "f.pt"], "--dump is read by .* not attentive"),
     (["--protocol", "grid", "--raw"], "--raw is read by --protocol lbfgs alone"),
     (["--protocol", "sgd", "--weight-decay", "0"], "--weight-decay is read by"),
+    (["--protocol", "lbfgs", "--seed", "3"], "--seed is read by .* sgd alone, not"),
     (["--weight-decay", "-1"], "--weight-decay must not be negative, got -1"),
     (["--weight-decay", "inf"], "--weight-decay must be a number below 4294967296 in size"),
     (["--weight-decay", "nan"], "--weight-decay must not be negative, got nan"),
