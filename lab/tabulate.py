@@ -206,6 +206,4 @@ def draw(name, results, file):
         plots.space(means, file)
     else:
         order = [row for row, _ in TABLES[name][1]]
-        shown = [(column, f"{heading}\n{title}" if heading else title, digits)
-                 for heading, part in parts(name) for column, title, digits in part]
-        plots.ablation(order, blocks(rows), shown, file)
+        plots.ablation(order, blocks(rows), parts(name), file)

@@ -177,43 +177,53 @@ def sweep(curves, baselines, file):
 
 
 # ---- a table of lab/ablate.py -------------------------------------------------------------------
-def ablation(order, parts, measures, file):
+def ablation(order, blocks, parts, file):
     """A panel per measure, a line per row of the table, seeds as points and their mean as a bar.
 
-    order: names of the rows. parts: {part: {row: [{measure: text}, one per seed]}}, drawn one below
-    the other, in colours. measures: [(measure, title, digits)]. Shares of a set have a common
-    scale, other measures one of their own."""
-    rows = [row for row in order if any(row in results for results in parts.values())]
-    height = .34 * len(rows) * max(1, .4 * len(parts)) + 1.3
-    fig, axes = figure(1, len(measures), 1.9 * len(measures) + 2, height)
-    for ax, (measure, title, _) in zip(axes[0], measures):
-        for i, (part, results) in enumerate(parts.items()):
-            shift = .5 * (i - (len(parts) - 1) / 2) / len(parts)
-            for line, row in enumerate(rows):
-                values = [float(r[measure]) for r in results.get(row, []) if r[measure]]
-                if not values:
-                    continue
-                y = line + shift
-                ax.plot(values, [y] * len(values), marker(i), color=colour(i),
-                        markersize=4, alpha=.55)
-                mean = np.mean(values)
-                ax.plot([mean, mean], [y - .17, y + .17], color=colour(i), linewidth=2.5,
-                        label=part or "as shipped")
-        ax.set_title(title, fontsize=9, loc="left")
-        ax.set_ylim(len(rows) - .5, -.5)
-        ax.set_yticks(range(len(rows)), rows if ax is axes[0, 0] else [], fontsize=8)
-        ax.tick_params(axis="x", labelsize=8)
-        open_frame(ax)
-        if any(share in measure for share in ("unique", "ceiling", "used", "perplexity")):
-            ax.set_xlim(-.05, 1.05)
-    if len(parts) > 1:
+    order: names of the rows. blocks: {block: {row: [{measure: text}, one per seed]}}, drawn one
+    below the other, in colours. parts: [(heading, [(measure, title, digits)])], a row of panels
+    each. Shares of a set have a common scale, other measures one of their own.
+    """
+    rows = [row for row in order if any(row in results for results in blocks.values())]
+    widest = max(len(measures) for _, measures in parts)
+    height = .34 * len(rows) * max(1, .4 * len(blocks)) + 1.3
+    fig, axes = figure(len(parts), widest, 1.9 * widest + 2, height * len(parts))
+    for of_part, (heading, measures) in zip(axes, parts):
+        for ax, measure in itertools.zip_longest(of_part, measures):
+            if measure is None:
+                ax.axis("off")
+                continue
+            column, title, _ = measure
+            ablation_panel(ax, rows, blocks, column)
+            ax.set_title(f"{heading}\n{title}" if heading else title, fontsize=9, loc="left")
+            ax.set_yticks(range(len(rows)), rows if ax is of_part[0] else [], fontsize=8)
+    if len(blocks) > 1:
         handles = {}
-        for ax in axes[0]:
+        for ax in axes.flat:
             for handle, label in zip(*ax.get_legend_handles_labels()):
                 handles[label] = handle
         fig.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False,
                    fontsize=8)
     save(fig, file)
+
+
+def ablation_panel(ax, rows, blocks, column):
+    for i, results in enumerate(blocks.values()):
+        shift = .5 * (i - (len(blocks) - 1) / 2) / len(blocks)
+        for line, row in enumerate(rows):
+            values = [float(r[column]) for r in results.get(row, []) if r[column]]
+            if not values:
+                continue
+            y = line + shift
+            ax.plot(values, [y] * len(values), marker(i), color=colour(i), markersize=4, alpha=.55)
+            mean = np.mean(values)
+            ax.plot([mean, mean], [y - .17, y + .17], color=colour(i), linewidth=2.5,
+                    label=list(blocks)[i] or "as shipped")
+    ax.set_ylim(len(rows) - .5, -.5)
+    ax.tick_params(axis="x", labelsize=8)
+    open_frame(ax)
+    if any(share in column for share in ("unique", "ceiling", "used", "perplexity")):
+        ax.set_xlim(-.05, 1.05)
 
 
 # ---- the design space ----------------------------------------------------------------------------
