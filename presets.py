@@ -3,7 +3,7 @@
 A preset holds only what differs from the defaults in config.py, and a flag that is typed wins over
 it. Where a recipe is a row of a table, the comment names it.
 """
-# python train.py: 3 minutes on 2 CPU cores; docs and README show its numbers
+# python train.py: 3 to 4 minutes on 2 CPU cores; docs and README show its numbers
 PRESETS = {"tiny": {}}
 
 # python train.py --preset cifar10: for one GPU; not run
@@ -16,6 +16,7 @@ PRESETS["cifar10"] = dict(
     log_every=100, eval_every=1950)
 
 # python train.py --preset cifar10-cpu: the tiny network on real images; docs/results.md
+# has its numbers
 PRESETS["cifar10-cpu"] = dict(
     data="cifar10", epochs=8.0, batch_size=32, lr=0.012, momentum=0.98,
     jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, log_every=100, eval_every=1562)

@@ -109,10 +109,12 @@ def lines_of_block(name, block, rows):
     order = [row for row, _ in TABLES[name][1] if row in rows]
     results = [result for row in order for result in rows[row]]
     command = f"python -m lab.ablate {name}" + (f" -- {block}" if block else "")
+
     def values(column):
         """The different ones in a column, as text; numbers by their size."""
         return " and ".join(sorted({result[column] for result in results},
                                    key=lambda text: (text.isdigit() and int(text), text)))
+
     raw, untrained = mean(results, "raw_knn", 1), mean(results, "untrained_knn", 1)
     notes = [f"* {TABLES[name][0]}",
              f"* {values('steps')} steps; k-NN of raw pixels {raw}, of the untrained backbone "

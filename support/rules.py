@@ -101,7 +101,7 @@ def device(args, error):
     if name == "auto":
         return "cuda" if has_cuda else "cpu"
     kind, _, number = name.partition(":")
-    if number and ddp.WORLD > 1:
+    if kind == "cuda" and number and ddp.WORLD > 1:
         error(f"--device {name} names one GPU, and each of {ddp.WORLD} processes needs its own: "
               "use --device cuda")
     if kind == "mps":

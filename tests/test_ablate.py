@@ -371,6 +371,13 @@ def test_only_shares_have_the_scale_of_shares(tmp_path, monkeypatch):
 
 
 # ---- the table "space" ---------------------------------------------------------------------------
+def test_a_picture_with_nothing_to_draw_says_so(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="no row has k-NN, unique"):
+        tabulate.draw("space", [{"row": "SOP, bank", "seed": "0", "block": "", "knn": "70",
+                                 "unique_0.5": "", "used": ".5"}], str(tmp_path / "space.png"))
+
+
 def test_the_picture_of_the_design_space(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
 

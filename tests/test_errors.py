@@ -101,6 +101,14 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
     assert not os.path.exists(tmp_path / "out")
 
 
+def test_one_gpu_for_several_processes_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(ddp, "WORLD", 2)
+    with pytest.raises(SystemExit):
+        config.parse(["--device", "cuda:0"])
+    assert "--device cuda:0 names one GPU, and each of 2 processes" in capsys.readouterr().err
+    assert config.parse(["--device", "cpu:0"]).device == "cpu:0"
+
+
 # ---- flags -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("given, sentence", [
     ("--jitter nan .4 .4 .1", "--jitter must not be negative, got nan 0.4 0.4 0.1"),

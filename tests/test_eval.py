@@ -765,6 +765,7 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--batch-size", "0"], "--batch-size.*0"),
     (["--dump", "{tmp}/no/such/f.pt"], "--dump .*no/such"),
     (["--dump", "{tmp}"], "--dump"),
+    (["--dump", "{tmp}/f.csv", "--results", "{tmp}/f.csv"], "would overwrite the file of another"),
     (["--device", "abacus"], "--device abacus"),
     (["--device", "meta"], "--device meta"),
     (["--device", "hpu"], "--device hpu"),

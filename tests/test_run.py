@@ -176,6 +176,13 @@ def test_a_run_on_other_built_in_images_is_refused(tmp_path, capsys):
     assert "trained on version 1 of the images --data shapes" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_a_later_version_is_not_evaluated(tmp_path):
+    train_tiny(tmp_path, "--stop-at", "1")
+    torch.save(read_checkpoint(tmp_path) | {"version": 9}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"ckpt.pt is of version 9, and this code reads 1 to \d"):
+        checkpoint.load_run(str(tmp_path))
+
+
 def test_version_1_goes_on(tmp_path, capsys):
     """It has no values of the steps since the last row of the log."""
     train_tiny(tmp_path / "whole")

@@ -415,7 +415,7 @@ def train(args, device, stop_request):
     # a record with rows: the log's last row is there only because the run stopped at that step
     log = Log(args, start, drop_last=bool(record.rows))
     metrics = {}  # of the last evaluation
-    monitor = Monitor(args.num_prototypes, args.prototypes)
+    monitor = Monitor(args.num_prototypes, args.prototypes, ("frozen", "decoupled"))
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     warn_of_flat_targets(args, rows)
     if start == 0 and ddp.RANK == 0:
