@@ -28,6 +28,7 @@ import config
 from lab import eval_dense
 from lab.machine import hardware
 from lab.tables import FIVE_SEEDS, MEASURES, PATCHES, SEEDS, STUDENTS, TABLES, TARGETS, VECTORS
+from lab.tables import measures
 from lab.tabulate import add, draw, is_done, read, read_results, table
 from support.errors import one_sentence
 from support.files import TEXT
@@ -94,9 +95,10 @@ def train(args, run, out, block):
     result = {"row": run.row, "seed": run.seed, "block": block, **last_evaluation(out)}
     if args.table == "longtail":
         result |= accuracy_of_groups(out)
-    if args.table in ("dense", "capi") and read_args(out)["data"] in eval_dense.IMAGES:
+    columns = [column for column, _, _ in measures(args.table)]
+    if "miou" in columns and read_args(out)["data"] in eval_dense.IMAGES:
         result |= segmentation(out)
-    if args.table == "capi":
+    if "attentive" in columns:
         result["attentive"] = attentive_accuracy(out)
     return result | {"command": shlex.join([run.script, *run.flags]), "hardware": hardware(),
                      "date": datetime.date.today().isoformat()}

@@ -109,6 +109,10 @@ TABLES = {
         ("iBOT, decoupled, place mean", DENSE + "decoupled --place-mean"),
         *[(f"DINO, {name}", DENSE + MOVED_BY[name] + NO_PATCH_LOSS)
           for name in ("joint", "decoupled", "decoupled per sample")]]),
+    # the same with the weight of iBOT: when class tokens begin to learn is then a matter of luck
+    "dense_weight_1": ("who moves the prototypes of patches, whose loss has the weight 1", [
+        *[(f"iBOT, {name}", f"{DENSE}{MOVED_BY[name]} --patch-weight 1") for name in IN_DENSE],
+        ("iBOT, decoupled, place mean", f"{DENSE}decoupled --place-mean --patch-weight 1")]),
     "capi": ("who moves the clusters of CAPI's teacher", [
         *[(f"{kind}, {over}", f"zoo/capi.py --prototypes {flag} --sinkhorn {rule}")
           for kind, flag in CLUSTERS.items() for over, rule in BALANCED_OVER.items()],
@@ -152,7 +156,7 @@ def parts(name):
 
     They stand one below the other, where all measures do not fit into a line of 100 characters.
     """
-    if name == "dense":
+    if name.startswith("dense"):
         of_class = [m for m in MEASURES if m[0] != "unique_0.025"] + VECTORS[:1]
         return [("class tokens", of_class), ("patches", PATCHES)]
     if name == "capi":

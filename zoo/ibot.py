@@ -19,11 +19,13 @@ Patches have prototypes and targets of their own, of any kind that class tokens 
 clustered) is fed the vectors of --patch-rows random places of each clean crop. Hidden places would
 not do, as most lie in the middle, and all places are not needed, as patches of one image are alike.
 
-differs: by default the targets of both streams are balanced by Sinkhorn-Knopp, as in DINOv2; under
-the centre of iBOT (--targets center) a run of this size does not begin to learn. And iBOT's
-official code puts all patches through the head and drops those that are not hidden.
-Here they are left out before the head, as in DINOv2, so the centre of the patch stream is a mean
-over hidden patches alone.
+differs: three things. By default the targets of both streams are balanced by Sinkhorn-Knopp, as in
+DINOv2; under the centre of iBOT (--targets center) a run of this size does not begin to learn. By
+default patch-weight is 0.1, where iBOT has 1: at the start the patches' gradient is several times
+as long as that of class tokens, which then learn late or never in a run of this size (docs/ibot.md).
+And iBOT's official code puts all patches through the head and drops those that are not hidden. Here
+they are left out before the head, as in DINOv2, so the centre of the patch stream is a mean over
+hidden patches alone.
 
 The loop is that of train.py; what differs from it is marked. zoo/sop.py runs it too, with streams
 of its own.
@@ -69,7 +71,7 @@ PRESETS["paper-ibot-vits"] = dict(
     presets.PRESETS["paper-vits"], epochs=800, momentum=0.996, clip_grad=3.0, freeze_prototypes=1,
     num_prototypes=8192, shared_prototypes=True, norm_last_layer=False, targets="center",
     teacher_temp=[0.04, 0.07], teacher_temp_epochs=30, patch_temp=[0.04, 0.07],
-    global_scale=[0.25, 1.0], local_scale=[0.05, 0.25])
+    global_scale=[0.25, 1.0], local_scale=[0.05, 0.25], patch_weight=1.0)
 PRESETS["paper-ibot-vitb"] = dict(
     PRESETS["paper-ibot-vits"], arch="vit_base", epochs=400, lr=7.5e-4, min_lr=2e-6, clip_grad=0.3,
     freeze_prototypes=3, global_scale=[0.32, 1.0], local_scale=[0.05, 0.32])
@@ -118,7 +120,8 @@ def flags(parser):
     config.narrow(parser, PRESETS, {"method": ["ibot"]})
     parser.set_defaults(prototypes="joint", targets="sinkhorn", num_prototypes=64,
                         arch="vit_micro", patch_size=4, head_bn=False, head_norm=True, epochs=8.0,
-                        batch_size=32, lr=0.004, momentum=0.99, eval_every=312)
+                        batch_size=32, lr=0.004, momentum=0.99, eval_every=312,
+                        patch_weight=0.1)
 
 
 def complete(args):
