@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from gmm import OnlineGMM, eta_at
 from losses import koleo
 from support import ddp
-from support.tables import class_of
+from support.entries import class_of
 
 
 # added to a run's seed for its second set of prototypes, which so starts at other directions

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from support import ddp
-from support.tables import class_of
+from support.entries import class_of
 
 EPS = torch.finfo(torch.float32).eps  # clamp of CARP's official code: 1.19e-7 on both ends
 MOST_LOGITS = 2 ** 24  # student logits V B K of a step that the plain losses may hold

@@ -91,10 +91,10 @@ def state_without_mixture(protos):
 
 # ---- reading -----------------------------------------------------------------------------------
 def saved(out):
-    """Paths of the checkpoints in a folder: ckpt.pt, then the others, the newest one first."""
-    names = os.listdir(out) if os.path.isdir(out) else []
-    paths = [os.path.join(out, n) for n in names if re.fullmatch(r"ckpt(\.prev|-\d+)?\.pt", n)]
-    return sorted(paths, key=lambda p: (p.endswith("ckpt.pt"), os.path.getmtime(p)), reverse=True)
+    """Paths of the checkpoints in a folder, ckpt.pt before the others."""
+    names = sorted(os.listdir(out)) if os.path.isdir(out) else []
+    names = [name for name in names if re.fullmatch(r"ckpt(\.prev|-\d+)?\.pt", name)]
+    return [os.path.join(out, name) for name in sorted(names, key=lambda name: name != "ckpt.pt")]
 
 
 def load(path):
@@ -114,6 +114,30 @@ def load(path):
         raise ValueError(f"{path}: not a checkpoint of ours, or a damaged one: {wrong[0]} is "
                          "missing or of another type")
     return ckpt
+
+
+def newest_complete(paths):
+    """(path, checkpoint) of the latest step among the complete ones at `paths`, of `saved`.
+
+    No step is later than that of ckpt.pt. Where that one is damaged, all others are read: times of
+    files say nothing after a copy of the folder. ValueError if none is complete.
+    """
+    found, refused = None, []
+    for path in paths:
+        try:
+            ckpt = load(path)
+        except ValueError as error:
+            refused.append(str(error))
+            print(f"not used: {error}", flush=True)
+            continue
+        if found is None or ckpt["step"] > found[1]["step"]:
+            found = path, ckpt
+        if os.path.basename(path) == "ckpt.pt":
+            break
+    if found is None:
+        raise ValueError(f"--resume: {os.path.dirname(paths[0])} holds no complete checkpoint of "
+                         f"ours: {'; '.join(refused)}")
+    return found
 
 
 def start_or_resume(args, parts, protos_s, protos_t):
@@ -138,17 +162,7 @@ def resume(args, paths, parts, protos_s, protos_t):
     Returns (step, Record). ValueError where none is complete, or where it was made by other code,
     with other flags or on other images.
     """
-    path, ckpt, refused = None, None, []
-    for candidate in paths if ddp.RANK == 0 else []:
-        try:
-            path, ckpt = candidate, load(candidate)
-            break
-        except ValueError as error:
-            refused.append(str(error))
-            print(f"not used: {error}", flush=True)
-    if ddp.RANK == 0 and ckpt is None:
-        raise ValueError(f"--resume: {args.out} holds no complete checkpoint of ours: "
-                         f"{'; '.join(refused)}")
+    path, ckpt = newest_complete(paths) if ddp.RANK == 0 else (None, None)
     path = ddp.from_rank0(path)  # one process chooses, whatever the others see
     ckpt = ckpt or load(path)
     check_version(path, ckpt)

@@ -109,6 +109,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, how
     assert {name: read_checkpoint(out, name)["step"] for name in steps} == steps
     os.remove(out / "ckpt-4.pt")
     damage(out / "ckpt.pt", how)
+    os.utime(out / "ckpt-2.pt")  # as if the folder had been copied, and this file last
     capsys.readouterr()
     train_tiny(out, "--resume")
     printed = capsys.readouterr().out
