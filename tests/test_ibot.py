@@ -454,4 +454,5 @@ def test_presets_hold_the_numbers_of_the_official_recipes(preset, arch):
     assert args.targets == args.patch_targets == "center"
     assert args.teacher_temp == args.patch_temp == [0.04, 0.07]
     assert args.mask_ratio == [0.1, 0.5] and args.mask_share == 0.5 and args.student_temp == 0.1
+    assert args.patch_weight == 1 and ibot.parse(["--data", "shapes"]).patch_weight == 0.1
     assert np.isclose(args.momentum, 0.996)
