@@ -283,8 +283,8 @@ def parser():
                    help="of the random orders and random directions (%(default)s)")
     p.add_argument("--plot", metavar="FILE", help="draw a picture (needs matplotlib)")
     p.add_argument("--picture", choices=("auto", "training", "sweep", "fig1"), default="auto",
-                   help="training: Fig. 4a; sweep: Fig. 3a, unique against eps; fig1: where "
-                        "prototypes lie; auto: training where there is a log.csv, else sweep")
+                   help="with --plot; training: Fig. 4a; sweep: Fig. 3a, unique against eps; fig1: "
+                        "where prototypes lie; auto: training where there is a log.csv, else sweep")
     p.add_argument("--panels", nargs="+", metavar="COLUMN",
                    help="columns of log.csv that get a panel in --picture training; all by default")
     p.add_argument("--json", metavar="FILE", help="all numbers; - prints them instead of tables")
@@ -325,6 +325,8 @@ def check(args):
         plots.check_files(args.plot, args.montage)
     if (args.assign or args.montage) and (not args.data or len(args.paths) > 1):
         raise ValueError("--assign and --montage need --data and exactly one run")
+    if args.picture != "auto" and not args.plot:
+        raise ValueError(f"--picture {args.picture} needs --plot FILE")
     if args.panels and (not args.plot or args.picture in ("sweep", "fig1")):
         raise ValueError("--panels needs --plot FILE, and only --picture training has panels")
     return eps_list

@@ -101,7 +101,7 @@ def train(args, device, stop_request):
             lr = cosine(lr_peak, args.min_lr, (step - warmup) / (total - warmup))
         weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
         m = cosine(args.momentum, args.momentum_end, step / total)
-        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # Appendix B.1
 
         # ---- 1. teacher: h_t = f_phi(two global views), no gradient                     Sec. 2.1
         with torch.no_grad(), amp(args, device):

@@ -111,7 +111,7 @@ def sketch(X, eps, block):
     if M <= 2 * block:
         return X  # so few blocks do not repay the main axes
     axes = torch.linalg.eigh(gram(X))[1].flip(1)  # (D, D), the main axis first
-    sample = X[::-(-M // 1024)]  # (at most 1024, D)
+    sample = X[::math.ceil(M / 1024)]  # (at most 1024, D)
 
     def along_axes(rows, d):
         y = rows.double() @ axes[:, :d]  # (n, d)

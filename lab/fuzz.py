@@ -109,7 +109,8 @@ READERS = {
 
 HAS_SAFETENSORS = importlib.util.find_spec("safetensors") is not None  # else it is not written
 
-# values for flags. GOOD: those of flags whose other good values take long
+# values for flags. GOOD: good values of flags whose form does not follow from their type, or whose
+# other good values take long
 NUMBERS = ["nan", "inf", "-inf", "-1", "0", "-0", "1e400", "1e-300", "1e9", "9" * 20, "9" * 400,
            "4294967295", "4294967296", "1_0", "0x10", "\N{SUPERSCRIPT TWO}", "1.5", "", " ", "x"]
 PATHS = ["", " ", ".", "images", "run", "run/ckpt.pt", "C.npy", "C.npy/below", "nowhere",
@@ -209,11 +210,12 @@ def draw_value(rng, action):
 
 
 def has_type(value, kind):
-    """Whether a word is one of an int or a float; None stands for any text."""
+    """Whether a word can be read as `kind`, int or float; None: as any text can."""
     try:
-        return kind is None or kind(value) is not None
+        (kind or str)(value)
     except ValueError:
         return False
+    return True
 
 
 # ---- what it is called on ----------------------------------------------------------------------
@@ -239,7 +241,8 @@ def make_template():
 
 
 def damage(path, seed):
-    """Damage a file: flip, cut, zero, replace or swap bytes, or alter what a checkpoint holds."""
+    """Damage a file: flip, cut, zero or replace its bytes, swap it for another file of its folder,
+    alter what a .pt, .json or .csv file holds, or begin another kind of file in its middle."""
     rng = random.Random(seed)
     if path.endswith("lock"):
         with open(path, "w") as f:
@@ -340,13 +343,15 @@ def run_in_fork(work, encoding="utf-8"):
             os._exit(code if isinstance(code, int) else 0)  # what follows is its parent's work
     os.close(write_end)
     output, end = b"", time.monotonic() + LIMIT
-    while select.select([read_end], [], [], max(0, end - time.monotonic()))[0]:
+    while True:
+        left = end - time.monotonic()
+        if left <= 0 or not select.select([read_end], [], [], left)[0]:
+            os.killpg(pid, signal.SIGKILL)
+            break
         part = os.read(read_end, 2 ** 16)
         if not part:
             break
         output += part
-    else:
-        os.killpg(pid, signal.SIGKILL)
     os.close(read_end)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)

@@ -49,7 +49,8 @@ def is_evaluated(row):
 def describe_run(path, name, log, drift):
     """A line of the table of runs, {column of RUN_COLUMNS: value or None}: the last evaluated row
     of log.csv, and what the checkpoint or args.json add. drift: collapse.drift, which is taken of
-    the checkpoint where the log has none."""
+    the checkpoint where the log has none. ValueError for a checkpoint or log with values of another
+    kind than a run has."""
     args, row = {}, {}
     if os.path.isfile(os.path.join(path, "ckpt.pt")):
         saved = checkpoints.read(path)
@@ -59,7 +60,11 @@ def describe_run(path, name, log, drift):
         row["step"] = saved.get("step")
         own = saved.get("prototypes")
         if isinstance(own, dict) and {"vectors", "start"} <= own.keys():
-            row["drift"] = drift(own["vectors"], own["start"])
+            try:
+                row["drift"] = drift(own["vectors"], own["start"])
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                raise ValueError(f"{path}/ckpt.pt is damaged: prototypes.vectors and "
+                                 "prototypes.start are not two matrices of one shape") from None
     elif os.path.isfile(os.path.join(path, "args.json")):
         try:
             with open(os.path.join(path, "args.json"), **TEXT) as file:
@@ -73,8 +78,11 @@ def describe_run(path, name, log, drift):
     row |= {"run": name, "method": args.get("method"), "prototypes": args.get("prototypes"),
             "K": args.get("num_prototypes")}
     for column in "K", "step":
-        if row.get(column) is not None:
-            row[column] = int(row[column])
+        try:
+            row[column] = None if row.get(column) is None else int(row[column])
+        except (OverflowError, TypeError, ValueError):
+            raise ValueError(f"{path} is damaged: {column} is {row[column]!r} and not a whole "
+                             "number") from None
     return {column: row.get(column) for column in RUN_COLUMNS}
 
 
@@ -96,7 +104,7 @@ def over_training(sets):
         saved = checkpoints.read(file)
         saved = saved if isinstance(saved, dict) else {}
         places[file] = {axis: float(saved[axis]) for axis in ("step", "epoch")
-                        if isinstance(saved.get(axis), (int, float))}
+                        if isinstance(saved.get(axis), (int, float)) and abs(saved[axis]) < 1e300}
     axes = [axis for axis in ("step", "epoch") if all(axis in at for at in places.values())]
     if not axes:
         raise ValueError(f"{', '.join(places)}: neither a step nor an epoch stands in all of these "

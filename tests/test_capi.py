@@ -456,6 +456,9 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     (["--min-lr", "1"], "CA.7 would give the teacher a negative momentum"),
     (["--preset", "cifar10-cpu"], "--preset"),
     (["--ema-per-lr", "9999"], "CA.7 would give the teacher a negative momentum"),
+    (["--blur", "0", "1", "0"], "--blur 0.0 1.0 0.0: a step has one view here"),
+    (["--solarize", "0", "0", "1"], "--solarize 0.0 0.0 1.0: a step has one view here"),
+    (["--resume", "--logit-scale", "3"], "--logit-scale has no effect in zoo/capi.py; got 3.0"),
     (["--img-size", "30"], "--img-size 30 must be a multiple of --patch-size 4"),
     (["--prototypes", "joint"], "--prototypes"),
     (["--arch", "vit_tiny"], "--arch")])
@@ -510,6 +513,8 @@ def test_a_collapse_of_the_students_set_is_named_once():
     first, = monitor.new(capi.troubles({"student_unique_0.025": 0.25}))
     assert "25 % of its prototypes are unique" in first
     assert not monitor.new(capi.troubles({"student_unique_0.025": 0.2}))
+    strict = capi.troubles({"student_unique_0.025": 1.0, "student_unique_0.5": 0.2})
+    assert "20 % of its prototypes are unique at eps 0.5" in strict["collapse"]
     assert not capi.troubles({"loss": 1.0})  # a row without an evaluation
 
 

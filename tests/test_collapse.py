@@ -724,6 +724,38 @@ def test_table_of_runs_and_training_picture(tmp_path, capsys):
         capsys, a, b, "--plot", two, "--panels", "lr")
     for flags in ([], ["--plot", two, "--picture", "sweep"]):
         assert "--panels needs --plot" in refusal(capsys, a, b, "--panels", "knn", *flags)
+    assert "--picture fig1 needs --plot FILE" in refusal(capsys, a, "--picture", "fig1")
+
+
+@pytest.mark.parametrize("place, values", [
+    (("prototypes", "vectors"), ["x", None, torch.ones(3)]),
+    (("prototypes", "start"), ["x", {}, torch.ones(40, 2)]),
+    (("args", "num_prototypes"), [[], {}, "x", float("inf")]),
+    (("step",), [[], float("inf")])])
+def test_values_of_a_damaged_run_are_one_sentence(tmp_path, capsys, place, values):
+    run = fake_run(tmp_path / "run", "joint", .5)
+    os.remove(tmp_path / "run" / "log.csv")  # its step would take the place of the checkpoint's
+    path = tmp_path / "run" / "ckpt.pt"
+    whole = path.read_bytes()
+    for value in values:
+        path.write_bytes(whole)
+        ckpt = torch.load(path, weights_only=True)
+        part = ckpt
+        for name in place[:-1]:
+            part = part[name]
+        part[place[-1]] = value
+        torch.save(ckpt, path)
+        wanted = "K" if place[-1] == "num_prototypes" else place[-1]
+        assert re.search(rf"{run}\S* is damaged: .*{wanted}", refusal(capsys, run))
+
+
+def test_a_step_beyond_all_numbers_is_no_place_on_a_curve(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = fake_run(tmp_path / "run", "joint", .5)
+    path = tmp_path / "run" / "ckpt.pt"
+    torch.save(torch.load(path, weights_only=True) | {"step": 10 ** 400}, path)
+    assert "neither a step nor an epoch" in refusal(
+        capsys, str(path), "--plot", str(tmp_path / "p.png"), "--picture", "training")
 
 
 def test_a_log_alone_has_no_prototypes_to_judge(tmp_path, capsys):

@@ -53,6 +53,11 @@ def abort():
     os.abort()
 
 
+def print_without_end():
+    while True:
+        print("x" * 999)
+
+
 def test_a_fork_says_how_it_ended(monkeypatch):
     assert fuzz.run_in_fork(lambda: print("x") or 1) == (1, "x\n")
     assert fuzz.run_in_fork(lambda: sys.exit(2)) == (2, "")
@@ -61,6 +66,7 @@ def test_a_fork_says_how_it_ended(monkeypatch):
     assert fuzz.run_in_fork(abort)[0] == -6
     monkeypatch.setattr(fuzz, "LIMIT", 0.5)
     assert fuzz.run_in_fork(lambda: __import__("time").sleep(20))[0] is None
+    assert fuzz.run_in_fork(print_without_end)[0] is None
 
 
 def test_a_case_is_a_function_of_seed_and_number():

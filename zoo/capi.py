@@ -32,6 +32,9 @@ The numbers of the equations are ours:
           of it, with a weight decay of 0.01 and without clipping
     CA.7  momentum of the teacher: 1 - c times the student's learning rate
 
+r is --lr times the batch size over 256, r_end is --min-lr, u the share that is done of what follows
+the rise, and c is --ema-per-lr.
+
 Equation 5 of CAPI's paper has target and guess the other way round; its code is as here.
 
 The loop has the shape of train.py's; a comment `differs from train.py` stands where it does
@@ -128,12 +131,16 @@ HELP = {
     "drop_path": "share of the images for which the student skips a branch of a block, the same in "
                  "all blocks",
     "weight_decay": "start of its cosine; gains of norms have a tenth of it, biases none",
-    "min_lr": "r_end of CA.6, which is reached at a full half cosine; a run ends before it",
+    "min_lr": "r_end of CA.6; the last fifth of the half cosine is cut off, so the rate ends 0.095 "
+              "(r - r_end) above it",
+    "blur": "probability, for a view; the second and third number have to be 0",
+    "solarize": "probability, for a view; the second and third number have to be 0",
     "img_size": "side of the view, pixels",
     "global_scale": "share of the image that the view covers",
 }
 
-# Flags of train.py that nothing here reads
+# Flags of train.py that cannot be chosen here. Nothing reads most of them; D, --logit-scale and
+# --proto-norm have the one value that equation CA.1 needs
 NOT_READ = """init export compile accum local_size local_crops local_scale head_hidden head_bn
     head_norm bottleneck_dim partition_size kp_weight norm_last_layer freeze_prototypes uniformity
     logit_scale proto_norm student_temp teacher_temp teacher_temp_epochs targets live_eta
@@ -162,8 +169,14 @@ RANGES = [
 def check(args):
     """ValueError for values that cannot run, and for flags that would change nothing."""
     # parse sets these two after this check, and --resume reads them back as if typed
-    own = ("bottleneck_dim", "logit_scale") if args.resume else ()
-    config.check_not_read(args, flags, [name for name in NOT_READ if name not in own], SCRIPT)
+    own = {"bottleneck_dim": ENCODERS[args.arch][0], "logit_scale": ENCODERS[args.arch][0] ** 0.5}
+    config.check_not_read(args, flags, [
+        name for name in NOT_READ if not (args.resume and getattr(args, name) == own.get(name))],
+        SCRIPT)
+    for name in ("blur", "solarize"):
+        if any(getattr(args, name)[1:]):
+            raise ValueError(f"--{name} {' '.join(map(str, getattr(args, name)))}: a step has one "
+                             "view here, so the second and third number have to be 0")
     check_values(args, RANGES)
     if args.registers < 0 or args.registers % 4:
         raise ValueError(f"--registers must be a multiple of 4, as equally many stand along each "
@@ -186,8 +199,8 @@ def check(args):
 
 
 def warn_of_flat_targets(args, rows):
-    """CA.2 shares this many patches among K clusters: with many more clusters than patches, the
-    target of a patch is spread over many of them."""
+    """rows: patches that CA.2 balances together. They are shared among K clusters: with many more
+    clusters than patches, the target of a patch is spread over many of them."""
     if args.num_prototypes > 4 * rows:
         ddp.print0(f"warning: CA.2 shares {rows} patches among --num-prototypes "
                    f"{args.num_prototypes}, so the entropy of a target is about "
@@ -391,7 +404,7 @@ def train(args, device, stop_request):
     optimizer, factors = optimizer_of([student, protos_s])
     parts = {"student": student, "teacher": teacher, "loss": Temperature(), "optimizer": optimizer,
              "student_average": average_s}
-    # [] of frozen ones and of a mixture
+    # empty for frozen clusters and for a mixture, which no gradient trains
     trained_clusters = [p for p in clusters.parameters() if p.requires_grad]
     if trained_clusters:
         # its learning rate and weight decay are those that take_cluster_step is called with
@@ -415,7 +428,7 @@ def train(args, device, stop_request):
     # a record with rows: the log's last row is there only because the run stopped at that step
     log = Log(args, start, drop_last=bool(record.rows))
     metrics = {}  # of the last evaluation
-    monitor = Monitor(args.num_prototypes, args.prototypes, ("frozen", "decoupled"))
+    monitor = Monitor(args.num_prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
     warn_of_flat_targets(args, rows)
     if start == 0 and ddp.RANK == 0:
@@ -436,7 +449,7 @@ def train(args, device, stop_request):
         lr = rate_at(step, total, lr_peak, args.min_lr)  # CA.6
         m = 1 - args.ema_per_lr * lr  # CA.7
         weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
-        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1 of the mixture
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # of A.1; Appendix B.1
         # differs from train.py: what the student sees, and what it has to guess
         visible, predicted = visible_and_predicted(args, B, step, grid, device)  # (B, v) (B, q)
 
@@ -539,12 +552,13 @@ class Temperature(Loss):
 
 def troubles(row):
     """{kind: sentence} of what goes wrong, for a row of the log; see Monitor.new."""
-    share = row.get("student_unique_0.025")
-    if share is None or share >= 0.5:
-        return {}
-    return {"collapse": f"partial prototype collapse of the student's set: {100 * share:.0f} % of "
-                        "its prototypes are unique at eps 0.025. --student-prototypes frozen keeps "
-                        "them apart, as a control"}
+    for eps in ("0.025", "0.5"):
+        share = row.get(f"student_unique_{eps}")
+        if share is not None and share < 0.5:
+            return {"collapse": f"partial prototype collapse of the student's set: {100 * share:.0f}"
+                                f" % of its prototypes are unique at eps {eps}. "
+                                "--student-prototypes frozen keeps them apart, as a control"}
+    return {}
 
 
 def spread(clusters):
@@ -584,7 +598,8 @@ def measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta, seed):
     """{NAME: value} of the teacher's clusters, for its tokens h (N, D) at places at (N,), and
     {student_NAME: value} of the student's prototypes, for its guesses h_s (N, D).
 
-    The cluster of a patch is its most probable one before CA.2 balances.
+    The cluster of a patch is its most probable one before CA.2 balances; in a mixture, the
+    component with the largest responsibility (A.1), which targets do not follow.
     """
     found = measures.prototype_measures(clusters, Temperature(), h, beta, seed)
     of_student = measures.prototype_measures(protos_s, Temperature(), h_s, beta, seed)

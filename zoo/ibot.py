@@ -457,7 +457,7 @@ def train(args, device, stop_request, make_streams=streams):
             lr = cosine(lr_peak, args.min_lr, (step - warmup) / (total - warmup))
         weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
         m = cosine(args.momentum, args.momentum_end, step / total)
-        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # Appendix B.1
         # differs from train.py: which patches are hidden, and which move prototypes
         hidden = hidden_patches(args, B, step, grid).to(device)  # (2, B, n)
         hidden_parts = [part.flatten(0, 1) for part in hidden.chunk(args.accum, 1)]  # (2b, n)

@@ -238,7 +238,7 @@ def train(args, device, stop_request):
         weight_decay = cosine(args.weight_decay, args.weight_decay_end, step / total)
         # differs from train.py: along a line, as in the official code
         m = args.momentum + (args.momentum_end - args.momentum) * step / total
-        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # B.1
+        beta = args.beta[0] + (args.beta[1] - args.beta[0]) * step / total  # Appendix B.1
         keep = kept_patches(n_patches, args.patch_drop, args.seed, step).to(device)  # (that stay,)
 
         # ---- 1. teacher: differs from train.py: it sees one view alone

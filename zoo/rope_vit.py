@@ -7,7 +7,7 @@ LayerNorm, and linear layers have no bias. The last norm has no weight, so every
 has the length sqrt(dim). And a token learns where it stands by a rotation (RoPE), not by a vector
 that is added to it.
 
-RoPE. A patch in row i and column j of an H x W grid has the coordinates (i / (H - 1), j / (W - 1)).
+RoPE. A patch in row i and column j of an h x w grid has the coordinates (i / (h - 1), j / (w - 1)).
 In each block the d channels of a head's queries and keys are taken as d/2 pairs, and each pair is
 turned like the hand of a clock. The pairs of the first half of the channels are turned by the row
 times a frequency, those of the second half by the column times a frequency; the d/4 frequencies
@@ -22,8 +22,10 @@ positions, in Encoder and Predictor:
                 the other coordinate. That does not preserve lengths; it is there to read the
                 released weights.
 
-Letters: N images, n patches of an image, v of them visible, R registers, T = R + v tokens,
-q patches to predict, dim the width, d = dim / heads channels of a head, p pixels of a patch's side.
+Letters: N images of H x W pixels, n = h w patches of an image, v of them visible, R registers, q
+patches to predict. T tokens ask (queries), and S tokens answer (keys and values): in the encoder
+T = S = R + v, in the predictor T = q and S = R + v. dim is the width, d = dim / heads the channels
+of a head, p the pixels of a patch's side.
 """
 import math
 
@@ -63,7 +65,7 @@ def rotate(x, cos, sin, released=False):
     half is paired with the second.
     """
     parts = 1 if released else 2
-    first, second = x.unflatten(-1, (parts, 2, -1)).unbind(-2)  # (N, heads, T, parts, d / 2 parts)
+    first, second = x.unflatten(-1, (parts, 2, -1)).unbind(-2)  # (N, heads, T, parts, d / (2 parts))
     quarter_turn = torch.stack([-second, first], -2).flatten(-3)  # (N, heads, T, d)
     return x * cos + quarter_turn * sin
 
@@ -276,7 +278,7 @@ class Predictor(Transformer):
     def forward(self, context, context_coords, query_coords, places, blocks=None):
         """(N, q, dim), after the last norm. blocks: only so many of the first ones; None: all.
 
-        context (N, T, dim), context_coords (N, T, 2)   the encoder's registers and patches, normed
+        context (N, S, dim), context_coords (N, S, 2)   the encoder's registers and patches, normed
         query_coords (N, q, 2), places (N, q) int64     where the predicted patches stand, and
                                                         their indices, which learned positions read
         """
@@ -298,8 +300,9 @@ class Backbone(Encoder):
     """The encoder as the evaluations want a backbone: images (N, 3, H, W) -> (cls (N, dim),
     patches (N, n, dim)).
 
-    There is no class token. The mean of the patch tokens stands for the image. CAPI's code can also
-    give `predicted`; zoo/capi.py's load_backbone attaches the predictor that it needs.
+    There is no class token. The mean of the patch tokens stands for the image. The mean of the
+    predictor's guesses can stand for it instead, as in CAPI's code: `predicted`. That works only
+    after load_backbone of zoo/capi.py has attached the predictor.
     arch: the name that evaluations show; sizes: the arguments of Encoder.
     """
 
