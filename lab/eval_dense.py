@@ -184,8 +184,9 @@ def linear(x, maps, q, settings, C):
     """Settings are what scikit-learn calls C, small where the regularisation is strong: |W|^2 / 2 +
     setting (sum of the patches' cross-entropies) is minimised. All pixels of a patch get the label
     predicted for it. C, the classes, is not needed."""
-    # differs: support/probes.py's solver remembers 10 steps where CAPI's remembers 5, and it stops
-    # at gradients below 1e-5.
+    # differs: CAPI's L-BFGS remembers 5 steps, and tries at most 50 points in a line search. That
+    # of support/probes.py remembers 10, searches as torch's strong Wolfe rule does, and stops once
+    # no gradient is above 1e-5 or a step changes less than 1e-9.
     h, w = maps.shape[1:]
     labels, y = modal(maps).unique(return_inverse=True)  # (labels,), (N,)
     for setting in tqdm(settings, desc="regularisations", leave=False,

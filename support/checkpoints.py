@@ -260,11 +260,12 @@ def load_prototypes(path, key=None):
 
     They are not normalised. Reads runs of ours (a folder or its ckpt.pt), the releases of DINO,
     CARP, iBOT, DINOv2, Franca, CAPI, SwAV, DeepCluster-v2 and MSN, checkpoints of solo-learn,
-    lightly and VISSL, and files that hold nothing but matrices: one tensor or array, a list of them,
-    or a dict of them without dots in its names (in an .npz, with any names). The teacher's copy is taken where there is one, then the student's average, then
-    the student's, then one without such a name. Heads with equal values are one shared head and
-    appear once. key: any other (K, D) tensor by its dotted path. ValueError, one sentence: the file
-    is not there, broken, unsafe, without prototypes, or a queue of features.
+    lightly and VISSL, and files that hold nothing but matrices: one tensor or array, a list of
+    them, or a dict of them without dots in its names (in an .npz, with any names). The teacher's
+    copy is taken where there is one, then the student's average, then the student's, then one
+    without such a name. Heads with equal values are one shared head and appear once. key: any other
+    (K, D) tensor by its dotted path. ValueError, one sentence: the file is not there, broken,
+    unsafe, without prototypes, or a queue of features.
     """
     stored = read(path)
     alone = not isinstance(stored, (dict, list, tuple, argparse.Namespace))

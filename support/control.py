@@ -106,15 +106,19 @@ def is_control(row, args):
 
 def sentence(args, folder=os.path.join(ROOT, "results")):
     """What frozen prototypes reached with the same flags, or the command that finds it out."""
-    if args.prototypes == "frozen":
+    # the flags that name a kind of prototypes which is not frozen
+    moving = [name for name in ("prototypes", "patch_prototypes")
+              if getattr(args, name, "frozen") != "frozen"]
+    if not moving:
         return "This run is the control of runs with the same flags and other prototypes."
     only_with = losses.loss_class(args.method).only_with
     if only_with:
         return (f"It has no control with frozen prototypes, as --method {args.method} takes its "
                 f"targets from --prototypes {only_with}.")
     if has_own_flags(args):
+        flags = " or ".join(f"--{name.replace('_', '-')} frozen" for name in moving)
         return ("Its control, the same run with random prototypes, is the same command with "
-                "--prototypes frozen\nand another --out.")
+                f"{flags}\nand another --out.")
     found = rows(args, folder)
     if not found:
         return ("Its control, the same run with random prototypes, is not in results/:\n"

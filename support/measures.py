@@ -64,8 +64,8 @@ def prototype_measures(protos, loss, h, beta, seed):
     measures = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
                 "h_norm": float(h.norm(dim=1).median()), "h_cosine": mean_cosine(h),
                 "h_rank": collapse.effective_rank(h),
-                "z_sd": float(torch.stack([protos.logits(part).std(1).mean()
-                                           for part in h.split(128)]).mean())}
+                "z_sd": float(torch.cat([protos.logits(part).std(1)
+                                         for part in h.split(128)]).mean())}
     counts = collapse.unique_counts(C, EPS) if protos.countable else {}
     for eps in EPS:
         measures[f"unique_{eps}"] = counts[eps] / len(C) if counts else None
@@ -93,8 +93,9 @@ def student_measures(protos, loss, h, beta, seed):
 def place_measures(protos, loss, h, places, beta, seed):
     """{"place_nats", "place_nats_shuffled"} of teacher vectors h (N, D) of patches at places (N,).
 
-    The first is the mutual information of a patch's most probable prototype and its place. As it is
-    above 0 for any finite N, the second stands beside it: the same with the places shuffled.
+    The first is the mutual information of a patch's most probable prototype and its place. For a
+    finite N it is above 0 even if the two have nothing to do with each other, unless one prototype
+    takes every patch. So the second stands beside it: the same with the places shuffled.
     """
     winner = torch.cat([protos.assign(part, beta, loss.tau, loss.centre_over_tau()).argmax(1)
                         for part in h.split(128)])  # (N,)

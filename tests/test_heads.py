@@ -233,6 +233,19 @@ def test_vectors_that_are_not_finite_are_not_collected_for_the_start():
     assert torch.isfinite(protos.vectors()).all()
 
 
+def test_of_a_step_with_more_vectors_than_prototypes_random_ones_are_collected():
+    """The rows of a step are ordered by view and image, and the last ones would be of few images."""
+    h = torch.arange(1000.)[:, None].expand(-1, 4)  # (1000, 4); a row says where it stood
+    drawn = []
+    for begin in (5, 6):
+        protos = decoupled(K=100, begin=begin)
+        protos.collect(h, begin - 1)
+        drawn.append(protos.memory()[:, 0])
+        assert drawn[-1].unique().numel() == 100 == protos.collected
+        assert 400 < drawn[-1].mean() < 600  # of the last 100 it is 949.5
+    assert not torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("unit", [True, False])
 def test_means_enter_the_logits_at_length_one_or_raw(unit):
     protos, h = decoupled(unit=unit), 3 * vectors(20)

@@ -189,7 +189,7 @@ def test_the_mask_token_stands_outside_the_backbone_and_the_teacher_has_none(tmp
 
 # ---- places ------------------------------------------------------------------------------------
 def test_sampled_places_depend_on_seed_and_step_and_name_their_crops():
-    args = ibot.parse([*TINY, "--patch-rows", "3"])
+    args = ibot.parse([*TINY, "--patch-rows", "3", "--place-mean"])
     places = ibot.ibot_places(args, 5, 16)
     assert places.shape == (2, 8, 3)
     assert torch.equal(places, ibot.ibot_places(args, 5, 16))
@@ -261,6 +261,13 @@ def test_four_micro_batches_are_one_batch(tmp_path, kind):
 def test_two_processes_equal_one_though_their_hidden_patches_differ_in_number(tmp_path):
     compare_one_process_with_two("ibot", KINDS, [*TINY, *CENTRE, "--lr", "1e-3"],
                                  ("cross_entropy", "patch", "penalty"), tmp_path)
+
+
+def test_the_backbones_of_student_and_teacher_are_compiled(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net.arch))
+    run(tmp_path, "--compile", "--stop-at", "1")
+    assert compiled == ["vit_micro"] * 2
 
 
 def test_masks_change_no_crop(tmp_path, monkeypatch):
@@ -349,7 +356,7 @@ def test_a_shared_set_follows_class_tokens_and_patches(tmp_path, monkeypatch):
 
 
 def test_prototypes_of_patches_start_elsewhere_and_have_the_rate_of_their_rows():
-    args = ibot.parse([*TINY, *CENTRE, "--out", "nowhere", "--patch-rows", "4"])
+    args = ibot.parse([*TINY, *CENTRE, "--out", "nowhere", "--place-mean"])
     of_patches = ibot.args_of_patches(args)
     starts = [heads.prototypes(flags, 0).start for flags in (args, of_patches)]
     assert starts[0].shape == starts[1].shape and not torch.equal(*starts)
@@ -395,12 +402,24 @@ def test_without_the_patch_stream_the_class_stream_is_that_of_dino(tmp_path):
     (["--mask-share", "2"], "--mask-share must lie in [0, 1], got 2.0"),
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio needs 0 <= LO <= HI <= 1, got 0.5 0.1"),
     (["--patch-rows", "0"], "--patch-rows must be at least 1, got 0"),
+    (["--patch-rows", "3"], "--patch-rows has no effect in zoo/ibot.py with --patch-prototypes joint"),
+    (["--num-prototypes", "1"], "--num-prototypes 1 leaves nothing to guess"),
+    (["--num-patch-prototypes", "1"], "--num-patch-prototypes 1 leaves nothing to guess"),
+    (["--head-bn", "--no-shared-head"], "--head-bn with --no-shared-head"),
     (["--method", "dino"], "--method")])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
     with pytest.raises(SystemExit) as refusal:
         run(tmp_path / "run", *flags)
     assert refusal.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, start", [
+    ("", 0), ("--prototypes live", 0.5), ("--patch-prototypes live", 0.5),
+    ("--prototypes live --patch-prototypes decoupled --patch-targets sinkhorn", 0.5),
+    ("--patch-prototypes live --gmm-start 0.25", 0.25)])
+def test_a_start_that_nobody_names_is_the_later_one_of_the_two_kinds(flags, start):
+    assert ibot.parse(["--data", "shapes", *flags.split()]).gmm_start == start
 
 
 @pytest.mark.parametrize("flags, of_class, of_patches", [

@@ -168,6 +168,13 @@ def test_the_student_never_sees_the_teachers_view(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(of_student, crops[1:]))
 
 
+def test_the_backbones_of_student_and_teacher_are_compiled(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net.arch))
+    run(tmp_path, "--compile", "--stop-at", "1")
+    assert compiled == ["vit_nano"] * 2
+
+
 @pytest.mark.parametrize("flags, sentence", [
     (["--patch-drop", "1"], "--patch-drop must lie in [0, 1), got 1.0"),
     (["--sharpen", "0"], "--sharpen must be positive, got 0.0"),
@@ -181,6 +188,7 @@ def test_the_student_never_sees_the_teachers_view(tmp_path, monkeypatch):
      "--student-prototypes has no effect in MSN"),
     (["--prototypes", "vmf"], "--prototypes vmf does not work here"),
     (["--prototypes", "kmeans"], "--prototypes kmeans does not work here"),
+    (["--num-prototypes", "1"], "--num-prototypes 1 leaves nothing to guess"),
     (["--method", "dino"], "--method")])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
     with pytest.raises(SystemExit) as refusal:

@@ -78,6 +78,13 @@ def test_an_anchor_alone_votes_nine_tenths_for_itself_and_shares_the_rest():
     assert P.tolist() == pytest.approx([0.64, 0.12, 0.12, 0.12])
 
 
+def test_the_factor_on_logits_is_an_inverse_temperature():
+    bank, u = drawn_bank(K=6, D=5, M=20, k=2), unit(7, 5, seed=1)
+    expected = bank.log_probabilities(u, 0.1)
+    bank.scale = 4.0
+    assert torch.allclose(bank.log_probabilities(u, 0.4), expected, atol=1e-5)
+
+
 def test_all_of_a_memory_can_be_anchors_and_no_vector_is_one_twice():
     bank = drawn_bank(K=6, D=5, M=9, k=0)
     assert bank.members.shape == (6, 1, 5)

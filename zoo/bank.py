@@ -8,15 +8,17 @@ nearest to it is one self-organising prototype (SOP):
 
     S.1  memory      unit teacher vectors of the second global crop, first in, first out. The
                      vectors of a step enter it after the step has used it
-    S.2  members     K anchors, drawn at random, and the rest, from which each anchor takes its k
-                     nearest. Member m has the similarity s_m = <member, anchor>; the anchor has 0.9
+    S.2  members     K vectors of the memory are drawn at random as anchors. Each takes its k
+                     nearest among the other vectors. These k and the anchor are the members of its
+                     SOP. Member m has the similarity s_m = <member, anchor>; the anchor has 0.9
     S.3  share       member m counts s_m for its own SOP and (1 - s_m) / (K - 1) for each other one:
                      these are the rows of Y, and each sums to 1
-    S.4  P(u) = softmax_m(<u, member_m> / tau) Y                        (K,), for a unit vector u
+    S.4  P(u) = softmax_m(scale <u, member_m> / tau) Y   (K,), for a unit vector u; --logit-scale is
+                     the scale, 1 in the paper
     S.5  loss = mean over pairs of crops i != j of -sum_k P_j(h_t)_k log P_i(h_s)_k
 
-A count of unique prototypes would say how alike the images are: it is the ceiling by construction.
-So a run with this set prints the word "memory" in the place of a count.
+A count of unique prototypes would say how alike the images are, since the memory consists of
+vectors of images. So a run with this set prints the word "memory" in the place of a count.
 
     python train.py --method sop --prototypes bank --num-prototypes 128
 
@@ -96,7 +98,7 @@ class Bank(Frozen):
     def log_probabilities(self, u, tau):
         """S.4: log P(u) of unit vectors u (..., D), (..., K)."""
         with torch.autocast(u.device.type, enabled=False):
-            z = u.float() @ self.members.flatten(0, 1).T / tau  # (..., K (k + 1))
+            z = self.scale * u.float() @ self.members.flatten(0, 1).T / tau  # (..., K (k + 1))
             w = z.softmax(-1).unflatten(-1, (self.K, self.k + 1))  # (..., K, k + 1)
         # S.3: a row of Y is s_m at its own SOP and `other` at the rest. So P is the sum of `other`
         # over all members, and (s - other) from the SOP's own members on top

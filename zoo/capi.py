@@ -555,8 +555,8 @@ def troubles(row):
     for eps in ("0.025", "0.5"):
         share = row.get(f"student_unique_{eps}")
         if share is not None and share < 0.5:
-            return {"collapse": f"partial prototype collapse of the student's set: {100 * share:.0f}"
-                                f" % of its prototypes are unique at eps {eps}. "
+            return {"collapse": "partial prototype collapse of the student's set: "
+                                f"{100 * share:.0f} % of its prototypes are unique at eps {eps}. "
                                 "--student-prototypes frozen keeps them apart, as a control"}
     return {}
 

@@ -19,20 +19,22 @@ Patches have prototypes and targets of their own, of any kind that class tokens 
 clustered) is fed the vectors of --patch-rows random places of each clean crop. Hidden places would
 not do, as most lie in the middle, and all places are not needed, as patches of one image are alike.
 
-differs: three things. By default the targets of both streams are balanced by Sinkhorn-Knopp, as in
+differs: four things. By default the targets of both streams are balanced by Sinkhorn-Knopp, as in
 DINOv2; under the centre of iBOT (--targets center) a run of this size does not begin to learn. By
 default patch-weight is 0.1, where iBOT has 1: at the start the patches' gradient is several times
 as long as that of class tokens, which then learn late or never in a run of this size
-(docs/ibot.md). And iBOT's official code puts all patches through the head and drops those that are
-not hidden. Here they are left out before the head, as in DINOv2, so the centre of the patch stream
-is a mean over hidden patches alone.
+(docs/ibot.md). By default class tokens and patches have a set of prototypes each, where iBOT's
+recipes share one (--shared-prototypes). And iBOT's official code puts all patches through the head
+and drops those that are not hidden. Here they are left out before the head, as in DINOv2, so the
+centre of the patch stream is a mean over hidden patches alone.
 
 The loop is that of train.py; what differs from it is marked. zoo/sop.py runs it too, with streams
 of its own.
 
     V views of B images on this process, 2 of them global; n patches of a global crop; D dimensions
     of h; K prototypes. A row (crop, place) names one patch: m rows of hidden patches in a step, R
-    places drawn for prototypes
+    places drawn for prototypes, S = --patch-rows of each clean global crop of all processes. A
+    micro-batch has b = B / accum images, and m_b rows of hidden patches
 """
 import argparse
 import copy
@@ -94,8 +96,8 @@ def patch_flags(parser):
     flag("--shared-head", action=on_off, default=True,
          help="one projection head for class tokens and patches")
     flag("--patch-rows", type=int, default=4, metavar="S",
-         help="places of each clean crop whose vectors move prototypes that follow the teacher, or "
-         "enter a memory")
+         help="places of each clean crop whose vectors move prototypes that follow the teacher, "
+         "enter a memory or --place-mean")
     flag("--place-mean", action=on_off, default=False,
          help="subtract the running mean of patch vectors at each place of the grid; else a "
          "prototype may come to stand for a place and not for content")
@@ -109,8 +111,8 @@ def flags(parser):
     flag("--shared-prototypes", action=argparse.BooleanOptionalAction, default=False,
          help="one set of prototypes for class tokens and patches, as in iBOT's recipes")
     flag("--patch-targets", choices=["center", "prob", "sinkhorn"],
-         help="--targets of the patches; None: that of --targets; where that is prob and the "
-         "patches' kind is another, and not vmf: center")
+         help="--targets of the patches; None: as --targets, but center if that is prob, which is "
+         "made for vmf, and the patches' kind is neither vmf nor that of class tokens")
     flag("--patch-temp", type=float, nargs=2, metavar=("START", "END"),
          help="--teacher-temp of the patches; None: that of --teacher-temp")
     flag("--patch-kp-weight", type=float,
@@ -126,8 +128,8 @@ def flags(parser):
 
 def complete(args):
     """As config.complete; what nobody says of the patches is what class tokens have, or goes with
-    their kind."""
-    typed_kp_weight = args.kp_weight
+    their kind. Of the two kinds' defaults for --gmm-start, the later one counts for both."""
+    typed_kp_weight, typed_start = args.kp_weight, args.gmm_start
     config.complete(args)
 
     def default(name, value):
@@ -144,6 +146,8 @@ def complete(args):
     if kind.kp_weight and not same_kind:
         default("patch_kp_weight", kind.kp_weight if typed_kp_weight is None else typed_kp_weight)
     default("patch_kp_weight", args.kp_weight if same_kind else 0.0)
+    if typed_start is None:
+        args.gmm_start = max(args.gmm_start, kind.gmm_start or 0.0)
 
 
 def parse(argv=None):
@@ -189,10 +193,25 @@ def check_trained(weight_flag, weight, kind_flag, kind):
                          "which no loss trains")
 
 
+def follows_the_teacher(kind):
+    """Whether the prototypes of this name take in vectors in phase 2."""
+    return heads.prototype_class(kind).step is not heads.Frozen.step
+
+
 def check(args):
     """ValueError for values that cannot run."""
     config.check_not_read(args, flags, ["uniformity", "queue"], SCRIPT)
     check_patches(args)
+    if not (args.place_mean or follows_the_teacher(args.patch_prototypes)):
+        config.check_not_read(args, flags, ["patch_rows"], f"{SCRIPT} with --patch-prototypes "
+                              f"{args.patch_prototypes} and without --place-mean")
+    for name in ("num_prototypes", "num_patch_prototypes"):
+        if getattr(args, name) < 2:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} leaves nothing to "
+                             "guess; use 2 or more")
+    if args.head_bn and not args.shared_head:
+        raise ValueError("--head-bn with --no-shared-head: the patches' head would normalise over "
+                         "the hidden patches of a batch, and there may be a single one")
     check_values(args, [("be positive", lambda v: v > 0, ["patch_temp"]),
                         ("not be negative", lambda v: v >= 0, ["patch_kp_weight"])])
     if args.kp_weight and not heads.prototype_class(args.patch_prototypes).kp_weight:
@@ -304,7 +323,8 @@ def row_weights(hidden, rows):
 
 
 class PlaceMean(nn.Module):
-    """The running mean of teacher vectors at each of the n places, taken off patch vectors.
+    """The running mean of teacher vectors at each of the n places, taken off patch vectors. A step
+    that is skipped for values that are not finite moves it all the same.
 
     Without it, prototypes that follow the patches may become places: the mutual information of
     component and place in the log says whether they did. on: False: vectors stay as they are.
@@ -316,7 +336,7 @@ class PlaceMean(nn.Module):
         self.register_buffer("mean", torch.zeros(n, D))
 
     def forward(self, h, places):
-        """h (m, D) at places (m,) -> unit vectors (m, D)."""
+        """h (m, D) at places (m,) -> (m, D): unit vectors, or h as it is where this is off."""
         return F.normalize(h - self.mean[places], dim=1) if self.on else h
 
     @torch.no_grad()
@@ -329,8 +349,7 @@ class PlaceMean(nn.Module):
         count = torch.bincount(places, minlength=len(self.mean))  # (n,)
         total = torch.zeros_like(self.mean).index_add_(0, places, h.float())  # (n, D)
         now = total / count.clamp_min(1)[:, None]
-        self.mean.copy_(torch.where(count[:, None] > 0, self.mean.lerp(now, 1 - self.momentum),
-                                    self.mean))
+        self.mean.lerp_(now, (1 - self.momentum) * (count > 0)[:, None])  # where any came
 
 
 class Stream:
@@ -364,27 +383,31 @@ def args_of_patches(args):
     of_patches.num_prototypes = args.num_patch_prototypes
     of_patches.seed = args.seed + heads.SEED_OF_SECOND_SET
     of_patches.kp_weight = args.patch_kp_weight
-    # Decoupled takes 2 batch_size for the vectors of a step, and chooses gmm.py or fast/gmm.py by
-    # it; `clustered` scales its rate with it
+    # Decoupled expects 2 batch_size vectors in a step, and chooses gmm.py or fast/gmm.py by their
+    # number. A step of patches has patch_rows times as many, so batch_size is multiplied. Clustered
+    # takes its rate as lr times batch_size, so lr is divided: its rate is that of class tokens
     of_patches.batch_size = args.batch_size * args.patch_rows
     of_patches.lr = args.lr / args.patch_rows
     return of_patches
 
 
-def main(argv=None):
-    """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
+def main(argv=None, script=SCRIPT, parse=parse, make_streams=streams):
+    """One training run. Returns its final metrics; bad input is one sentence and exit code 2.
+
+    script, parse, make_streams: of a script with streams of its own, as zoo/sop.py.
+    """
     args = parse(argv)
     keep_freed_memory()
-    with one_sentence(SCRIPT, args.out):
+    with one_sentence(script, args.out):
         device = ddp.setup(args.device, args.timeout)
         if args.export:
             from support.export import export
             return export(args.out, args.export)
         with locked(args.out), stop_requests() as stop_request:
-            return train(args, device, stop_request)
+            return train(args, device, stop_request, make_streams)
 
 
-def train(args, device, stop_request, make_streams=streams):
+def train(args, device, stop_request, make_streams):
     """make_streams: as `streams`, which are iBOT's."""
     # ---- images, networks, prototypes ----------------------------------------------------------
     images, test = ddp.first_process_first(lambda: data.load(
@@ -400,14 +423,18 @@ def train(args, device, stop_request, make_streams=streams):
     # differs from train.py: two streams, and networks with a mask token
     student = ddp.sync_batchnorm(network(args, args.drop_path, student=True)).to(device)
     teacher = ddp.sync_batchnorm(network(args)).to(device).requires_grad_(False)
-    teacher.load_state_dict(student.state_dict(), strict=False)  # it has no mask token
+    teacher.load_state_dict(student.state_dict(), strict=False)  # the teacher has no mask token
+    if args.compile:  # in place, so that the parameters keep their names
+        student.backbone.compile()
+        teacher.backbone.compile()
     cls, patch = make_streams(args, steps_per_epoch, int(gmm_start), device)
     shared = patch.teacher is cls.teacher  # --shared-prototypes
     sets = [cls] if shared else [cls, patch]
     loss_fn = nn.ModuleDict({"class": cls.loss, "patch": patch.loss})
     grid = args.img_size // args.patch_size
     place_mean = PlaceMean(grid ** 2, args.bottleneck_dim, on=args.place_mean).to(device)
-    trained = [*student.parameters(), *(p for s in sets for p in s.student.parameters())]  # theta
+    of_sets = [p for s in sets for p in s.student.parameters()]
+    trained = [*student.parameters(), *of_sets]  # theta
     of_student = dict(student.named_parameters())
     averaged = [(phi, of_student[name]) for name, phi in teacher.named_parameters()]  # (phi, theta)
     averaged += [pair for s in sets for pair in zip(s.teacher.parameters(), s.student.parameters())]
@@ -425,8 +452,7 @@ def train(args, device, stop_request, make_streams=streams):
     if args.init and start == 0:
         from support.export import init
         init(args.init, [student.backbone, teacher.backbone])
-    still = [p for s in sets for p in s.student.parameters()]
-    take_step = optim.CheckedStep(optimizer, [student, teacher, loss_fn], args.clip_grad, still,
+    take_step = optim.CheckedStep(optimizer, [student, teacher, loss_fn], args.clip_grad, of_sets,
                                   args.freeze_prototypes * steps_per_epoch)
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps

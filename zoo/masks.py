@@ -35,9 +35,10 @@ def block_mask(H, W, most, rng):
     did not fit.
 
     most: a real number, and the mask never covers more. A rectangle is drawn up to ten times: its
-    area between a ninth of the grid and the room that is left, its height over width between .3
-    and 1 / .3, its place anywhere. It counts if it is less high and less wide than the grid, and if
-    what it newly covers is at least one patch and fits. The mask ends where ten in a row do not.
+    area between that of a square a third as long as the grid's shorter side, rounded down, and the
+    room that is left; its height over width between .3 and 1 / .3; its place anywhere. It counts if
+    it is less high and less wide than the grid, and if what it newly covers is at least one patch
+    and fits. The mask ends where ten in a row do not.
     """
     mask = torch.zeros(H, W, dtype=torch.bool)
     least_area = (min(H, W) // 3) ** 2

@@ -104,6 +104,9 @@ def check(args):
                          "log-normaliser, and its teacher sees one view")
     config.check_not_read(args, flags, NOT_READ, "MSN, whose targets are those of --student-temp, "
                           "--sharpen and --balance")
+    if args.num_prototypes < 2:
+        raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
+                         "or more")
     if args.patch_drop and args.arch not in models.VITS:
         raise ValueError(f"--patch-drop needs a ViT, whose patches can be left out, got --arch "
                          f"{args.arch}")
@@ -190,6 +193,9 @@ def train(args, device, stop_request):
     student = ddp.sync_batchnorm(checkpoint.network(args, args.drop_path)).to(device)
     teacher = ddp.sync_batchnorm(checkpoint.network(args)).to(device).requires_grad_(False)
     teacher.load_state_dict(student.state_dict())
+    if args.compile:  # in place, so that the parameters keep their names
+        student.backbone.compile()
+        teacher.backbone.compile()
     # differs from train.py: one prototype set for both, which nothing averages
     protos = heads.prototypes(args, int(gmm_start)).to(device)
     loss_fn = make_loss(args).to(device)

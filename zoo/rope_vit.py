@@ -65,7 +65,7 @@ def rotate(x, cos, sin, released=False):
     half is paired with the second.
     """
     parts = 1 if released else 2
-    first, second = x.unflatten(-1, (parts, 2, -1)).unbind(-2)  # (N, heads, T, parts, d / (2 parts))
+    first, second = x.unflatten(-1, (parts, 2, -1)).unbind(-2)  # (.., T, parts, d / (2 parts))
     quarter_turn = torch.stack([-second, first], -2).flatten(-3)  # (N, heads, T, d)
     return x * cos + quarter_turn * sin
 

@@ -12,9 +12,9 @@ tokens. For patches this differs from it:
 
     S.6  memory      one vector of each image enters it: the teacher's, at a place of the clean
                      second global crop that is drawn evenly over the grid, hidden or not
-    S.7  P           an anchor alone is a SOP. The paper counts it and says k = 1; here k counts
-                     neighbours: 0. So S.4 is a softmax over the K anchors a_k that is smoothed with
-                     o = 0.1 / (K - 1):
+    S.7  P           a SOP of patches is one anchor without neighbours. The paper counts the anchor
+                     as a member and writes k = 1; here k counts neighbours alone, so k = 0. So S.4
+                     is a softmax over the K anchors a_k that is smoothed with o = 0.1 / (K - 1):
                      P(u)_k = (0.9 - o) softmax_k(<u, a_k> / tau) + o
     S.8  L_patch   = 1/2 sum over the two global crops of the mean over images of
                      1/max(n_hidden, 1) sum over its hidden patches of
@@ -36,12 +36,8 @@ streams are.
 import config
 import heads
 import presets
-from support import ddp
 from support.errors import one_sentence
-from support.files import locked
 from support.flags import check_values
-from support.log import keep_freed_memory
-from support.signals import stop_requests
 from zoo import ibot
 from zoo.bank import SOP, Bank
 
@@ -121,15 +117,7 @@ def streams(args, steps_per_epoch, gmm_start, device):
 
 def main(argv=None):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
-    args = parse(argv)
-    keep_freed_memory()
-    with one_sentence(SCRIPT, args.out):
-        device = ddp.setup(args.device, args.timeout)
-        if args.export:
-            from support.export import export
-            return export(args.out, args.export)
-        with locked(args.out), stop_requests() as stop_request:
-            return ibot.train(args, device, stop_request, streams)
+    return ibot.main(argv, SCRIPT, parse, streams)
 
 
 def load_run(path):
