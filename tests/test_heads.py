@@ -234,7 +234,7 @@ def test_vectors_that_are_not_finite_are_not_collected_for_the_start():
 
 
 def test_of_a_step_with_more_vectors_than_prototypes_random_ones_are_collected():
-    """The rows of a step are ordered by view and image, and the last ones would be of few images."""
+    """The rows of a step are ordered by view and image: the last ones would be of few images."""
     h = torch.arange(1000.)[:, None].expand(-1, 4)  # (1000, 4); a row says where it stood
     drawn = []
     for begin in (5, 6):
