@@ -107,8 +107,9 @@ def is_control(row, args):
 def sentence(args, folder=os.path.join(ROOT, "results")):
     """What frozen prototypes reached with the same flags, or the command that finds it out."""
     # the flags that name a kind of prototypes which is not frozen
-    moving = [name for name in ("prototypes", "patch_prototypes")
-              if getattr(args, name, "frozen") != "frozen"]
+    kinds = ("prototypes",) if getattr(args, "shared_prototypes", False) else (
+        "prototypes", "patch_prototypes")
+    moving = [name for name in kinds if getattr(args, name, "frozen") != "frozen"]
     if not moving:
         return "This run is the control of runs with the same flags and other prototypes."
     only_with = losses.loss_class(args.method).only_with
@@ -117,8 +118,8 @@ def sentence(args, folder=os.path.join(ROOT, "results")):
                 f"targets from --prototypes {only_with}.")
     if has_own_flags(args):
         flags = " or ".join(f"--{name.replace('_', '-')} frozen" for name in moving)
-        return ("Its control, the same run with random prototypes, is the same command with "
-                f"{flags}\nand another --out.")
+        return ("Its control, the same run with random prototypes, is the same command with\n"
+                f"  {flags}, and another --out.")
     found = rows(args, folder)
     if not found:
         return ("Its control, the same run with random prototypes, is not in results/:\n"

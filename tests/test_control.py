@@ -83,18 +83,20 @@ def test_a_run_that_has_ended_does_not_fail_over_its_control(tmp_path, monkeypat
 def test_the_control_of_a_script_with_flags_of_its_own_is_not_guessed(tmp_path):
     run = args()
     run.script, run.my_flag = "zoo/mine.py", 3
-    assert "the same command with --prototypes frozen\n" in control.sentence(run, tmp_path)
+    assert "the same command with\n  --prototypes frozen, and" in control.sentence(run, tmp_path)
 
 
 @pytest.mark.parametrize("of_class, of_patches, sentence", [
-    ("joint", "decoupled", "with --prototypes frozen or --patch-prototypes frozen\n"),
-    ("joint", "frozen", "with --prototypes frozen\n"),
-    ("frozen", "decoupled", "with --patch-prototypes frozen\n"),
+    ("joint", "decoupled", "with\n  --prototypes frozen or --patch-prototypes frozen, and"),
+    ("joint", "frozen", "with\n  --prototypes frozen, and"),
+    ("frozen", "decoupled", "with\n  --patch-prototypes frozen, and"),
     ("frozen", "frozen", "This run is the control")])
 def test_a_run_with_two_sets_has_a_control_for_each_that_moves(of_class, of_patches, sentence):
     run = args("--prototypes", of_class)
     run.script, run.patch_prototypes = "zoo/mine.py", of_patches
     assert sentence in control.sentence(run)
+    run.shared_prototypes = True  # then --prototypes names the one set
+    assert "--patch-prototypes" not in control.sentence(run)
 
 
 def test_a_frozen_run_is_a_control_itself(tmp_path):
