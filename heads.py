@@ -306,7 +306,8 @@ class Decoupled(Frozen):
         K, N = self.start.shape[0], len(h)
         h = h[torch.isfinite(h).all(1)]  # (n, D), as the run skips steps that are not finite
         if len(h) > K:  # K of them at random: the last ones would be of few images
-            h = h[torch.randperm(len(h), generator=torch.Generator().manual_seed(step))[:K]]
+            order = torch.randperm(len(h), generator=torch.Generator().manual_seed(step))  # (n,)
+            h = h[order[:K].to(h.device)]  # (K, D)
         if step >= self.begin - math.ceil(K / N):  # the ring would drop earlier ones
             # the memory is a ring: vector i lies in row i mod K
             places = (self.collected + torch.arange(len(h), device=h.device))[-K:] % K  # (n,)

@@ -221,21 +221,19 @@ train.main(runs[-1])
 """
 
 
-@pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory):
-    """A folder with the runs CASE-PROCESSES: all CASES on one process, here, and on two.
+def test_two_processes_equal_one(tmp_path):
+    """Global batch, batch norm, entropy, gradients and mixture: the losses of one process.
 
-    Those on two share one launch, since to start two processes takes longer than such a run.
+    All cases are one test, since to start two processes takes longer than such a run.
     """
-    base = tmp_path_factory.mktemp("processes")
-    images = make_folder(base / "set", 32)
+    images = make_folder(tmp_path / "set", 32)
 
     def all_flags(processes):
         return [[*TINY, *THREE_STEPS, "--steps", "4", "--data", images,
-                 "--out", str(base / f"{case}-{processes}"), *flags.split()]
+                 "--out", str(tmp_path / f"{case}-{processes}"), *flags.split()]
                 for case, (flags, _) in enumerate(CASES)]
 
-    script = base / "two.py"
+    script = tmp_path / "two.py"
     script.write_text(ALL_ON_TWO.format(root=ROOT, runs=all_flags(2)))
     done = forked.run_two([sys.executable, script])
     assert done.returncode == 0, done.stderr[-2000:]
@@ -246,27 +244,24 @@ def one_and_two(tmp_path_factory):
             train.main(flags)
     finally:
         torch.set_num_threads(threads)
-    return base
+    for case, (flags, within) in enumerate(CASES):
+        have_equal_losses_and_weights(tmp_path / f"{case}-1", tmp_path / f"{case}-2", flags, within)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_two_processes_equal_one(one_and_two, case):
-    """Global batch, batch norm, entropy, gradients and mixture: the losses of one process."""
-    within = CASES[case][1]
-    one, two = one_and_two / f"{case}-1", one_and_two / f"{case}-2"
+def have_equal_losses_and_weights(one, two, flags, within):
     for row_1, row_2 in zip(read_log(one)[1:], read_log(two)[1:], strict=True):
-        assert row_1.keys() == row_2.keys()
+        assert row_1.keys() == row_2.keys(), flags
         for term in ("consistency", "entropy", "cross_entropy", "penalty", "loss"):
             if term in row_1:  # six digits are written
                 expected = pytest.approx(float(row_1[term]), rel=max(within, 1e-5), abs=1e-6)
-                assert float(row_2[term]) == expected, term
+                assert float(row_2[term]) == expected, (flags, term)
     a, b = read_checkpoint(one), read_checkpoint(two)
-    name = "memory" if "bank" in CASES[case][0] else "vectors"
+    name = "memory" if "bank" in flags else "vectors"
     C = a["prototypes"][name]
     longest = min(1.0, float(C.abs().max()))
-    assert torch.allclose(C, b["prototypes"][name], rtol=0, atol=within * longest)
+    assert torch.allclose(C, b["prototypes"][name], rtol=0, atol=within * longest), flags
     for name, value in a["teacher"].items():
-        assert torch.allclose(value.float(), b["teacher"][name].float(), atol=2e-3), name
+        assert torch.allclose(value.float(), b["teacher"][name].float(), atol=2e-3), (flags, name)
 
 
 def test_batch_norm_over_two_processes_counts_every_row_once(monkeypatch):
