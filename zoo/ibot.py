@@ -20,10 +20,10 @@ clustered) is fed the vectors of --patch-rows random places of each clean crop. 
 not do, as most lie in the middle, and all places are not needed, as patches of one image are alike.
 
 differs: four things. By default the targets of both streams are balanced by Sinkhorn-Knopp, as in
-DINOv2; under the centre of iBOT (--targets center) a run of this size does not begin to learn. By
-default patch-weight is 0.1, where iBOT has 1: at the start the patches' gradient is several times
-as long as that of class tokens, which then learn late or never in a run of this size
-(docs/ibot.md). By default class tokens and patches have a set of prototypes each, where iBOT's
+DINOv2; under the centre of iBOT (--targets center) a run of this size did not begin to learn, with
+patch-weight 1. By default patch-weight is 0.1, where iBOT has 1: at the start the patches' gradient
+is several times as long as that of class tokens, which then learn late or never in a run of this
+size (docs/ibot.md). By default class tokens and patches have a set of prototypes each, where iBOT's
 recipes share one (--shared-prototypes). And iBOT's official code puts all patches through the head
 and drops those that are not hidden. Here they are left out before the head, as in DINOv2, so the
 centre of the patch stream is a mean over hidden patches alone.
