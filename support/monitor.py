@@ -9,16 +9,16 @@ import math
 
 class Monitor:
     """Says each kind of thing once in a run. K: vectors of the prototype set, which are more than
-    --num-prototypes in a set that is a memory. prototypes: the set's name. others: names of sets
-    that are more unique than most, as advice."""
+    --num-prototypes in a set that is a memory. prototypes: the set's name, which no
+    sentence advises."""
 
-    def __init__(self, K, prototypes="", others=("kp", "live", "frozen")):
-        self.K, self.prototypes, self.others = K, prototypes, others
+    def __init__(self, K, prototypes=""):
+        self.K, self.prototypes = K, prototypes
         self.kinds_said = set()
 
     def warnings(self, row):
         """Sentences about troubles of a row of the log that are new; see `new`."""
-        return self.new(troubles(row, self.K, more_unique(self.prototypes, self.others)))
+        return self.new(troubles(row, self.K, self.prototypes))
 
     def remarks(self, row):
         """Sentences about states of a row of the log that are expected; see `new`."""
@@ -57,20 +57,17 @@ def states(row, K):
     return {}
 
 
-def more_unique(prototypes, others):
-    """What to try where few prototypes are unique, for a run that has the set of this name: one of
-    the others."""
+def more_unique(prototypes):
+    """What to try where few prototypes are unique, for a run that has the set of this name."""
     if prototypes == "frozen":  # random directions: as unique as D dimensions allow
         return "Try a larger --bottleneck-dim or fewer --num-prototypes"
-    *first, last = [name for name in others if name != prototypes]
-    return f"Try --prototypes {', '.join(first)} or {last}" if first else f"Try --prototypes {last}"
+    others = [name for name in ("kp", "live", "frozen") if name != prototypes]
+    return f"Try --prototypes {', '.join(others[:-1])} or {others[-1]}"
 
 
-def troubles(row, K, if_few_unique):
-    """{kind: sentence} of what goes wrong, for a row as in Monitor.new; K prototypes.
-
-    if_few_unique: what to try where few of them are unique.
-    """
+def troubles(row, K, prototypes=""):
+    """{kind: sentence} of what goes wrong, for a row as in Monitor.new; K prototypes of a set with
+    this name."""
     loss_over_ln_k = measure(row, "loss_over_ln_k")
     # exp(entropy of the mean assignment): about how many prototypes are in use
     effective = measure(row, "perplexity") * K
@@ -95,13 +92,13 @@ def troubles(row, K, if_few_unique):
     if unique < 0.5:
         sentences["collapse"] = (
             f"partial prototype collapse: {100 * unique:.0f} % of the prototypes are unique at "
-            f"eps 0.025. {if_few_unique}")
+            f"eps 0.025. {more_unique(prototypes)}")
     # Means that lie on the data cannot be more unique at eps 0.5 than the data are: so for a
     # mixture, few at 0.5 are no collapse.
     elif unique_strict < 0.5 and not mixture_runs:
         sentences["collapse"] = (
             f"many prototypes lie close together: only {100 * unique_strict:.0f} % are unique at "
-            f"eps 0.5 (60 degrees). {if_few_unique}")
+            f"eps 0.5 (60 degrees). {more_unique(prototypes)}")
     if used < 0.05 and mixture_runs and not follows_appendix_a(row):
         sentences["unused"] = (
             f"most prototypes are unused: only {100 * used:.1f} % are the most probable one for "

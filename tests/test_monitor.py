@@ -68,12 +68,6 @@ def test_nobody_is_told_to_try_what_runs(prototypes, advice):
         assert sentence.endswith(advice)
 
 
-def test_the_advice_names_sets_that_the_script_has():
-    sentence, = Monitor(64, "clustered", ("frozen", "decoupled")).warnings(
-        HEALTHY | {"unique_0.025": 0.3})
-    assert sentence.endswith("Try --prototypes frozen or decoupled")
-
-
 def test_a_new_kind_of_trouble_is_named_after_an_old_one():
     monitor = Monitor(1024)
     monitor.warnings(HEALTHY | {"h_norm": 1e5})

@@ -335,6 +335,7 @@ def test_the_monitor_knows_that_shares_are_of_the_memory_and_not_of_the_anchors(
     (["--patch-neighbours", "-1"], "--patch-neighbours must not be negative, got -1"),
     (["--patch-memory", "0"], "--patch-memory must be at least 1, got 0"),
     (["--patch-rows", "0"], "--patch-rows must be at least 1, got 0"),
+    (["--head-bn", "--no-shared-head"], "--head-bn with --no-shared-head"),
     (["--targets", "sinkhorn"], "--targets changes nothing with --method sop"),
     (["--teacher-temp-epochs", "2"], "--teacher-temp-epochs changes nothing with --method sop"),
     (["--teacher-temp", "0.04", "0.07"], "--teacher-temp 0.04 0.07: START counts only with"),

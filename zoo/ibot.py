@@ -182,6 +182,9 @@ def check_patches(args):
     if args.img_size // args.patch_size < 4:
         raise ValueError(f"--img-size {args.img_size} in patches of {args.patch_size} is a grid of "
                          "fewer than 4 x 4, too coarse to hide blocks of it")
+    if args.head_bn and not args.shared_head:
+        raise ValueError("--head-bn with --no-shared-head: the patches' head would normalise over "
+                         "the hidden patches of a batch, and there may be a single one")
     if args.student_prototypes != "same":
         raise ValueError("--student-prototypes is for train.py; both streams have one kind here")
 
@@ -209,9 +212,6 @@ def check(args):
         if getattr(args, name) < 2:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} leaves nothing to "
                              "guess; use 2 or more")
-    if args.head_bn and not args.shared_head:
-        raise ValueError("--head-bn with --no-shared-head: the patches' head would normalise over "
-                         "the hidden patches of a batch, and there may be a single one")
     check_values(args, [("be positive", lambda v: v > 0, ["patch_temp"]),
                         ("not be negative", lambda v: v >= 0, ["patch_kp_weight"])])
     if args.kp_weight and not heads.prototype_class(args.patch_prototypes).kp_weight:
