@@ -133,7 +133,7 @@ class Frozen(nn.Module):
     def assign(self, h, beta=0.5, tau=1.0, centre=0.0):
         """(N, K), how much each prototype answers for each vector of h (N, D): a softmax.
 
-        beta: read by a mixture (A.1). tau, centre: those of the loss, so that this is its softmax.
+        beta: read by a mixture (A.1). tau, centre: what `tau_and_centre` of the loss gives.
         """
         return (self.logits(h) / tau + self.bias(tau) - centre).softmax(-1)
 

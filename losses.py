@@ -69,21 +69,22 @@ def dino(z_s, p_t, tau=0.1, bias=0.0):
 
 @torch.no_grad()
 def sinkhorn(z, tau, iters=3, all_reduce=None):
-    """Balanced assignments (N, K) of teacher logits z (N, K) of this process; rows sum to 1 (SwAV).
+    """Balanced assignments of teacher logits z (N, ..., K) of this process; rows sum to 1 (SwAV).
 
-    Each round scales every prototype to the same total over the vectors of all processes, and then
-    every vector to 1. all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the
-    processes.
+    Each round scales every prototype to the same total over the N vectors of all processes, and
+    then every vector to 1; what lies between the two dimensions is balanced on its own.
+    all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the processes.
     """
-    reduce = all_reduce or (lambda x, op="sum": x)
-    tiny = torch.finfo(torch.float32).tiny
-    z = z.float() / tau
-    largest = z.max() if len(z) else z.new_tensor(-torch.inf)  # a process may have no vector
-    q = (z - reduce(largest, "max")).exp()  # (N, K); the shift cancels, and nothing overflows
+    reduce = all_reduce or (lambda x, op: x)
+    log_q = z.float() / tau  # (N, ..., K); in the log domain, where no vector is lost to rounding
     for _ in range(iters):
-        q = q / reduce(q.sum(0)).clamp_min(tiny)  # prototypes: equal mass
-        q = q / q.sum(1, keepdim=True).clamp_min(tiny)  # vectors: one each
-    return q
+        # prototypes: equal totals. A process may have no vector
+        largest = log_q.amax(0) if len(z) else z.new_full(z.shape[1:], -torch.inf).float()
+        largest = reduce(largest, "max")  # (..., K)
+        total = reduce((log_q - largest).exp().sum(0), "sum")  # (..., K)
+        log_q = log_q - largest - total.log()
+        log_q = log_q.log_softmax(-1)  # vectors: one each
+    return log_q.exp()
 
 
 def koleo(C, block=2 ** 26):
@@ -140,9 +141,10 @@ class Loss(nn.Module):
     def from_args(cls, args, steps_per_epoch):
         return cls()
 
-    def centre_over_tau(self):
-        """What a softmax over prototypes takes off logits / tau: (K,), or 0."""
-        return 0.0
+    def tau_and_centre(self):
+        """(tau, centre (K,) or 0) of softmax(logits / tau + bias - centre), which says how much
+        each prototype answers for a teacher's vector; see Frozen.assign."""
+        return self.tau, 0.0
 
 
 def fast_losses(K, h_s, protos_s, protos_t):
@@ -216,10 +218,17 @@ class DINOLoss(Loss):
         return cls(args.num_prototypes, steps_per_epoch, args.targets, args.teacher_temp,
                    args.teacher_temp_epochs, args.student_temp)
 
-    def centre_over_tau(self, tau=None):
+    def centre_at(self, tau):
+        """(K,), what the teacher takes off logits / tau."""
         # the centre of "prob" is a log-probability: no temperature divides it. That of "sinkhorn"
         # stays 0
-        return self.centre if self.how == "prob" else self.centre / (tau or self.tau)
+        return self.centre if self.how == "prob" else self.centre / tau
+
+    def tau_and_centre(self):
+        # the teacher's softmax, as at the end of the run; the targets of "sinkhorn" are no softmax,
+        # and there the student's is taken
+        tau = self.tau if self.how == "sinkhorn" else self.temps[1]
+        return tau, self.centre_at(tau)
 
     def temperature(self, step):
         """tau of the teacher: a line over temp_epochs passes, one value a pass, and then flat."""
@@ -237,7 +246,7 @@ class DINOLoss(Loss):
         z_tau = z / tau + protos_t.bias(tau)  # (2, B, K)
         if self.how == "sinkhorn":
             return sinkhorn(z_tau.flatten(0, 1), 1.0, all_reduce=ddp.all_reduce).view_as(z)
-        p_t = (z_tau - self.centre_over_tau(tau)).softmax(-1)  # (2, B, K)
+        p_t = (z_tau - self.centre_at(tau)).softmax(-1)  # (2, B, K)
         # the centre moves after it has served, as in the official code
         if self.how == "prob":
             mean = ddp.mean_over_ranks(z_tau.softmax(-1).mean((0, 1)))  # (K,)

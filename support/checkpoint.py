@@ -294,15 +294,15 @@ def assignments(run, images, device="cpu"):
     for x in views.eval_batches(images, args["img_size"], device=device, mean=args["mean"],
                                 std=args["std"]):
         h = net([x])  # (n, D)
-        yield h, prototypes.assign(h, args["beta"][1], loss.tau, loss.centre_over_tau())
+        yield h, prototypes.assign(h, args["beta"][1], *loss.tau_and_centre())
 
 
 def load_run(path):
     """(net, prototypes, loss, args dict) of the teacher in a run folder or its ckpt.pt.
 
     args holds every flag: those that are newer than the run have their defaults.
-    net([x]) -> h (N, D) in evaluation mode; prototypes.assign(h, args["beta"][1], loss.tau,
-    loss.centre_over_tau()) -> (N, K), with beta as at the end of the run. A script of zoo/ that
+    net([x]) -> h (N, D) in evaluation mode; prototypes.assign(h, args["beta"][1],
+    *loss.tau_and_centre()) -> (N, K), with beta as at the end of the run. A script of zoo/ that
     saves other networks defines a function `load_run` of its own. ValueError if it is no checkpoint
     of a run of ours.
     """

@@ -58,8 +58,8 @@ def prototype_measures(protos, loss, h, beta, seed):
     if not h.isfinite().all():
         raise ValueError("the teacher's vectors are not finite: lower --lr or --weight-decay. The "
                          "last checkpoint is untouched")
-    C, centre = protos.vectors(), loss.centre_over_tau()  # (K, D) (K,) or 0
-    assigned = (protos.assign(part, beta, loss.tau, centre) for part in h.split(128))
+    C = protos.vectors()  # (K, D)
+    assigned = (protos.assign(part, beta, *loss.tau_and_centre()) for part in h.split(128))
     used, perplexity = collapse.usage(assigned)
     measures = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
                 "h_norm": float(h.norm(dim=1).median()), "h_cosine": mean_cosine(h),
@@ -97,7 +97,7 @@ def place_measures(protos, loss, h, places, beta, seed):
     finite N it is above 0 even if the two have nothing to do with each other, unless one prototype
     takes every patch. So the second stands beside it: the same with the places shuffled.
     """
-    winner = torch.cat([protos.assign(part, beta, loss.tau, loss.centre_over_tau()).argmax(1)
+    winner = torch.cat([protos.assign(part, beta, *loss.tau_and_centre()).argmax(1)
                         for part in h.split(128)])  # (N,)
     order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))  # (N,)
     shuffled = places[order.to(places.device)]  # (N,)

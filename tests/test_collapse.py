@@ -991,7 +991,7 @@ def test_with_images(tmp_path, monkeypatch, capsys):
     prototypes = argparse.Namespace(assign=probabilities, vectors=lambda: C, **there)
     centre = torch.zeros(6)
     centre[3] = 1.
-    loss = argparse.Namespace(tau=1 / 9, centre_over_tau=lambda: centre, **there)
+    loss = argparse.Namespace(tau_and_centre=lambda: (1 / 9, centre), **there)
     saved = {"data": "toy", "img_size": 2, "imbalance": 5, "seed": 3, "script": "zoo/mine.py",
              "mean": [0.5] * 3, "std": [0.5] * 3, "beta": [0.1, 0.7]}
     loaded = []  # imbalance of each set that was asked for

@@ -135,7 +135,18 @@ def test_sinkhorn_ends_with_equal_masses():
     q = losses.sinkhorn(z, 0.1, iters=200)
     assert torch.allclose(q.sum(1), torch.ones(64), atol=1e-5)
     assert torch.allclose(q.sum(0), torch.full((8,), 64 / 8), rtol=1e-3)
-    assert torch.isfinite(losses.sinkhorn(1000 * z, 0.025)).all()
+    far_apart = losses.sinkhorn(1000 * z, 0.025)  # exp of such logits has no float32
+    assert torch.allclose(far_apart.sum(1), torch.ones(64))  # no vector is left without a target
+
+
+def test_a_vector_far_below_the_others_keeps_its_target():
+    z = torch.tensor([[200., 0., 1.], [0., 1., 2.]])
+    q = (z.double() - 200).exp()
+    for _ in range(3):
+        q = q / q.sum(0)
+        q = q / q.sum(1, keepdim=True)
+    assert q[1].tolist() == pytest.approx([0, 0.5, 0.5])
+    assert torch.allclose(losses.sinkhorn(z, 1.0).double(), q, atol=1e-6)
 
 
 def test_the_first_round_of_sinkhorn_by_hand():
@@ -230,16 +241,35 @@ def test_sinkhorn_targets_take_both_views_together():
     assert not loss.centre.any()
 
 
-@pytest.mark.parametrize("targets, factor", [("center", 1 / 0.2), ("prob", 1), ("sinkhorn", 0)])
+@pytest.mark.parametrize("targets, factor", [("center", 1 / 0.04), ("prob", 1), ("sinkhorn", 0)])
 def test_what_a_softmax_over_prototypes_takes_off(targets, factor):
-    """centre_over_tau(): the centre of logits is divided by tau, that of probabilities is not."""
+    """The centre of logits is divided by the temperature, that of probabilities is not."""
     loss = losses.DINOLoss(12, 10, targets, tau=0.2)
     for step in range(5):
         loss.targets(unit_vectors(2, 5, 6, seed=step), Frozen(12, 6), step)
     assert loss.centre.any() == (targets != "sinkhorn")
-    taken_off = loss.centre_over_tau() * torch.ones(12)
+    tau, taken_off = loss.tau_and_centre()  # () (12,)
+    assert tau == (0.2 if targets == "sinkhorn" else 0.04)
     assert torch.allclose(taken_off, factor * loss.centre, rtol=1e-5)
-    assert losses.CARPLoss(12, 4).centre_over_tau() == 0
+    assert losses.CARPLoss(12, 4).tau_and_centre() == (1, 0)
+
+
+@pytest.mark.parametrize("kind, targets", [(Frozen, "center"), (VMF, "center"), (VMF, "prob")])
+def test_what_is_measured_is_the_softmax_of_the_teacher(kind, targets):
+    """Also with vMF's log-normaliser, which depends on the temperature in another way than logits
+    do: `used`, perplexity and what collapse.py assigns speak of the targets."""
+    protos, loss = kind(40, 6), losses.DINOLoss(40, 10, targets, temps=(0.025, 0.025))
+    if kind is VMF:
+        with torch.no_grad():
+            protos.gain.copy_(torch.linspace(0.2, 2, 40)[:, None])
+    for step in range(30):
+        h = unit_vectors(2, 50, 6, seed=step)
+        before = loss.tau_and_centre()  # the centre moves after it has served
+        before = before[0], before[1].clone()
+        p_t = loss.targets(h, protos, step)
+    assigned = protos.assign(h.flatten(0, 1), 0.5, *before)  # (100, 40)
+    assert torch.allclose(assigned, p_t.flatten(0, 1), atol=1e-6)
+    assert len(assigned.argmax(1).unique()) > 5  # not all by one
 
 
 @pytest.mark.parametrize("epochs, expected", [
@@ -616,7 +646,7 @@ def test_sinkhorn_targets_reduce_over_processes(monkeypatch):
 
     monkeypatch.setattr(ddp, "all_reduce", all_reduce)
     doubled = losses.DINOLoss(K, 10, "sinkhorn").targets(h, protos, 0)
-    assert operations == ["max", "sum", "sum", "sum"]
+    assert operations == 3 * ["max", "sum"]
     assert torch.allclose(doubled, alone, atol=1e-6)
 
 

@@ -541,7 +541,8 @@ def test_a_run_is_evaluated_counted_and_assigned(tmp_path, kind):
     train_tiny(tmp_path, *kind)
     _, protos, loss, _ = checkpoint.load_run(str(tmp_path))
     h = F.normalize(randn(5, 8), dim=1)
-    gamma = protos.assign(h, tau=loss.tau, centre=loss.centre_over_tau())
+    tau, centre = loss.tau_and_centre()
+    gamma = protos.assign(h, tau=tau, centre=centre)
     assert gamma.shape == (5, len(protos.vectors()))
     assert torch.allclose(gamma.sum(1), torch.ones(5), atol=1e-5)
 

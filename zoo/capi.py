@@ -57,7 +57,7 @@ import config
 import data
 import heads
 import views
-from losses import Loss
+from losses import Loss, sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim
 from support.errors import one_sentence
 from support.files import locked
@@ -296,31 +296,17 @@ def teacher_clusters(args, begin=0):
 
 
 @torch.no_grad()
-def balanced(l, tau=TAU_TARGETS, iters=3, all_reduce=lambda x, op: x):
-    """CA.2: logits l (B, n, K) of this process -> a (B, n, K), whose rows sum to 1.
-
-    Each round scales every cluster, at every place, to the same total over the images of all
-    processes, and then every row to 1. all_reduce(x, op): sums ("sum") or takes the maximum ("max")
-    over the processes.
-    """
-    # differs: in the log domain. CAPI's code takes off each cluster's maximum, adds 50 and
-    # exponentiates, which comes to the same.
-    log_a = l.float() / tau  # (B, n, K)
-    for _ in range(iters):
-        # clusters: equal totals at each place
-        largest = all_reduce(log_a.amax(0), "max")  # (n, K)
-        total = all_reduce((log_a - largest).exp().sum(0), "sum")  # (n, K)
-        log_a = log_a - largest - total.log()
-        # patches: one each
-        log_a = log_a.log_softmax(-1)
-    return log_a.softmax(-1)
-
-
 def targets_of(l, args):
-    """a (B, n, K) of logits l (B, n, K), by the rule of --sinkhorn."""
-    if args.sinkhorn == "all":  # all patches of a step as if they stood at one place
-        return balanced(l.flatten(0, 1)[:, None], all_reduce=ddp.all_reduce).view_as(l)
-    return balanced(l, all_reduce=ddp.all_reduce)
+    """CA.2: a (B, n, K) of logits l (B, n, K), by the rule of --sinkhorn; rows sum to 1.
+
+    Every cluster is scaled to the same total over the images of all processes, at each place by
+    itself, or ("all") over all patches of a step, as if they stood at one place.
+    """
+    # differs: CAPI's code takes off each cluster's maximum, adds 50 and exponentiates, which comes
+    # to the same
+    if args.sinkhorn == "all":
+        return sinkhorn(l.flatten(0, 1), TAU_TARGETS, all_reduce=ddp.all_reduce).view_as(l)
+    return sinkhorn(l, TAU_TARGETS, all_reduce=ddp.all_reduce)
 
 
 def cross_entropy(a, logits, bias=0.0):

@@ -299,7 +299,7 @@ class PatchLoss(DINOLoss):
         z_tau = z / tau + protos_t.bias(tau)  # (m, K)
         if self.how == "sinkhorn":
             return sinkhorn(z_tau, 1.0, all_reduce=ddp.all_reduce)
-        p_t = (z_tau - self.centre_over_tau(tau)).softmax(-1)  # (m, K)
+        p_t = (z_tau - self.centre_at(tau)).softmax(-1)  # (m, K)
         # a mean over the patches of all processes, which may have different numbers of them
         seen = z_tau.softmax(-1) if self.how == "prob" else z  # (m, K)
         total = ddp.all_reduce(torch.cat([seen.sum(0), seen.new_tensor([len(seen)])]))  # (K + 1,)

@@ -123,8 +123,8 @@ class MSNLoss(nn.Module):
         self.register_buffer("pi", pi / pi.sum())
         self.uniform = math.log(K)
 
-    def centre_over_tau(self):
-        return 0.0
+    def tau_and_centre(self):
+        return self.tau, 0.0
 
     @torch.no_grad()
     def targets(self, h_t, protos):
