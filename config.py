@@ -89,7 +89,7 @@ def parser(add_flags=None):
     flag("--mean", type=float, nargs=3, default=list(views.MEAN), metavar=("R", "G", "B"),
          help="what is subtracted from pixels in [0, 1]; the default is ImageNet's")
     flag("--std", type=float, nargs=3, default=list(views.STD), metavar=("R", "G", "B"),
-         help="what they are divided by then; timm's plain ViTs have 0.5 for all six")
+         help="what they are divided by then; timm's plain ViTs have 0.5 in both flags")
 
     flag = p.add_argument_group("model (results)").add_argument
     flag("--arch", default="vit_nano", choices=models.ARCHS,
@@ -177,7 +177,7 @@ def parser(add_flags=None):
     flag("--rescale", action=on_off, default=True,
          help="A.6, shrink the mean of a component when it is split; nothing with --resurrect 0")
     flag("--var-floor", type=float, default=1e-3,
-         help="smallest variance, as a share of the pooled variance")
+         help="smallest variance, as a share of the mean variance of the vectors of a step")
 
     flag = p.add_argument_group("mixture of --prototypes live, rules L.1 to L.5 of zoo/live.py "
                                 "(results)").add_argument
@@ -204,14 +204,15 @@ def parser(add_flags=None):
     flag("--steps", type=int, help="length of the run in steps, instead of --epochs")
     flag("--batch-size", type=int, default=64, help="images per step over all processes")
     flag("--accum", type=int, default=1,
-         help="micro-batches per step: less memory, but batch norms see less at once")
+         help="micro-batches per step: less memory, but batch norms, and CARP's entropy, see one "
+         "micro-batch at a time")
     flag("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
          help="lars and sgd: the papers' ResNets")
     flag("--lr", type=float, default=0.018,
          help="peak learning rate for 256 images; a run uses it times batch-size / 256")
     flag("--min-lr", type=float, default=0.0, help="end of the cosine, whatever the batch size")
     flag("--warmup-epochs", type=float, default=0.5,
-         help="linear warm-up of lr, at most a tenth of the run")
+         help="linear warm-up of lr; a tenth of the run where that is shorter")
     flag("--weight-decay", type=float, default=0.04,
          help="start of its cosine; biases and norms have none")
     flag("--weight-decay-end", type=float, default=0.04,
@@ -320,6 +321,9 @@ def lengths(args, n):
     total = args.steps or max(1, round(args.epochs * steps_per_epoch))
     if args.stop_at and args.stop_at > total:
         raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
+    if total <= args.gmm_start >= 1 and not args.resume:  # a run that began like this goes on
+        raise ValueError(f"--gmm-start {args.gmm_start:g} lies beyond the {total} steps of this "
+                         "run: the prototypes would never move")
     return steps_per_epoch, total, min(args.stop_at or total, total)
 
 
@@ -332,6 +336,10 @@ def describe(args, images, student, total, lr_peak, device):
             f"{classes}, {total} steps of {args.batch_size}, {ddp.WORLD} process(es) on {device}\n"
             f"{args.arch}, {parameters:.2f} M parameters, K {args.num_prototypes} x "
             f"D {args.bottleneck_dim}, peak lr {lr_peak:.2g}, out {args.out}")
+    warmup = args.warmup_epochs * (len(images) // args.batch_size)  # steps
+    if warmup > total / 10 and args.warmup_epochs != parser().get_default("warmup_epochs"):
+        text += (f"\nwarm-up of lr: {total / 10:g} steps, a tenth of the run, as --warmup-epochs "
+                 f"{args.warmup_epochs:g} is longer")
     if images.y is None:
         text += "\nthe images carry no labels: k-NN is not measured"
     return text

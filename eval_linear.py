@@ -264,8 +264,8 @@ def parser():
         help="lbfgs: Fig. 4b; grid: Table 3; attentive: CAPI's, on patches; sgd: Table 2; "
         "transfer: Table 4")
     add("--layers", type=int, metavar="N",
-        help="class tokens of the last N blocks; None: 1; with grid and sgd 4 of a ViT smaller "
-        "than ViT-B")
+        help="class tokens of the last N blocks; None: 1; with grid and sgd 4, or all if fewer, "
+        "of a ViT smaller than ViT-B")
     add("--pool", choices=POOLS,
         help="cls: class token; mean: of the patches; cls+mean: both; predictor: of zoo/capi.py; "
         "None: cls, for grid and sgd of a ViT-B cls+mean")

@@ -22,10 +22,10 @@ Its means are the prototypes.
 gamma^_k is the paper's gamma with a hat, S~ its S with a tilde; eta^g is eta to the power of g. The
 mixture keeps S; mu and var follow from it (A.5) and are computed when they are asked for. S is
 float64: with K = 65,536 the mean g is 1/K, and a late step (eta near 0.99) then changes S by about
-1e-7 of itself, which float32 would round away. Components are handled in blocks: that bounds all
-memory but gamma's own, and changes no more than rounding. fast/gmm.py computes the same for very
-large N K. The paper leaves some things open and misprints others; each choice of ours is a line
-that starts with `# differs:`.
+1e-7 of itself, which float32 would round away. Components are handled in blocks: that bounds the
+memory of all tensors (K, D), and changes no more than rounding; A.1 holds three tensors (N, K).
+fast/gmm.py computes the same for very large N K. The paper leaves some things open and misprints
+others; each choice of ours is a line that starts with `# differs:`.
 """
 import math
 
@@ -133,9 +133,11 @@ class OnlineGMM(nn.Module):
             for ks in self.blocks() if len(h) < self.K else ():
                 noise = torch.randn(mu[ks].shape, generator=generator).to(h.device)  # (|ks|, D)
                 mu[ks] += 0.5 * pooled.sqrt().float() * noise
-        else:
+        elif how == "random":
             mu = self.random_directions(self.K).to(h.device) * rms.float()  # (K, D)
             var = rms ** 2 / self.D  # one component then covers all vectors
+        else:
+            raise ValueError(f"OnlineGMM.init_from: {how!r} is neither features nor random")
         mass = len(h) / self.K if mass is None else mass
         self.set_params(mu, var.clamp_min(1e-8), 1 / self.K, mass)
 

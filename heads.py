@@ -11,7 +11,8 @@ entry of the table PROTOTYPES at the end of this file. The rest of the code call
     vectors()             (K, D), what a count of unique prototypes counts                  Def. 2.1
     assign(h, beta, tau, centre)
                           h (N, D) -> (N, K), how much each prototype answers for each vector
-    twin()                the teacher's set: the same object, or a copy of a set with gradients
+    twin()                the teacher's set: the same object, or a copy of a set with gradients.
+                          `step` is called on the teacher's set alone, `penalty` on the student's
 
 Frozen has all of them. A new set overrides what differs, mostly `vectors` and `step`; one that is
 trained overrides `directions` too, the rows of C that h is multiplied with. The rest of the code
@@ -73,8 +74,9 @@ class Frozen(nn.Module):
     """Random unit directions that never move: the control that every other set has to beat.
 
     It is the base class of all sets: each of its methods does the plain thing, or nothing.
-    scale: factor on all logits, an inverse temperature. All sets in this file start from the same
-    directions, for one seed. `start` (K, D) is where a set began; its drift is measured from there.
+    scale: factor on all logits, an inverse temperature. Sets start from the same directions, for
+    one seed, until a mixture draws or takes its own. `start` (K, D) is where a set began; its drift
+    is measured from there.
     `origin` is the point that h is measured from: 0 for all sets of the paper.
 
     A set may also say what a flag is where nobody types it: `kp_weight` for --kp-weight,
@@ -124,7 +126,7 @@ class Frozen(nn.Module):
         return 0.0
 
     def step(self, h, step, beta=0.5):
-        """Returns {column of log.csv: number}."""
+        """Returns {column of log.csv: number}; a row has those of its own step."""
         return {}
 
     def penalty(self):

@@ -258,7 +258,7 @@ class DINOLoss(Loss):
 
     def forward(self, h_s, p_t, protos_s, protos_t, step):
         if fast := fast_losses(p_t.shape[-1], h_s, protos_s, protos_t):
-            return fast.dino(h_s, p_t, protos_s, self.tau)
+            return fast.dino(other_crop, h_s, p_t, protos_s, self.tau)
         z_s = protos_s.logits(h_s)  # (V, B, K)
         return dino(z_s, p_t, self.tau, protos_s.bias(self.tau))
 

@@ -23,7 +23,8 @@ PRESETS["cifar10-cpu"] = dict(
 
 # The rows of the papers, for 8 GPUs. None of them was run.
 #   torchrun --nproc_per_node=8 train.py --preset NAME --data IMAGENET
-# Table B.1a: CARP, ViT-S
+# Table B.1a: CARP + Decoupling, ViT-S; CARP itself: --prototypes joint. 300 epochs and 10 local
+# crops: Sec. 4.4; partitions, jitter and blur: CARP's code
 PRESETS["paper-vits"] = dict(
     data="imagenet", arch="vit_small", patch_size=16, img_size=224, drop_path=0.1,
     local_size=96, local_crops=10, global_scale=[0.32, 1.0], local_scale=[0.05, 0.32],
@@ -34,7 +35,7 @@ PRESETS["paper-vits"] = dict(
     weight_decay=0.04, weight_decay_end=0.4, momentum=0.992, clip_grad=1.0,
     workers=10, log_every=100, eval_every=12510, eval_bank=50000, eval_queries=10000)
 
-# Table B.1b: CARP, ViT-B
+# Table B.1b: CARP + Decoupling, ViT-B; CARP itself: --prototypes joint
 PRESETS["paper-vitb"] = dict(
     PRESETS["paper-vits"], arch="vit_base", epochs=400, lr=7.5e-4, min_lr=2e-6, momentum=0.996,
     clip_grad=0.3)
@@ -53,7 +54,8 @@ PRESETS["paper-dino-dec"] = dict(
     PRESETS["paper-dino"], prototypes="decoupled", targets="sinkhorn",
     teacher_temp=[0.05, 0.025], teacher_temp_epochs=100, num_prototypes=2048)
 
-# CARP's official ResNet-50. Its batch size is not published; 1,024 is ours
+# CARP's official ResNet-50, here with decoupled prototypes; CARP itself: --prototypes joint. Its
+# batch size is not published; 1,024 is ours
 PRESETS["paper-rn50"] = dict(
     PRESETS["paper-vits"], arch="resnet50", drop_path=0.0, head_bn=True,
     optimizer="lars", lr=0.45, min_lr=0.0048, warmup_epochs=0, epochs=400,

@@ -76,7 +76,8 @@ def train(args, device, stop_request):
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
 
-    # a record with rows: the log's last row is there only because the run stopped at that step
+    # If the checkpoint holds steps that no regular row has averaged yet, a row of its very step is
+    # there only because the run stopped: the next row counts these steps again, so it is dropped
     log = Log(args, start, drop_last=bool(record.rows))
     metrics = {}  # of the last evaluation
     monitor = Monitor(len(protos_t.vectors()), args.prototypes)

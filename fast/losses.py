@@ -81,8 +81,9 @@ def carp(plain, h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ra
     return {name: term.clone() for name, term in zip(names, terms)}
 
 
-def dino(h_s, p_t, protos_s, tau=0.1):
-    """losses.dino of the logits of h_s (V, B, D), with the teacher's p_t (2, B, K).
+def dino(other_crop, h_s, p_t, protos_s, tau=0.1):
+    """losses.dino of the logits of h_s (V, B, D), with the teacher's p_t (2, B, K); other_crop: of
+    losses.py.
 
     -sum_k p_t log softmax(z)_k = mass log sum_k exp z_k - sum_k p_t z_k, with mass = sum_k p_t: a
     block gives the logarithm of its part of the first sum, and its part of the second.
@@ -106,5 +107,4 @@ def dino(h_s, p_t, protos_s, tau=0.1):
         log_Z = parts[:, :, 0].logsumexp(0)  # (V, B)
         cross, mass = parts[:, :, 1:].sum(0), p_t.sum(-1)  # (V, 2, B) (2, B)
         pairs = (log_Z[:, None] * mass - cross).mean(-1)  # (V, 2)
-        other_crop = ~torch.eye(V, 2, dtype=torch.bool, device=h_s.device)  # (V, 2)
-    return {"cross_entropy": pairs[other_crop].mean()}
+    return {"cross_entropy": pairs[other_crop(V, h_s.device)].mean()}

@@ -230,6 +230,12 @@ def ablate(args, extra):
     if own:
         raise ValueError("runs of a table go to their ends, with a seed and a folder of their own: "
                          f"{', '.join(sorted(own))} cannot follow --; use --seeds and --runs")
+    typed = {word.split("=")[0] for word in extra if word.startswith("--")}
+    for row, command in TABLES[args.table][1]:
+        told_apart = typed & set(shlex.split(command))
+        if told_apart and (not args.rows or row in args.rows):
+            raise ValueError(f"{', '.join(sorted(told_apart))} makes the row {row!r} of "
+                             f"{args.table} what it is, and cannot follow --")
     if args.show and (args.seeds or args.rows or extra):
         raise ValueError("--show prints the whole file: leave out --seeds, --rows and what follows "
                          "--")

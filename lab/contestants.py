@@ -168,7 +168,7 @@ def dino(way, sizes):
 
     def work():
         if way == "ours":
-            terms = fast.losses.dino(h_s, p_t, protos)
+            terms = fast.losses.dino(losses.other_crop, h_s, p_t, protos)
         else:
             terms = losses.dino(protos.logits(h_s), p_t)
         return torch.autograd.grad(terms["cross_entropy"], [h_s, *protos.parameters()])

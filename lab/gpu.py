@@ -49,6 +49,8 @@ from support.flags import check_values
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KINDS = ("joint", "frozen", "decoupled")
+# of the runs, which cannot be given after --
+OWN_FLAGS = {"--device", "--data", "--data-root", "--prototypes", "--out", "--stop-at", "--resume"}
 VIT_S = ["--arch", "vit_small", "--patch-size", "16", "--img-size", "224", "--local-size", "96"]
 # each is a call of lab.bench: its items and sizes; the step comes first, as it says most
 PAPER_SIZES = [["step", "--paper", "--step-flags", *VIT_S],
@@ -227,7 +229,7 @@ def machine(device):
 
 
 # ---- commands that must not outlive the time ---------------------------------------------------
-class Clock:
+class Deadline:
     """The seconds that are left of so many minutes since `start`, by default since now."""
 
     def __init__(self, minutes, start=None):
@@ -242,17 +244,17 @@ def call(words, seconds=None, quiet=True):
     """Run `python WORDS`; after so many seconds it gets SIGTERM, with which train.py saves. (Not
     SIGINT: a process that a shell has started in the background ignores that.)
 
-    True if it ended by itself, False if it was ended. ValueError, with the last line that it wrote
-    on stderr, if it failed.
+    True if it ended by itself, False if it was stopped. ValueError, with the last line that it
+    wrote on stderr, if it failed.
     """
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True,
                                stdout=subprocess.DEVNULL if quiet else None,
                                stderr=subprocess.PIPE, start_new_session=True)
-    ended = False
+    stopped = False
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        ended = True
+        stopped = True
         process.terminate()
         try:
             _, errors = process.communicate(timeout=LEAST_LEFT)
@@ -262,11 +264,11 @@ def call(words, seconds=None, quiet=True):
         with contextlib.suppress(ProcessLookupError):  # and the processes that it started
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if process.returncode and not ended:
+    if process.returncode and not stopped:
         words = [os.path.relpath(word) if os.path.isabs(word) else word for word in words]
         last = (errors.strip() or "without a word").splitlines()[-1]
         raise ValueError(f"{' '.join(words)} ended with exit code {process.returncode}: {last}")
-    return not ended
+    return not stopped
 
 
 # ---- speed and memory --------------------------------------------------------------------------
@@ -401,6 +403,9 @@ def main(argv=None):
     args.flags = argv[end + 1:]
     with one_sentence("lab.gpu"):
         check_values(args, RANGES)
+        own = {word.split("=")[0] for word in args.flags} & OWN_FLAGS
+        if own:
+            raise ValueError(f"{', '.join(sorted(own))} cannot follow --: the runs have their own")
         if args.turn is None:
             args.turn = 10 if args.toy else 1562
         if args.device not in ("cpu", "cuda"):
@@ -416,14 +421,14 @@ def main(argv=None):
 
 
 def experiment(args):
-    clock = Clock(args.minutes)
+    clock = Deadline(args.minutes)
     print(", ".join(map(str, machine(args.device).values())))
     bad, left_out = [], []
     if "checks" in args.parts:
         print("values, beside those of a CPU:")
         bad += check_all(args.device, args.out)
     if "bench" in args.parts:
-        failures, missing = bench_all(args, Clock(args.minutes * OF_BENCH, clock.start))
+        failures, missing = bench_all(args, Deadline(args.minutes * OF_BENCH, clock.start))
         bad, left_out = bad + failures, left_out + missing
     if "runs" in args.parts:
         print(f"\nruns in turns of {args.turn} steps:")

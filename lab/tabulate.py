@@ -55,9 +55,12 @@ def rows_of_table(name, results):
 
 
 def add(file, results, result):
-    """Write the results and one more; the old file stays whole until the new one is."""
+    """Write the results and one more; the old file stays whole until the new one is. Columns that
+    somebody has added by hand stay."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, restval="", extrasaction="ignore", lineterminator="\n")
+    by_hand = [column for column in (results[0] if results else {}) if column not in FIELDS]
+    writer = csv.DictWriter(text, FIELDS + by_hand, restval="", extrasaction="ignore",
+                            lineterminator="\n")
     writer.writeheader()
     writer.writerows([*results, result])
     write(file, lambda f: f.write(text.getvalue().encode(**TEXT)))

@@ -79,7 +79,9 @@ def rows(args, folder):
     found = []
     for file in sorted(glob.glob(os.path.join(folder, "*.csv"))):
         with contextlib.suppress(OSError, ValueError, csv.Error), open(file, newline="") as f:
-            found += [(file, row) for row in csv.DictReader(f) if is_control(row, args)]
+            for row in csv.DictReader(f):
+                with contextlib.suppress(ValueError):  # a command that no shell could read
+                    found += [(file, row)] if is_control(row, args) else []
     return found
 
 

@@ -81,7 +81,8 @@ def check_network_flags(flags, ranges, *files):
     the names of its flags that name a file to be written.
     """
     check_values(flags, [*RANGES, *ranges])
-    check_files(flags, *files, inputs=[flags.checkpoint])
+    own_results = run_folder(flags.checkpoint) / "results.csv"
+    check_files(flags, *files, inputs=[flags.checkpoint, own_results])
     flags.device = backbones.choose_device(flags.device)
 
 

@@ -17,9 +17,11 @@ def width(backbone, layers=1, pool="cls"):
     if pool not in POOLS:
         raise ValueError(f"--pool {pool} is not one of {', '.join(POOLS)}")
     if pool == "predictor":
-        if layers != 1 or getattr(backbone, "predictor", None) is None:
-            raise ValueError(f"--layers {layers} --pool predictor needs a run of zoo/capi.py, and "
-                             f"one layer; a {backbone.arch} has no predictor beside it")
+        if getattr(backbone, "predictor", None) is None:
+            raise ValueError(f"--pool predictor needs a run of zoo/capi.py; a {backbone.arch} has "
+                             "no predictor beside it")
+        if layers != 1:
+            raise ValueError(f"--pool predictor has one layer, got --layers {layers}")
         return backbone.dim
     if not hasattr(backbone, "intermediate"):
         if layers != 1 or pool == "cls+mean":

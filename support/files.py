@@ -60,7 +60,12 @@ def locked(out):
     os.makedirs(out, exist_ok=True)
     try:
         with open(path, "x") as f:  # looks and creates in one operation
-            f.write(text)
+            try:
+                f.write(text)
+                f.flush()
+            except OSError:  # for lack of space: an empty lock would belong to nobody
+                os.remove(path)
+                raise
     except FileExistsError:
         pid, where, since = owner_of(path)
         may_live = not isinstance(pid, int) or pid != os.getpid() and is_alive(pid)

@@ -203,7 +203,7 @@ class Record:
             if self.bad_in_a_row == 3:
                 raise ValueError(f"three steps in a row, up to {step}, were skipped; "
                                  f"{self.first_bad}. The last checkpoint is untouched; lower --lr "
-                                 "or --logit-scale, or raise --warmup-epochs")
+                                 "or --logit-scale")
         self.unread = []
 
     def means(self):

@@ -8,9 +8,9 @@ import math
 
 
 class Monitor:
-    """Says each kind of thing once in a run. K: vectors of the prototype set, which are more than
-    --num-prototypes in a set that is a memory. prototypes: the set's name, which no
-    sentence advises."""
+    """Says each kind of thing once in a process. K: vectors of the prototype set, which are more
+    than --num-prototypes in a set that is a memory. prototypes: the set's name, which no sentence
+    advises."""
 
     def __init__(self, K, prototypes=""):
         self.K, self.prototypes = K, prototypes
@@ -83,12 +83,11 @@ def troubles(row, K, prototypes=""):
         sentences["uniform"] = (
             f"the first term of the loss stays at {loss_over_ln_k:.3f} of its value at the start: "
             "the student gives all prototypes of a softmax the same probability. Try a lower --lr, "
-            "a longer --warmup-epochs, or a higher --logit-scale")
+            "a longer run (--epochs), or a higher --logit-scale")
     if effective < 2 and K > 8 and not follows_appendix_a(row):
         sentences["one prototype"] = (
             f"nearly all images go to one prototype: the perplexity is {effective:.1f} of {K}. Try "
-            "a lower --lr, a higher --teacher-temp or --targets sinkhorn (dino), or --prototypes "
-            "live")
+            "a lower --lr, or a higher --teacher-temp or --targets sinkhorn (dino)")
     if unique < 0.5:
         sentences["collapse"] = (
             f"partial prototype collapse: {100 * unique:.0f} % of the prototypes are unique at "

@@ -7,6 +7,7 @@ bits (16-bit PNG, 32-bit or float TIFF) do not say which value is white: a camer
 """
 import contextlib
 import logging
+import re
 import threading
 import warnings
 
@@ -62,6 +63,12 @@ def opened(path):
         raise ValueError(f"{path} cannot be read ({reason})") from None
 
 
+def raw_mode(tile):
+    """How a part of an image lies in its file, in Pillow's words, such as "RGB;16B"."""
+    args = tile[3]  # of the decoder: that word, or a tuple that begins with it
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
 def pixels(image, limit, white):
     """`read` for an image that Pillow has opened. ValueError where it has values that are not
     those of a picture."""
@@ -69,7 +76,8 @@ def pixels(image, limit, white):
     if bands > 4:
         raise ValueError(f"it has {bands} bands, and grey, RGB, RGBA and CMYK are read")
     # Pillow keeps the upper 8 of the 16 bits of a colour
-    drops_bits = image.mode.startswith("RGB") and any("16" in str(tile[3]) for tile in image.tile)
+    drops_bits = image.mode.startswith("RGB") and any(
+        re.match("RGB[AX]?;16", raw_mode(tile)) for tile in image.tile)
     if limit:  # a JPEG can be decoded at a half, a fourth or an eighth of its size
         image.draft("RGB", (2 * limit, 2 * limit))
     # differs: torchvision's reader leaves pictures as the camera held them

@@ -76,7 +76,7 @@ def voc_folder(folder, size, most):
             raise ValueError(f"--data {folder} is neither shapes nor a folder in VOC layout: "
                              f"there is no {path}")
         with open(path, **TEXT) as file:
-            lists[split] = file.read().split()
+            lists[split] = [line.strip() for line in file if line.strip()]
         if not lists[split]:
             raise ValueError(f"{path} names no images")
     if both := set(lists["train"]) & set(lists["val"]):

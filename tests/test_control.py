@@ -30,6 +30,7 @@ def results(folder, *rows):
 def test_the_control_is_the_row_whose_other_flags_are_equal(tmp_path):
     version = data.VERSIONS["shapes"]
     results(tmp_path,
+            ("train.py 'frozen", 93, version),  # no shell could read it
             ("train.py --prototypes frozen --seed 0", 70, version),
             ("train.py --seed 1 --prototypes frozen --epochs 5 --steps 300", 50, version),
             ("train.py --prototypes frozen --steps 300 --seed 2", 60, version),

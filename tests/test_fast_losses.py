@@ -78,7 +78,7 @@ def test_dino(blocks, scale, tau, biased):
     p_t = (3 * h_t @ protos.weight.detach().T).softmax(-1)
     p_t = p_t * torch.tensor([1.0, 0.9])[:, None, None]  # the mass need not be one
     expected = losses.dino(protos.logits(h_s), p_t, tau, protos.bias(tau))["cross_entropy"]
-    ours = fast.dino(h_s, p_t, protos, tau)["cross_entropy"]
+    ours = fast.dino(losses.other_crop, h_s, p_t, protos, tau)["cross_entropy"]
     inputs = [h_s, protos.weight] + [bias] * biased
     close(gradients(ours, *inputs), gradients(expected, *inputs), rel=2e-5)
 
@@ -90,7 +90,7 @@ def test_dino_trains_the_lengths_of_vmf(blocks):
     h_s, h_t = case()[:2]
     p_t = F.normalize(h_t, dim=-1) @ protos.vectors().T
     expected = losses.dino(protos.logits(h_s), p_t.softmax(-1), 0.1, protos.bias(0.1))
-    ours = fast.dino(h_s, p_t.softmax(-1), protos)
+    ours = fast.dino(losses.other_crop, h_s, p_t.softmax(-1), protos)
     inputs = [h_s, protos.weight, protos.gain]
     close(gradients(ours["cross_entropy"], *inputs),
           gradients(expected["cross_entropy"], *inputs), rel=2e-5)

@@ -125,11 +125,11 @@ def pretend_runs(monkeypatch, total, seconds=0.0):
 def test_runs_take_turns_until_they_are_over(tmp_path, monkeypatch, capsys):
     """Their length is known after the first turn, or from --steps."""
     calls = pretend_runs(monkeypatch, total=15)
-    assert gpu.runs(options(tmp_path, toy=False), gpu.Clock(5)) == ([], [])
+    assert gpu.runs(options(tmp_path, toy=False), gpu.Deadline(5)) == ([], [])
     assert calls == [(kind, steps) for steps in (10, 15) for kind in gpu.KINDS]
     calls.clear()
     short = options(tmp_path / "other", turn=1000, flags=["--lr", "0.01", "--steps", "15"])
-    assert gpu.runs(short, gpu.Clock(5)) == ([], [])
+    assert gpu.runs(short, gpu.Deadline(5)) == ([], [])
     assert calls == [(kind, 15) for kind in gpu.KINDS]
     found = rows(tmp_path / "runs.csv")
     assert [(row["prototypes"], row["step"]) for row in found] == [(k, "15") for k in gpu.KINDS]
@@ -138,7 +138,7 @@ def test_runs_take_turns_until_they_are_over(tmp_path, monkeypatch, capsys):
 def test_no_turn_begins_that_would_outlast_the_minutes(tmp_path, monkeypatch):
     calls = pretend_runs(monkeypatch, total=30, seconds=0.4)
     monkeypatch.setattr(gpu, "LEAST_LEFT", 0.1)
-    bad, left_out = gpu.runs(options(tmp_path), gpu.Clock(1.1 / 60))
+    bad, left_out = gpu.runs(options(tmp_path), gpu.Deadline(1.1 / 60))
     assert bad == [] and len(calls) == 2
     assert left_out == ["steps after 0 of the runs, decoupled first"]
 
@@ -147,7 +147,7 @@ def test_every_benchmark_has_flags_that_lab_bench_takes(tmp_path, monkeypatch):
     for toy in (True, False):
         calls = []
         monkeypatch.setattr(gpu, "call", lambda words, *a, **k: calls.append(words) or True)
-        assert gpu.bench_all(options(tmp_path, toy=toy), gpu.Clock(5)) == ([], [])
+        assert gpu.bench_all(options(tmp_path, toy=toy), gpu.Deadline(5)) == ([], [])
         items = []
         for words in calls:
             assert words[:2] == ["-m", "lab.bench"]
@@ -160,13 +160,13 @@ def test_every_benchmark_has_flags_that_lab_bench_takes(tmp_path, monkeypatch):
 
 
 def test_a_benchmark_without_time_is_named_and_a_failing_one_too(tmp_path, monkeypatch):
-    _, left_out = gpu.bench_all(options(tmp_path), gpu.Clock(0))
+    _, left_out = gpu.bench_all(options(tmp_path), gpu.Deadline(0))
     assert len(left_out) == len(gpu.TOY_SIZES) and "lab.bench step" in left_out[0]
 
     def fail(*a, **k):
         raise ValueError("it failed")
     monkeypatch.setattr(gpu, "call", fail)
-    assert gpu.bench_all(options(tmp_path), gpu.Clock(5)) == (["it failed"] * 3, [])
+    assert gpu.bench_all(options(tmp_path), gpu.Deadline(5)) == (["it failed"] * 3, [])
 
 
 def test_the_exit_code_says_whether_all_was_well(tmp_path, monkeypatch, capsys):

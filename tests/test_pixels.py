@@ -232,6 +232,17 @@ def test_colours_of_16_bits(tmp_path):
         pixels.read(tmp_path / "twelve.png")
 
 
+@pytest.mark.parametrize("name, size", [("dark.bmp", (5, 5)), ("wide.bmp", (720, 2)),
+                                        ("dark.tif", (5, 5))])
+def test_dark_pictures_of_8_bits_are_pictures(tmp_path, name, size):
+    """Pillow names the length of a row, and where a strip lies in the file, beside the bits."""
+    image = Image.new("RGB", size, (9, 8, 7))
+    image.save(tmp_path / name, **({"compression": "tiff_lzw"} if name.endswith("tif") else {}))
+    assert "16" in str(Image.open(tmp_path / name).tile) or name == "dark.tif"
+    x = pixels.read(tmp_path / name)
+    assert torch.equal(x, torch.tensor([9, 8, 7], dtype=torch.uint8)[:, None, None].expand_as(x))
+
+
 # ---- very large images ---------------------------------------------------------------------------
 def test_an_image_of_too_many_pixels_says_so(tmp_path, monkeypatch):
     Image.new("L", (300, 300)).save(tmp_path / "x.png")

@@ -412,6 +412,11 @@ def write_lock(out, host, pid):
     return text
 
 
+def test_a_mixture_that_would_never_start_is_refused(tmp_path, capsys):
+    assert ("--gmm-start 6 lies beyond the 6 steps of this run: the prototypes would never move"
+            in sentence_of_refusal(capsys, tmp_path, "--gmm-start", "6"))
+
+
 @pytest.mark.parametrize("owner", ["a process that lives", "a process elsewhere"])
 def test_a_folder_in_use_is_refused(tmp_path, capsys, owner):
     host, pid = socket.gethostname(), os.getppid()
@@ -775,7 +780,7 @@ def test_a_restart_by_torchrun_implies_resume(tmp_path, monkeypatch, capsys):
 
 
 # ---- backbones in and out ----------------------------------------------------------------------
-VIT = ["--arch", "vit_tiny", "--patch-size", "8", "--steps", "1"]
+VIT = ["--arch", "vit_tiny", "--patch-size", "8", "--steps", "1", "--gmm-start", "0"]
 NANO = dict(patch_size=8, img_size=32)
 
 

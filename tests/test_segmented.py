@@ -26,6 +26,13 @@ def test_a_folder_in_voc_layout(tmp_path):
     for i in range(8):
         row = train.maps[i, 5].tolist()
         assert row == [0] * 18 + [I] * 2 + [1 + i % 2] * 20
+    # a name may hold spaces: one a line
+    (folder / "JPEGImages/val_0.jpg").rename(folder / "JPEGImages/a train image.jpg")
+    (folder / "SegmentationClass/val_0.png").rename(folder / "SegmentationClass/a train image.png")
+    names = folder / "ImageSets/Segmentation/val.txt"
+    names.write_text("a train image\n\n" + names.read_text().partition("\n")[2])
+    _, again, _ = segmented.voc_folder(str(folder), 40, (1, 3))
+    assert torch.equal(again.x, test.x)
     # four are spread evenly: 0, 2, 4, 6
     few, _, _ = segmented.voc_folder(str(folder), 40, (4, 1))
     assert torch.equal(few.x, train.x[::2])

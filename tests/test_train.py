@@ -205,6 +205,7 @@ CASES = [("--prototypes decoupled", 1e-4),
          ("--prototypes kmeans --method deepcluster --steps 6 --optimizer sgd", 1e-4),
          ("--prototypes clustered --student-prototypes joint", 1e-4),
          ("--prototypes bank --method sop --memory 30", 1e-4),
+         ("--prototypes frozen --method carp-uniform --no-head-bn --lr 1e-5", 1e-6),
          ("--prototypes joint --method swav --queue 12 --optimizer sgd", 1e-4)]
 ALL_ON_TWO = """
 import sys

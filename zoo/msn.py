@@ -15,6 +15,9 @@ its patches. Prototypes are trained by the loss, and the teacher uses the studen
                   PMSN: pi_k ~ k^-prior, the shares of a long tail
                   differs: lightly's PMSN, the only code of it, has KL(pi || p_bar)
 
+differs: prototypes decay as other weights do, and --clip-grad is of each tensor; in MSN's code they
+do not decay, and the gradient of the encoder is clipped as a whole.
+
 The loop is that of train.py; what differs from it is marked.
 
     V views of B images on this process, the first the teacher's; D dimensions of h; K prototypes
@@ -107,9 +110,8 @@ def check(args):
     if args.num_prototypes < 2:
         raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
                          "or more")
-    if args.patch_drop and args.arch not in models.VITS:
-        raise ValueError(f"--patch-drop needs a ViT, whose patches can be left out, got --arch "
-                         f"{args.arch}")
+    if args.arch not in models.VITS:
+        raise ValueError(f"--arch {args.arch} has no patches that can be left out: MSN needs a ViT")
 
 
 # ---- the loss ----------------------------------------------------------------------------------

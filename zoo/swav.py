@@ -14,7 +14,8 @@ last steps join its rows, scored with the prototypes of now, and their targets a
 
 differs: with batch norm in the head, the scores of targets are normalised over the two global views
 alone, and in the official code over all views. `--no-head-bn` makes it exact. Prototypes are
-normalised in the logits; the official code does it after each step.
+normalised in the logits; the official code does it after each step. The queue is used as soon as
+it is full; the official code waits for pass 15.
 
     B images of this process; Q vectors of each view in the queue
 """

@@ -18,6 +18,7 @@ import math
 from torch.nn import functional as F
 
 from losses import CARPLoss
+from support import ddp
 
 
 class UniformCARP(CARPLoss):
@@ -33,7 +34,7 @@ class UniformCARP(CARPLoss):
 
     def forward(self, h_s, h_t, protos_s, protos_t, step):
         terms = super().forward(h_s, h_t, protos_s, protos_t, step)
-        spread = sum(uniformity(h) for h in h_s[:2]) / 2
+        spread = sum(uniformity(ddp.gather_with_gradient(h)) for h in h_s[:2]) / 2
         return terms | {"uniformity": self.weight * spread}
 
 
