@@ -31,7 +31,8 @@ ROUNDING = 1e-14  # float64 cannot tell prototypes closer than this from equal o
 # ---- Def. 2.1 -----------------------------------------------------------------------------------
 def covering(A, eps_list):
     """{eps: cover (M,)}: for each row of A (M, D) the index of the representative that covers it,
-    which is its own index if it is one. A float64, no zero row."""
+    which is its own index if it is one. A float64, no zero row. A change here has to be made in
+    fast/unique.py too, for more than PLAIN_UP_TO prototypes."""
     squares = A.square().sum(1)  # (M,)
     cos = A @ A.T / (squares[:, None] * squares).sqrt()  # (M, M)
     itself = torch.arange(len(A))  # (M,)

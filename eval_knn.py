@@ -64,7 +64,8 @@ def neighbours(train_x, test_x, k, leave_one_out=False):
 
     train_x (N, D) is the bank and test_x (M, D) the queries; k <= N. The largest similarity comes
     first, and of equal ones the smaller index. leave_one_out: query i is image i of the bank and
-    not its own neighbour; k <= N - 1.
+    not its own neighbour; k <= N - 1. A change here has to be made in fast/knn.py too, for more
+    than PLAIN_UP_TO similarities.
     """
     bank = unit(train_x).to(test_x.device)  # (N, D)
     for first in range(0, len(test_x), CHUNK):

@@ -779,6 +779,7 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--patch-size", "0"], "--patch-size must be at least 1, got 0"),
     (["--dump", ""], "--dump must not be empty"),
     (["--results", "{tmp}"], "--results .* must be a file in a folder that exists"),
+    (["--dump", "{tmp}/results.csv"], "--dump .*results.csv would overwrite a file that is read"),
     (["--results", "{tmp}/ckpt.pt/r.csv"], "--results .*ckpt.pt/r.csv must be a file"),
     (["--mean", "0.5", "0.5", "nan"], "--mean must lie in .0, 1., got 0.5 0.5 nan"),
     (["--std", "0.5", "0", "0.5"], "--std must be positive, got 0.5 0.0 0.5"),
@@ -790,6 +791,7 @@ def test_command_line_refuses_with_exit_2(tmp_path, capsys, monkeypatch, flags, 
     (tmp_path / "loose").mkdir()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "loose" / "a.png")
     checkpoint(tmp_path / "ckpt.pt", data=str(tmp_path / "images"))
+    (tmp_path / "results.csv").write_text("time,tool\n")  # earlier numbers of this run
     flags = [flag.format(tmp=tmp_path) for flag in flags]
     with pytest.raises(SystemExit) as stop:
         eval_knn.main([str(tmp_path), "--device=cpu", *flags])

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import functools
+import io
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ import views
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
 from gmm import OnlineGMM
-from support import checkpoint, checkpoints, ddp, export
+from support import checkpoint, checkpoints, ddp, export, files
 from support.backbones import load_backbone
 from support.log import Log
 from support.optim import CheckedStep
@@ -434,6 +435,20 @@ def test_a_folder_with_a_damaged_lock_is_refused(text, tmp_path, capsys):
     (tmp_path / "lock").write_text(text.replace("HOST", socket.gethostname()))
     assert f"delete {tmp_path / 'lock'}" in sentence_of_refusal(capsys, tmp_path)
     assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_a_full_disk_leaves_no_lock_that_belongs_to_nobody(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(path, mode):
+        open(path, mode).close()
+        return Full()
+    monkeypatch.setattr(files, "open", full, raising=False)
+    with pytest.raises(OSError, match="No space left"), files.locked(tmp_path):
+        pass
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("change", [
