@@ -321,7 +321,10 @@ def lengths(args, n):
     total = args.steps or max(1, round(args.epochs * steps_per_epoch))
     if args.stop_at and args.stop_at > total:
         raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
-    if total <= args.gmm_start >= 1 and not args.resume:  # a run that began like this goes on
+    kinds = [args.prototypes, getattr(args, "patch_prototypes", args.prototypes)]
+    has_mixture = any(issubclass(heads.prototype_class(kind), heads.Decoupled) for kind in kinds)
+    # a run that began before this rule goes on
+    if has_mixture and total <= args.gmm_start >= 1 and not args.resume:
         raise ValueError(f"--gmm-start {args.gmm_start:g} lies beyond the {total} steps of this "
                          "run: the prototypes would never move")
     return steps_per_epoch, total, min(args.stop_at or total, total)
