@@ -413,6 +413,14 @@ def write_lock(out, host, pid):
     return text
 
 
+def test_a_warm_up_that_is_cut_says_so(tmp_path, capsys):
+    train_tiny(tmp_path, "--warmup-epochs", "2", "--stop-at", "1")
+    assert ("warm-up of lr: 0.6 steps, a tenth of the run, as --warmup-epochs 2 is longer"
+            in capsys.readouterr().out)
+    train_tiny(tmp_path, "--stop-at", "2", "--resume")
+    assert "as --warmup-epochs 2 is longer" in capsys.readouterr().out
+
+
 def test_a_mixture_that_would_never_start_is_refused(tmp_path, capsys):
     assert ("--gmm-start 6 lies beyond the 6 steps of this run: the prototypes would never move"
             in sentence_of_refusal(capsys, tmp_path, "--gmm-start", "6"))
