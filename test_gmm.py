@@ -13,6 +13,10 @@ from torch.nn import functional as F
 from gmm import OnlineGMM, eta_at
 
 
+def vectors(N, D):
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+
+
 def mixture(K=40, D=6, N=150, seed=0, **options):
     """A mixture with known parameters (mu, var, pi), these parameters in float64, and N vectors."""
     generator = torch.Generator().manual_seed(seed)
@@ -206,6 +210,30 @@ def test_A5_variance_floor_is_relative():
     assert torch.allclose(gmm.var, 0.01 * pooled.expand(1, 3), rtol=1e-4)
 
 
+def test_the_start_has_the_variance_of_the_vectors_and_noise_of_half_their_deviation():
+    h = 3 * vectors(100, 16) + 5
+    pooled = float(h.var(0, unbiased=False).mean())
+    gmm = OnlineGMM(30, 16)
+    gmm.init_from(h)
+    assert torch.allclose(gmm.var, torch.full((30, 16), pooled), rtol=1e-4)
+    gmm.init_from(h, how="random")  # one component covers all: its variance is rms^2 / D
+    assert torch.allclose(gmm.var, h.square().mean().expand(30, 16), rtol=1e-4)
+    gmm, few = OnlineGMM(200, 64), 10 * vectors(3, 64)
+    gmm.init_from(few)
+    noise = gmm.mu - few[torch.cdist(gmm.mu, few).argmin(1)]  # (200, 64)
+    half = 0.5 * float(few.var(0, unbiased=False).mean().sqrt())
+    assert float(noise.std()) == pytest.approx(half, rel=0.03)
+
+
+def test_equal_vectors_leave_a_variance_above_0():
+    gmm, h = OnlineGMM(3, 4, resurrect=None), torch.full((50, 4), 3.)
+    gmm.init_from(h)
+    for _ in range(50):
+        gmm.update(h, 1.0, 0.1)
+    assert (gmm.var >= 1e-8).all()
+    assert torch.allclose(gmm.responsibilities(h, 1.0).sum(1), torch.ones(50))
+
+
 # ---- A.6 -----------------------------------------------------------------------------------------
 def heavy(rescale=True, **options):
     """Component 0 holds 0.7 of the weight, with a mean of norm 5; component 5 is the lightest."""
@@ -243,14 +271,49 @@ def test_split_resurrect_conserves_mass_and_survives():
     assert torch.allclose(gmm.mu[5], fresh, atol=1e-5)
 
 
-def test_split_draws_new_directions_each_time():
-    gmm, h = heavy()
-    gmm.update(h, 1.0, 0.999)
-    first = gmm.mu[5].clone()
-    gmm.set_params(gmm.mu, gmm.var, torch.tensor([.7] + [.3 / 7] * 7), mass=10.)
-    gmm.update(h, 1.0, 0.999)
-    cosines = F.normalize(gmm.mu, dim=1) @ F.normalize(first, dim=0)  # (K,)
-    assert int((cosines > 0.999999).sum()) <= 1  # at most the old one itself, and no second copy
+def of_weights(*weights, resurrect=0.3):
+    """Far apart components of these weights, and vectors that all lie at the first."""
+    gmm = OnlineGMM(len(weights), 2, resurrect=resurrect, rescale=False)
+    mu = torch.tensor([[30. * k, 5.] for k in range(len(weights))])
+    gmm.set_params(mu, torch.ones(len(weights), 2), torch.tensor(weights), mass=10.)
+    return gmm, vectors(64, 2) + mu[0]
+
+
+def test_two_heavy_components_share_with_the_two_lightest_the_heaviest_with_the_lightest():
+    gmm, h = of_weights(.42, .36, .05, .01, .06, .10)
+    before = gmm.S_pi.clone()
+    report = gmm.update(h, 1.0, 1 - 1e-12)  # nothing is forgotten
+    assert int(report["resurrected"]) == 2
+    for k, j in ((0, 3), (1, 2)):
+        half = float(before[k] + before[j]) / 2
+        assert gmm.S_pi[[k, j]].tolist() == pytest.approx([half, half])
+    assert gmm.S_pi[[4, 5]].tolist() == pytest.approx(before[[4, 5]].tolist())
+
+
+def test_nobody_restarts_who_is_above_the_limit_itself():
+    gmm, h = of_weights(.6, .4)
+    mu = gmm.mu
+    assert int(gmm.update(h, 1.0, 1 - 1e-12)["resurrected"]) == 0
+    assert torch.allclose(gmm.mu, mu, atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_restarts_nobody():
+    gmm, h = of_weights(.7, .1, .1, .1)
+    before = [S.clone() for S in (gmm.S_pi, gmm.S_mu, gmm.S_sig)]
+    h[3, 1] = math.nan
+    assert int(gmm.update(h, 1.0, 0.9)["resurrected"]) == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, (gmm.S_pi, gmm.S_mu, gmm.S_sig)))
+
+
+def test_each_restart_has_a_direction_of_its_own():
+    directions = []
+    gmm, h = of_weights(.7, .1, .1, .1)
+    start = gmm.mu
+    for _ in range(2):
+        gmm.set_params(start, torch.ones(4, 2), torch.tensor([.7, .12, .12, .06]), mass=10.)
+        assert int(gmm.update(h, 1.0, 0.999)["resurrected"]) == 1
+        directions.append(F.normalize(gmm.mu[3], dim=0))
+    assert not torch.allclose(*directions, atol=1e-3)
 
 
 def test_split_needs_weight_above_the_limit():

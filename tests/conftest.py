@@ -2,6 +2,7 @@
 import csv
 import functools
 import importlib
+import math
 import os
 import sys
 
@@ -198,3 +199,8 @@ def differences(a, b, *parts):
 
 def same_value(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def half_cosine(start, end, share):
+    """Where a value stands that goes from start to end on half a cosine, after a share of it."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

@@ -522,3 +522,31 @@ def test_the_instrument_runs_five_seeds_at_the_default_length():
     usual = config.parse([]).epochs
     assert lengths["DINO, joint, a third"] == pytest.approx(usual / 3, rel=1e-4)
     assert lengths["DINO, joint, three times"] == 3 * usual
+
+
+def test_the_picture_is_of_runs_without_flags_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tabulate.plots, "space", lambda means, file: drawn.append(means))
+    rows = [{"row": "CARP, joint", "seed": "0", "block": block, "knn": knn, "unique_0.5": ".2",
+             "used": ".1"} for block, knn in (("--steps 3", "20"), ("", "80"))]
+    tabulate.draw("space", rows, str(tmp_path / "x.png"))
+    tabulate.draw("space", rows[:1], str(tmp_path / "x.png"))
+    assert [means["CARP, joint"]["knn"] for means in drawn] == [80, 20]
+
+
+@pytest.mark.parametrize("values, third, fails", [
+    ([80, 80, 80], [80.4, 80.4, 80.4], []), ([80, 80, 80], [80.6, 80.6, 80.6], [1]),
+    ([60.1, 60.1, 60.1], [60, 60, 60], []), ([59.9, 59.9, 59.9], [59, 59, 59], [3]),
+    ([79, 80.4, 81.8], [60, 60, 60], []), ([78.6, 80.4, 82.2], [60, 60, 60], [2]),
+    ([87.9, 87.9, 87.9], [60, 60, 60], []), ([88.1, 88.1, 88.1], [60, 60, 60], [4])])
+def test_where_a_claim_about_the_instrument_ends_to_be_met(values, third, fails):
+    knn = {}
+    for system in tables.SYSTEMS:
+        knn |= {f"{system}, a third": [60, 60, 60], f"{system}, default length": [80, 80, 80],
+                f"{system}, three times": [90, 90, 90]}
+    knn |= {"labels, default length": [95, 95, 95], "CARP, joint, default length": values,
+            "CARP, joint, a third": third}
+    rows = {row: [{"seed": str(seed), "knn": str(value), "raw_knn": "40", "untrained_knn": "35"}
+                  for seed, value in enumerate(of_row)] for row, of_row in knn.items()}
+    words = [words_of(line) for line in tabulate.verdict(rows)]
+    assert [i for i, word in enumerate(words) if word == "NOT MET"] == fails

@@ -1046,3 +1046,54 @@ def test_prototypes_per_class():
     by_size = assign.per_class(sizes, sizes, list("abcd"), K=4)["groups"]
     assert {name: shares["prototypes"] for name, shares in by_size.items()} == {
         "head (1 classes)": .25, "medium (2 classes)": .5, "tail (1 classes)": .25}
+
+
+def test_the_entropy_of_assignments(monkeypatch):
+    """One image is of two prototypes and one of all four: ln 2 and ln 4."""
+    P, h = torch.tensor([[.5, .5, 0, 0], [.25, .25, .25, .25]]), torch.eye(2, 3)
+    images = argparse.Namespace(y=None)
+    run = (None, argparse.Namespace(vectors=lambda: torch.eye(4, 3)), None, {})
+    monkeypatch.setattr(assign.checkpoint, "load_run", lambda path: run)
+    monkeypatch.setattr(assign.checkpoint, "assignments",
+                        lambda run, images: iter([(h[:1], P[:1]), (h[1:], P[1:])]))
+    monkeypatch.setattr(assign, "load_images", lambda data, args: (images, None, None))
+    found = assign.summary(assign.assign_images("run", "toy", collapse.usage))
+    assert found["entropy"] == pytest.approx(1.5 * math.log(2))
+    assert found["entropy_over_ln_k"] == pytest.approx(0.75)
+
+
+def test_a_montage_shows_the_images_nearest_in_cosine_and_no_prototype_twice():
+    """The long vector has the larger product with the prototype, and the short one the cosine."""
+    x = torch.arange(3)[:, None, None, None].expand(3, 3, 2, 2)
+    assigned = argparse.Namespace(h=torch.tensor([[9., 9.], [.1, 0.], [0., 5.]]), C=torch.eye(2),
+                                  won=torch.tensor([0, 0, 1]), images=argparse.Namespace(x=x))
+    rows = assign.montage_rows(assigned, [], 0, rows=4, n=3)
+    assert [title for title, _ in rows] == ["most used\n0 (2 images)", "most used\n1 (1 images)"]
+    assert [int(picture[0, 0, 0]) for picture in rows[0][1]] == [1, 0, 2]
+
+
+def test_the_largest_rank_is_the_smaller_side():
+    text = report.table_of_cosines([("wide", collapse.describe(randn(5, 64), [.5])),
+                                    ("tall", collapse.describe(randn(64, 3), [.5]))])
+    _, wide, tall = text.splitlines()
+    assert wide.endswith(" of 5") and tall.endswith(" of 3")
+
+
+def test_zero_rows_are_no_prototypes_in_the_control_and_the_limit(tmp_path, capsys):
+    """10 of 40 rows are not zero, and 8 of them are unique."""
+    C = torch.zeros(40, 32)
+    C[:10] = randn(10, 32)
+    C[8:10] = C[0]
+    np.save(tmp_path / "C.npy", C.numpy())
+    about = {"label": "C", "file": "C.npy", "set": "C", "several": False}
+    args = collapse.parser().parse_args(["C.npy"])
+    one = collapse.describe_set(C, about, [.025], args)
+    assert (one["K"], one["random"]["K"], one["eps"][.025]["share"]) == (40, 10, 0.8)
+    for limit, code in (("0.75", 0), ("0.85", 1)):
+        flags = ["--fail-below", limit, "--eps", ".025"]
+        assert collapse.main([str(tmp_path / "C.npy"), *flags]) == code
+
+
+def test_a_verdict_depends_on_99_percent_of_random_directions():
+    assert "compare the count with that" in collapse.verdict(.98, 100, 16, .5)
+    assert "reaching it does not show" in collapse.verdict(.995, 100, 16, .5)

@@ -147,3 +147,14 @@ def test_supervised_refuses_what_cannot_be(monkeypatch):
     monkeypatch.setattr(data, "load", lambda name, **settings: (images, None))
     with pytest.raises(ValueError, match="needs labels"):
         losses.loss(args("--method", "supervised"))
+
+
+def test_the_control_is_that_of_the_first_table_that_has_one(tmp_path):
+    for name, knn, unique in (("a", 50, .25), ("b", 70, .75)):
+        with open(tmp_path / f"{name}.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, ["command", "knn", "unique_0.5", "data_version"])
+            writer.writeheader()
+            writer.writerow({"command": "train.py --prototypes frozen", "knn": knn,
+                             "unique_0.5": unique, "data_version": data.VERSIONS["shapes"]})
+    sentence = control.sentence(config.parse(["--device", "cpu"]), tmp_path)
+    assert "k-NN 50.0, unique(.5) 0.250\n  in one earlier run" in sentence and "a.csv" in sentence

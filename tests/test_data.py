@@ -1075,3 +1075,39 @@ def test_eval_batches_resize_and_crop_like_dino(some, tmp_path):
         small = image.resize((16, 16), Image.Resampling.BICUBIC)
         want = torch.from_numpy(np.array(small)[1:15, 1:15]).permute(2, 0, 1) / 255
         assert (out[i] - want).abs().max() < 2.5 / 255
+
+
+def crops_of(images, recipe):
+    (crops,) = views.batches(images, recipe, batch_size=len(images), seed=3, start=0, stop=1)
+    return crops
+
+
+def test_a_strong_jitter_makes_no_factor_negative():
+    """As in torchvision: of 1.5 it is between 0 and 2.5, and hardly ever 0."""
+    images = data.Images(torch.full((300, 3, 8, 8), 60, dtype=torch.uint8), None, [], "x")
+    switches = ONLY_CROPS | dict(jitter=(1.5, 0, 0, 0), jitter_p=1.0)
+    recipe = views.Recipe(8, 8, 0, (1.0, 1.0), (1.0, 1.0), **switches)
+    out = unnormalise(crops_of(images, recipe)[0])
+    factor = out[:, 0, 0, 0] / (60 / 255)
+    assert (factor < 0.01).sum() < 10 and 2.4 < factor.max() <= 2.5 + 1e-4
+
+
+def test_blur_has_a_sigma_between_a_tenth_and_two_pixels(monkeypatch):
+    sigmas, blur = [], views.blur
+    monkeypatch.setattr(views, "blur", lambda x, sigma: (sigmas.append(sigma), blur(x, sigma))[1])
+    images = data.Images(torch.zeros(300, 3, 8, 8, dtype=torch.uint8), None, [], "x")
+    crops_of(images, views.Recipe(8, 8, 0, **ONLY_CROPS | dict(blur_p=(1.0, 1.0, 0))))
+    sigma = torch.cat(sigmas)
+    assert 0.1 <= sigma.min() < 0.15 and 1.95 < sigma.max() <= 2
+    assert float(sigma.mean()) == pytest.approx(1.05, abs=0.08)
+
+
+def test_images_on_disk_are_solarized_from_128_on_and_blurred_as_those_in_memory():
+    x = torch.tensor([100, 127, 128, 200], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    recipe = views.Recipe(8, 8, 0, (1.0, 1.0), (1.0, 1.0), **ONLY_CROPS | dict(
+        solarize_p=(1.0, 1.0, 0)))
+    out = unnormalise(crops_of(Disk(x), recipe)[0])[:, 0, 0, 0] * 255
+    assert sorted(out.round().int().tolist()) == [55, 100, 127, 127]
+    blurs = [t for step in views.transform(recipe, recipe.views()[0]).transforms
+             for t in getattr(step, "transforms", [step]) if isinstance(t, v2.GaussianBlur)]
+    assert [tuple(blur.sigma) for blur in blurs] == [(0.1, 2.0)]

@@ -1,6 +1,7 @@
 """lab/eval_dense.py: cutting and pasting, labels of patches, both probes, choosing, the command,
 also on folders in VOC layout. Oracles are loops in NumPy, or numbers worked out by hand."""
 import csv
+import math
 from collections import Counter
 
 import numpy as np
@@ -456,3 +457,62 @@ def test_bad_folders_are_one_sentence(tmp_path, capsys):
     assert "all pixels of the training images have the label 255" in refused("j", ignore("train"))
     assert "all pixels of the test images have the label 255" in refused("k", ignore("val"))
     assert "neither shapes nor a folder" in refusal(capsys, run, "--data", tmp_path / "nowhere")
+
+
+def test_what_a_line_of_the_results_holds():
+    result = dense.Result(None, 1., 2., torch.tensor([math.nan, 3.]), "k=1 L2", 4.)
+    assert dense.tables_of({("backbone", "knn"): result, ("commonest label", ""): result}) == {
+        name: {"miou": 1, "pixels_right": 2, "chosen": "k=1 L2", "miou_held_out": 4,
+               "iou_of_classes": "- 3.00"} for name in ("backbone knn", "commonest label")}
+
+
+def test_the_seed_and_the_pixels_mean_reach_the_work(small, tmp_path, monkeypatch):
+    net = models.build("vit_nano", patch_size=8, img_size=32)
+    weights = {f"backbone.{key}": w for key, w in net.state_dict().items()}
+    args = dict(arch="vit_nano", patch_size=8, img_size=32, data="shapes", seed=0, imbalance=1.0,
+                data_version=data.VERSIONS["shapes"], mean=[.1, .2, .3], std=[.4, .5, .6])
+    torch.save({"version": 1, "step": 7, "args": args, "student": weights, "teacher": weights},
+               tmp_path / "ckpt.pt")
+    seeds, prepared = [], []
+    untrained, chosen, batches = backbones.untrained, dense.choose_and_refit, dense.patch_batches
+    monkeypatch.setattr(backbones, "untrained", lambda net, args, seed: (
+        seeds.append(seed), untrained(net, args, seed))[1])
+    monkeypatch.setattr(dense, "choose_and_refit", lambda name, train, test, C, seed, device: (
+        seeds.append(seed), chosen(name, train, test, C, seed, device))[1])
+    monkeypatch.setattr(dense, "patch_batches", lambda *images, **how: (
+        prepared.append((how["mean"], how["std"])), batches(*images, **how))[1])
+    dense.main([str(tmp_path), "--probe", "knn", "--seed", "3", "--device", "cpu"])
+    assert seeds == [3] * 4  # the untrained weights, and the held-out tenth of three features
+    assert prepared == [([.1, .2, .3], [.4, .5, .6])] * 4
+
+
+def test_a_line_of_the_table_says_what_was_right(capsys):
+    result = dense.Result(None, 11., 22., torch.tensor([33.]), "k=1 L2", 44.)
+    dense.print_tables({("backbone", "knn"): result}, ["sky"])
+    line = capsys.readouterr().out.splitlines()[1].split()
+    assert line == ["backbone", "knn", "k=1", "L2", "44.00", "11.00", "22.00"]
+
+
+def test_a_picture_shows_the_backbones_predictions(small, tmp_path, monkeypatch):
+    net = models.build("vit_nano", patch_size=8, img_size=32)
+    weights = {f"backbone.{key}": w for key, w in net.state_dict().items()}
+    args = dict(arch="vit_nano", patch_size=8, img_size=32, data="shapes", seed=0, imbalance=1.0,
+                data_version=data.VERSIONS["shapes"])
+    torch.save({"version": 1, "step": 7, "args": args, "student": weights, "teacher": weights},
+               tmp_path / "ckpt.pt")
+    drawn, predicted, chosen = [], [], dense.choose_and_refit
+
+    def choose(*args):
+        predicted.append(chosen(*args))
+        return predicted[-1]
+    monkeypatch.setattr(dense, "choose_and_refit", choose)
+    monkeypatch.setattr(dense.plots, "check_files", lambda *files: None)
+    monkeypatch.setattr(dense.plots, "segmentation", lambda x, columns, classes, file: (
+        drawn.append((x, columns))))
+    dense.main([str(tmp_path), "--probe", "knn", "--picture", str(tmp_path / "x.png"),
+                "--device", "cpu"])
+    (x, columns), = drawn
+    assert list(columns) == ["labels", "knn"] and len(x) == 6
+    of_backbone = dense.paste(predicted[0][0], 4)  # the first features are the backbone's
+    assert torch.equal(columns["knn"], of_backbone[:6])
+    assert not torch.equal(columns["knn"], dense.paste(predicted[2][0], 4)[:6])

@@ -467,3 +467,33 @@ def test_a_file_of_ones_own_is_one_entry_of_the_table(tmp_path, monkeypatch):
     protos = heads.prototypes(arguments("--prototypes negative --num-prototypes 256"))
     assert type(protos).__name__ == "Negative"
     assert torch.equal(protos.directions(), -Frozen(256, 128).directions())
+
+
+def test_a_component_starts_with_its_share_of_all_vectors_of_a_step():
+    """A.4: JB / K samples, also where a step has more vectors than the K that are collected."""
+    protos = Decoupled(6, 4, gmm=OnlineGMM(6, 4, resurrect=None))
+    protos.collect(vectors(20), 0)
+    assert protos.gmm.S_pi.tolist() == pytest.approx([20 / 6] * 6)
+
+
+def test_the_concentration_of_vmf_is_the_factor_of_the_cosine_in_its_softmax():
+    """Of exp(kappa <m, y>) the log-normaliser has the same kappa as the logit, --logit-scale
+    included."""
+    protos = VMF(20, 6, scale=2.5)
+    with torch.no_grad():
+        protos.gain.copy_(torch.linspace(0.1, 3, 20)[:, None])
+        kappa = protos.logits(protos.vectors()).diagonal() / 0.3  # where the cosine is 1
+        assert torch.allclose(protos.bias(0.3), heads.vmf_log_normalizer(kappa, 6), atol=1e-5)
+
+
+def test_the_head_starts_as_dinos():
+    for layer in Head(200, 300, 100).mlp[::2]:
+        assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+        assert not layer.bias.any()
+
+
+def test_trained_prototypes_start_short_as_a_linear_layer_does():
+    """AdamW's steps have a fixed size: longer vectors would hardly turn."""
+    weight = Joint(500, 64).weight.detach()
+    assert float(weight.abs().max()) == pytest.approx(1 / 8, rel=0.01)
+    assert float(weight.std()) == pytest.approx(1 / 8 / math.sqrt(3), rel=0.02)

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 import collapse
 import heads
 import models
-from conftest import TINY, compare_one_process_with_two, differences, read_checkpoint, read_log
-from support import measures
+import views
+from conftest import (TINY, compare_one_process_with_two, differences, half_cosine, read_checkpoint,
+                      read_log)
+from support import measures, optim
 from zoo import ibot
 
 CENTRE = ["--targets", "center", "--num-patch-prototypes", "16"]  # iBOT's, and not our default
@@ -476,3 +478,150 @@ def test_presets_hold_the_numbers_of_the_official_recipes(preset, arch):
     assert args.mask_ratio == [0.1, 0.5] and args.mask_share == 0.5 and args.student_temp == 0.1
     assert args.patch_weight == 1 and ibot.parse(["--data", "shapes"]).patch_weight == 0.1
     assert np.isclose(args.momentum, 0.996)
+
+
+# ---- flags, schedules and columns of a run ------------------------------------------------------
+MIXTURE = ["--prototypes", "frozen", "--patch-prototypes", "decoupled", "--patch-targets",
+           "sinkhorn", "--gmm-start", "0"]
+
+
+def test_the_schedules_of_a_run(tmp_path, monkeypatch):
+    seen, original = [], optim.CheckedStep.__call__
+    monkeypatch.setattr(optim.CheckedStep, "__call__", lambda self, values, step, lr, decay: (
+        seen.append((lr, decay)), original(self, values, step, lr, decay))[1])
+    betas, step_of = [], heads.Decoupled.step
+    monkeypatch.setattr(heads.Decoupled, "step", lambda protos, h, step, beta: (
+        betas.append(beta), step_of(protos, h, step, beta))[1])
+    run(tmp_path, *MIXTURE, "--lr", "3.2", "--min-lr", "0.02", "--weight-decay", "0.1",
+        "--weight-decay-end", "0.5", "--beta", "0.2", "0.8")
+    # peak 3.2 * 8 / 256; the rise takes a tenth of 6 steps
+    lrs = [0] + [half_cosine(0.1, 0.02, (step - 0.6) / 5.4) for step in range(1, 6)]
+    assert [lr for lr, _ in seen] == pytest.approx(lrs)
+    assert [decay for _, decay in seen] == pytest.approx(
+        [half_cosine(0.1, 0.5, step / 6) for step in range(6)])
+    assert betas == pytest.approx([0.2 + 0.6 * step / 6 for step in range(6)])
+
+
+STILL = ["--momentum", "1", "--momentum-end", "1", "--lr", "0.5"]
+
+
+def test_targets_and_measures_of_patches_are_those_of_the_teachers_prototypes(tmp_path,
+                                                                             monkeypatch):
+    """With a momentum of 1 these stay where they started, and the student's move."""
+    seen, original = [], ibot.PatchLoss.targets
+    monkeypatch.setattr(ibot.PatchLoss, "targets", lambda loss, h, protos, step: (
+        seen.append(protos.vectors().clone()), original(loss, h, protos, step))[1])
+    run(tmp_path, *STILL)
+    ckpt = read_checkpoint(tmp_path)
+    start = ckpt["patch_teacher"]["start"]
+    assert len(seen) == 6 and all(torch.allclose(C, start, atol=1e-6) for C in seen)
+    moved = F.normalize(ckpt["patch_student"]["weight"], dim=1) - start
+    assert moved.abs().max() > 1e-3
+    assert float(read_log(tmp_path)[-1]["patch_drift"]) < 1e-5
+
+
+def test_measures_of_patches_are_of_vectors_without_the_mean_of_their_places(tmp_path,
+                                                                             monkeypatch):
+    off, measured = [], []
+    forward, measure = ibot.PlaceMean.forward, ibot.patch_measures
+    monkeypatch.setattr(ibot.PlaceMean, "forward", lambda place_mean, h, at: (
+        off.append(forward(place_mean, h, at)), off[-1])[1])
+    monkeypatch.setattr(ibot, "patch_measures", lambda patch, h, *rest: (
+        measured.append(h), measure(patch, h, *rest))[1])
+    run(tmp_path, "--place-mean")
+    assert len(measured) == 1 and measured[0] is off[-1]
+
+
+def test_the_patch_term_over_that_of_a_uniform_student(tmp_path):
+    """Crops without a mask count 0, so a uniform student pays weight x share x ln K."""
+    run(tmp_path, "--patch-weight", "0.5", "--mask-share", "0.25", "--stop-at", "1")
+    row = read_log(tmp_path)[-1]
+    assert float(row["patch_over_ln_k"]) == pytest.approx(
+        float(row["patch"]) / (0.5 * 0.25 * math.log(16)), rel=1e-4)
+
+
+def test_the_temperatures_of_patches_and_of_class_tokens_are_their_own():
+    args = ibot.parse([*TINY, "--out", "nowhere", "--teacher-temp", "0.03", "0.05",
+                       "--patch-temp", "0.06", "0.09", "--teacher-temp-epochs", "2"])
+    cls, patch = ibot.streams(args, 10, 0, torch.device("cpu"))
+    assert [cls.loss.temperature(step) for step in (0, 10)] == pytest.approx([0.03, 0.05])
+    assert [patch.loss.temperature(step) for step in (0, 10)] == pytest.approx([0.06, 0.09])
+
+
+def test_the_student_alone_has_drop_path(tmp_path, monkeypatch):
+    rates, original = [], ibot.network
+
+    def network(args, drop_path=0.0, **settings):
+        rates.append((drop_path, settings.get("student", False)))
+        return original(args, drop_path, **settings)
+    monkeypatch.setattr(ibot, "network", network)
+    run(tmp_path, "--drop-path", "0.2", "--stop-at", "1")
+    assert rates == [(0.2, True), (0.0, False)]
+
+
+def test_prototypes_of_both_streams_stand_still_in_the_first_passes(tmp_path):
+    """--freeze-prototypes 1: for 12 steps, of which the run has 6."""
+    run(tmp_path, "--freeze-prototypes", "1", "--lr", "0.5")
+    ckpt = read_checkpoint(tmp_path)
+    for student in (ckpt["prototypes"]["student"], ckpt["patch_student"]):
+        assert torch.allclose(F.normalize(student["weight"], dim=1), student["start"], atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_moves_neither_network(tmp_path, monkeypatch):
+    original, calls = ibot.PatchLoss.forward, []
+
+    def broken_at_the_third_step(*args):
+        calls.append(1)
+        return original(*args) * (math.nan if len(calls) == 3 else 1)
+    flags = ["--lr", "0.1", "--momentum", "0.5"]
+    run(tmp_path / "two", *flags, "--stop-at", "2")
+    calls.clear()
+    monkeypatch.setattr(ibot.PatchLoss, "forward", broken_at_the_third_step)
+    run(tmp_path / "three", *flags, "--stop-at", "3")
+    two, three = (read_checkpoint(tmp_path / name) for name in ("two", "three"))
+    assert not differences(two, three, "student", "teacher", "patch_student", "patch_teacher")
+
+
+def test_each_step_draws_its_own_drop_path(tmp_path, monkeypatch):
+    """And that of a step is the same in every run: a function of seed and step."""
+    seen, original = [], ibot.Network.forward
+    monkeypatch.setattr(ibot.Network, "forward", lambda net, crops, hidden=None, rows=None: (
+        seen.append(torch.initial_seed()) if hidden is not None else None,
+        original(net, crops, hidden, rows))[1])
+    run(tmp_path, "--drop-path", "0.2", "--seed", "3", "--stop-at", "3")
+    assert seen == [views.seed_of(views.DROP_PATH, 3, step, 0) for step in range(3)]
+
+
+def test_both_mixtures_start_when_the_flags_say(tmp_path):
+    metrics = run(tmp_path, "--prototypes", "decoupled", "--targets", "sinkhorn", "--patch-targets",
+                  "sinkhorn", "--gmm-start", "4", "--log-every", "1")
+    log = read_log(tmp_path)[1:]
+    for name in ("eta", "patch_eta"):
+        assert [bool(row[name]) for row in log] == [False] * 4 + [True] * 2
+    assert float(metrics["pi_max"]) == pytest.approx(float(log[-1]["pi_max"]), rel=1e-5)
+    assert log[-1]["pi_max"] != log[-1]["patch_pi_max"]
+
+
+def test_evaluated_patches_are_the_teachers_at_places_all_over_the_grid(tmp_path, monkeypatch):
+    seen, original = [], ibot.coming_vectors
+    monkeypatch.setattr(ibot, "coming_vectors", lambda *args: (
+        seen.append(args), seen.append(original(*args)))[1] or seen[-1])
+    run(tmp_path, "--eval-bank", "200")
+    (teacher, images, recipe, step, args, device), (h, h_patch, at) = seen
+    assert len(at) == len(h_patch) == len(h) == 192  # 12 steps of two crops of 8 images
+    assert at.bincount(minlength=64).count_nonzero() > 50
+
+
+def test_the_gradient_of_four_micro_batches_is_that_of_one_batch(tmp_path):
+    """AdamW would hide a factor of it."""
+    for accum in ("1", "4"):
+        run(tmp_path / accum, "--accum", accum, "--log-every", "1", "--stop-at", "1")
+    one, four = (float(read_log(tmp_path / accum)[1]["grad_norm"]) for accum in "14")
+    assert one == pytest.approx(four, rel=1e-4)
+
+
+def test_a_shared_set_that_follows_the_teacher_takes_the_vectors_of_both_processes(tmp_path):
+    kind = ["--prototypes", "decoupled", "--targets", "sinkhorn", "--shared-prototypes",
+            "--gmm-start", "0"]
+    compare_one_process_with_two("ibot", [kind], [*TINY, "--lr", "1e-3"],
+                                 ("cross_entropy", "patch"), tmp_path)

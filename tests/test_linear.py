@@ -1329,3 +1329,11 @@ def test_a_full_disk_is_one_sentence_after_the_numbers(tmp_path, monkeypatch, sm
     assert stop.value.code == 2
     assert err == f"eval_linear.py: error: {tmp_path / 'f.pt'}: No space left on device\n"
     assert " 100.00 " in out and "the numbers are not kept: " in out
+
+
+def test_a_column_whose_deviation_is_rounding_becomes_0():
+    x = torch.full((999, 1), 0.1)
+    x[::2] = torch.nextafter(torch.tensor(0.1), torch.tensor(1.))  # the next float32
+    assert x.std() > 0
+    part, = probes.standardise(x)
+    assert not part.any()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import views
-from zoo import masks
+from conftest import TINY
+from zoo import ibot, masks
 from zoo.masks import block_mask, ibot_masks, inverse_block_mask
 
 
@@ -102,3 +103,31 @@ def test_no_purpose_of_random_numbers_shares_its_seeds_with_another():
     first = [views.ORDER, views.AUGMENT, views.LONG_TAIL, views.DROP_PATH,
              masks.MASKS, masks.IBOT_PLACES, masks.CAPI_PLACES]
     assert len(set(first)) == len(first)
+
+
+def args_of(*flags):
+    return ibot.parse([*TINY, "--out", "nowhere", *flags])
+
+
+def test_the_flags_say_how_much_is_hidden_and_the_crops_of_an_image_hide_other_patches():
+    few = masks.hidden_patches(args_of("--mask-ratio", "0.1", "0.1", "--mask-share", "1"), 40, 0, 8)
+    assert few.shape == (2, 40, 64) and few.any(2).all() and few.sum(2).max() <= 6
+    half = args_of("--mask-ratio", "0.5", "0.5", "--mask-share", "1")
+    many = masks.hidden_patches(half, 40, 0, 8)
+    assert many.sum(2).float().mean() > 20
+    assert not torch.equal(many[0], many[1])
+
+
+def test_places_of_the_two_crops_are_drawn_apart():
+    places = ibot.ibot_places(args_of("--patch-rows", "3", "--place-mean"), 5, 16)
+    assert not torch.equal(places[0], places[1])
+
+
+def test_an_inverse_block_is_at_most_twice_as_long_as_wide():
+    """90 of 16 x 16 patches: a side has between sqrt(45) and sqrt(180) of them, rounded up."""
+    rng = random.Random(1)
+    sides = []
+    for _ in range(300):
+        shown = ~inverse_block_mask(16, 16, 90, rng)
+        sides += [int(shown.any(0).sum()), int(shown.any(1).sum())]
+    assert (min(sides), max(sides)) == (7, 14)

@@ -148,3 +148,32 @@ def test_clipping_is_tensor_by_tensor():
     assert float(optim.clip([a, b], 1.0)) == pytest.approx(math.hypot(5, 0.5))
     assert torch.allclose(a, torch.tensor([0.6, 0.8, 0.0]), atol=1e-5)
     assert torch.allclose(b, torch.tensor([0.3, 0.4]))
+
+
+@pytest.mark.parametrize("change, K, named", [
+    ({"loss_over_ln_k": 1.0, "progress": 0.19}, 1024, 0),
+    ({"loss_over_ln_k": 1.0, "progress": 0.21}, 1024, 1),
+    ({"perplexity": 1.5 / 8}, 8, 0), ({"perplexity": 1.5 / 9}, 9, 1)])
+def test_where_a_warning_begins(change, K, named):
+    assert len(Monitor(K).warnings(HEALTHY | change)) == named
+
+
+SGD = parse(["--optimizer", "sgd", "--device", "cpu"])
+
+
+def test_sgd_by_hand():
+    w = torch.tensor([[1.0]], requires_grad=True)
+    take_step = optim.CheckedStep(optim.make(SGD, [w]), [])
+    for step in range(2):
+        w.grad = torch.tensor([[0.5]])
+        take_step(torch.tensor([1.0]), step, lr=0.1, weight_decay=0.0)
+    assert float(w.detach()) == pytest.approx(1 - 0.1 * 0.5 - 0.1 * (0.9 * 0.5 + 0.5))
+
+
+def test_a_step_is_taken_along_the_clipped_gradient():
+    w = torch.tensor([[3.0, 4.0]], requires_grad=True)
+    take_step = optim.CheckedStep(optim.make(SGD, [w]), [], clip_grad=0.5)
+    w.grad = torch.tensor([[3.0, 4.0]])
+    values, _ = take_step(torch.tensor([1.0]), 0, lr=1.0, weight_decay=0.0)
+    assert torch.allclose(w.detach(), torch.tensor([[2.7, 3.6]]), atol=1e-5)
+    assert float(values[-1]) == pytest.approx(5)  # before the clipping

@@ -460,3 +460,14 @@ def test_the_evaluations_take_a_released_file(tmp_path, monkeypatch, capsys):
     net, args, _ = backbones.load_backbone(words[0], arch="capi")
     twin = backbones.untrained(net, args, seed=0)
     assert twin.sizes == net.sizes and not torch.equal(twin.registers, net.registers)
+
+
+def test_a_released_patch_that_does_not_divide_224():
+    from support import capi
+    patch, dim, d = 10, 32, 16
+    theirs = {"patch_embed.weight": torch.zeros(dim, 3, patch, patch),
+              "registers": torch.zeros(1, 4, dim), capi.FREQUENCIES: torch.zeros(2, d),
+              capi.LANDMARK: torch.zeros(dim, dim)}
+    backbone, _, words = capi.build("x.pth", theirs)
+    assert (backbone.grid, backbone.patch_size) == (22, 10)
+    assert words == ", patch 10, 32 wide, 1 blocks of 2 heads, 4 registers"

@@ -368,3 +368,11 @@ def test_the_preset_holds_the_numbers_of_the_paper_and_the_defaults_its_ratios()
     assert (args.num_prototypes, args.num_patch_prototypes, args.batch_size) == (128, 128, 32)
     assert len(Bank.from_args(args).memory) == 64 * 32
     assert len(sop.patch_bank(args).memory) == 8 * 32
+
+
+def test_the_flags_of_temperatures_and_scale_reach_both_streams():
+    args = sop.parse([*TINY, "--out", "nowhere", "--logit-scale", "3", "--student-temp", "0.2",
+                      "--teacher-temp", "0.05", "0.05"])
+    for stream in sop.streams(args, 1, 0, torch.device("cpu")):
+        assert stream.student.scale == 3
+        assert (stream.loss.tau, stream.loss.tau_t) == (0.2, 0.05)

@@ -582,3 +582,63 @@ def test_a_run_that_is_older_than_the_flags_of_its_script_has_their_defaults(nam
     change, = config.differences(new | {flag: 0.123}, new, script.flags)
     assert change == f"--{flag.replace('_', '-')} 0.123 -> {new[flag]}"
     assert vars(config.completed(old, script.flags)).items() >= {f: new[f] for f in own}.items()
+
+
+def test_a_neighbour_that_points_away_has_similarity_0():
+    """Two vectors in one direction and two against it, of which two are anchors."""
+    for step in range(4):
+        bank = Bank(2, 2, M=4, k=2, B=1)
+        bank.memory.copy_(torch.tensor([[1., 0.], [1., 0.], [-1., 0.], [-1., 0.]]))
+        bank.draw(step)
+        assert bank.s.min() == 0 and bank.s.max() <= 1
+
+
+def test_vectors_that_are_not_finite_do_not_enter_the_bank():
+    bank = Bank(2, 3, M=8, k=1, B=4)
+    h = randn(8, 3)
+    h[5] = math.nan  # of the second crop
+    bank.step(h, 0)
+    bank.step(randn(8, 3, seed=1), 1)
+    assert bank.memory.isfinite().all()
+    assert torch.equal(bank.memory[:3], F.normalize(h[[4, 6, 7]], dim=1)) and int(bank.place) == 3
+
+
+def test_clustered_learns_from_half_of_the_peak_rate_on_and_as_long_as_the_run():
+    args = config.parse([*TINY, "--prototypes", "clustered", "--lr", "3.2"])
+    args.data_seen = {"steps": 40}
+    protos = Clustered.from_args(args)
+    assert protos.learning_rate(0) == pytest.approx(3.2 * 8 / 256 / 2)
+    assert protos.learning_rate(40) == pytest.approx(0.05 * (1 + math.cos(0.8 * math.pi)) / 2)
+
+
+def test_the_scale_of_logits_is_one_of_clustered_too():
+    one, two = (Clustered(5, 4, scale, lr=0.1, total=10) for scale in (1.0, 2.0))
+    h = randn(3, 4)
+    assert torch.allclose(two.logits(h), 2 * one.logits(h))
+
+
+def test_k_means_starts_from_other_images_in_each_pass(monkeypatch):
+    from zoo import kmeans
+    protos, starts = kmeans.KMeans(4, 3, seed=5, n=24, batch_size=8), []
+    protos.memory.copy_(F.normalize(randn(24, 3), dim=1))
+    monkeypatch.setattr(kmeans, "spherical_kmeans", lambda u, C: (
+        starts.append(C), (C, kmeans.assign(u, C)))[1])
+    for step in (3, 6):
+        protos.cluster(step)
+    assert not torch.equal(*starts)
+    for C in starts:
+        assert len({int((protos.memory == c).all(1).nonzero()) for c in C}) == 4
+
+
+@pytest.mark.parametrize("K, typed, Q", [(16, [], 15 * 8), (8, [], 0), (16, ["--queue", "3"], 3),
+                                         (16, ["--queue", "0"], 0)])
+def test_the_queue_of_swav_is_15_batches_where_a_batch_is_smaller_than_K(K, typed, Q):
+    args = config.parse([*TINY, "--method", "swav", "--prototypes", "joint", "--num-prototypes",
+                         str(K), *typed])
+    assert losses.loss(args).queue.shape == (2, Q, 8)
+
+
+def test_the_flag_is_the_weight_of_uniformity():
+    args = config.parse([*TINY, "--method", "carp-uniform", "--uniformity", "0.3"])
+    loss = losses.loss(args)
+    assert (loss.weight, loss.partition_size) == (0.3, 8)
