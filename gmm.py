@@ -22,10 +22,11 @@ Its means are the prototypes.
 gamma^_k is the paper's gamma with a hat, S~ its S with a tilde; eta^g is eta to the power of g. The
 mixture keeps S; mu and var follow from it (A.5) and are computed when they are asked for. S is
 float64: with K = 65,536 the mean g is 1/K, and a late step (eta near 0.99) then changes S by about
-1e-7 of itself, which float32 would round away. Components are handled in blocks: that bounds the
-memory of all tensors (K, D), and changes no more than rounding; A.1 holds three tensors (N, K).
-fast/gmm.py computes the same for very large N K. The paper leaves some things open and misprints
-others; each choice of ours is a line that starts with `# differs:`.
+1e-7 of itself, which float32 would round away. Components are handled in blocks, so that what is
+computed on the way from S to S has (|ks|, D) numbers and not (K, D); that changes no more than
+rounding. A.1 holds three tensors (N, K), and for very large N K fast/gmm.py computes the same. The
+paper leaves some things open and misprints others; each choice of ours is a line that starts with
+`# differs:`.
 """
 import math
 

@@ -328,6 +328,12 @@ def test_rows_of_an_earlier_table_stay_in_the_file_and_are_not_shown(tmp_path, c
     assert [r["row"] for r in tabulate.read(file, [])] == ["of old", row]
 
 
+def test_a_column_that_somebody_added_by_hand_stays(tmp_path):
+    file, (row, _) = str(tmp_path / "A2.csv"), tables.TABLES["A2"][1][0]
+    tabulate.add(file, [{**result(row, 0, 50), "my note": "a fan was off"}], result(row, 1, 60))
+    assert [r["my note"] for r in tabulate.read(file, [])] == ["a fan was off", ""]
+
+
 # ---- the tables that the project shows ---------------------------------------------------------
 @pytest.fixture(scope="module")
 def pages():

@@ -409,6 +409,8 @@ def test_the_evaluations_read_a_run(tmp_path):
     assert torch.allclose(embed(backbone, image, pool="predictor"), guesses.mean(1), atol=1e-6)
     with pytest.raises(ValueError, match="a vit_micro has no predictor beside it"):
         width(models.build("vit_micro", patch_size=4, img_size=32), pool="predictor")
+    with pytest.raises(ValueError, match="--pool predictor has one layer, got --layers 2"):
+        width(backbone, 2, pool="predictor")
     untrained = [backbones.untrained(backbone, args, seed) for seed in (0, 1)]
     fresh = capi.network(config.completed(args, capi.flags)).backbone
     assert torch.equal(untrained[0].registers, fresh.registers)

@@ -185,7 +185,9 @@ def test_the_exit_code_says_whether_all_was_well(tmp_path, monkeypatch, capsys):
     (["--device", "abacus"], "--device must be cpu or cuda, got abacus"),
     (["--device", "cpu", "--data", "nowhere"], "--data nowhere is neither a folder nor one of"),
     (["--device", "cpu", "--data", ".", "--", "--lr", "-1"], "--lr must be positive, got -1"),
-    (["--device", "cpu", "--data", ".", "--", "--hue", "1"], "unrecognized arguments: --hue 1")])
+    (["--device", "cpu", "--data", ".", "--", "--hue", "1"], "unrecognized arguments: --hue 1"),
+    (["--device", "cpu", "--data", ".", "--", "--stop-at=3", "--prototypes", "live"],
+     "--prototypes, --stop-at cannot follow --: the runs have their own")])
 def test_bad_input_is_one_sentence(flags, sentence, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--out", str(tmp_path / "out"), *flags])
