@@ -81,14 +81,15 @@ def check_network_flags(flags, ranges, *files):
     the names of its flags that name a file to be written.
     """
     check_values(flags, [*RANGES, *ranges])
-    own_results = run_folder(flags.checkpoint) / "results.csv"
-    check_files(flags, *files, inputs=[flags.checkpoint, own_results])
+    check_files(flags, *files, inputs=[flags.checkpoint])
     flags.device = backbones.choose_device(flags.device)
 
 
 def check_common_flags(flags, ranges):
     """check_network_flags for a command with add_common_flags; ranges: of its own flags."""
     check_network_flags(flags, [*COMMON_RANGES, *ranges], "dump", "results")
+    # --results adds to the run's own file, and --dump would take its place
+    check_files(flags, "dump", inputs=[run_folder(flags.checkpoint) / "results.csv"])
     if flags.tail > flags.head + 1:
         raise ValueError(f"--tail {flags.tail} must be at most --head {flags.head} plus 1, so that "
                          "no class is both head and tail")

@@ -638,6 +638,8 @@ def test_command_line_appends_results_and_keeps_features(tmp_path, capsys, monke
     command(tmp_path / "ckpt.pt", "--no-cache", "--results", tmp_path / "mine.csv")
     assert "read from" not in capsys.readouterr().out and (tmp_path / "mine.csv").exists()
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 7
+    command(tmp_path, "--no-cache", "--results", tmp_path / "results.csv")  # its own, by name
+    assert len((tmp_path / "results.csv").read_text().splitlines()) > 7
 
 
 def test_command_line_takes_the_mean_of_the_patches(tmp_path, capsys):
