@@ -74,6 +74,12 @@ def shapes_set():
     return data.load("shapes")
 
 
+@pytest.fixture
+def made_once(monkeypatch, shapes_set):
+    """data.load("shapes") takes the images of shapes_set: to make them anew takes seconds."""
+    monkeypatch.setitem(data.SETS, "shapes", lambda root: shapes_set)
+
+
 def test_shapes_are_balanced_fixed_and_split(shapes_set):
     train, test = shapes_set
     assert train.x.shape == (10_000, 3, 32, 32) and train.x.dtype == torch.uint8
@@ -299,7 +305,7 @@ def test_a_set_of_your_own_is_one_function_and_one_entry(monkeypatch, tmp_path):
         data.load("quarters", root=str(tmp_path))
 
 
-def test_a_named_set_comes_before_a_folder_of_that_name(monkeypatch, tmp_path):
+def test_a_named_set_comes_before_a_folder_of_that_name(monkeypatch, tmp_path, made_once):
     monkeypatch.chdir(tmp_path)
     tree("shapes", {"a": 2, "b": 2})
     assert len(data.load("shapes")[0]) == 10_000 and len(data.load("./shapes")[0]) == 2
@@ -378,7 +384,7 @@ def test_truncated_image_in_a_worker_is_reported(tmp_path, monkeypatch):
     assert train.broken == [train.paths[60]]
 
 
-def test_imbalance_by_hand(tmp_path):
+def test_imbalance_by_hand(tmp_path, made_once):
     path = tree(tmp_path, {f"train/{c}": 16 for c in "abc"} | {"train/d": 1, "val/a": 1})
     train, test = data.load(path, imbalance=8)  # 16 * 8^(-c/3) = 16, 8, 4, 2; class d has only 1
     assert train.y.bincount().tolist() == [16, 8, 4, 1] and len(test) == 1
@@ -393,7 +399,7 @@ def test_imbalance_by_hand(tmp_path):
     assert long.y.bincount().tolist() == [round(1000 * 100 ** (-c / 9)) for c in range(10)]
 
 
-def test_imbalance_by_a_power_law(tmp_path):
+def test_imbalance_by_a_power_law(tmp_path, made_once):
     path = tree(tmp_path, {f"train/{c}": 16 for c in "abcd"} | {f"val/{c}": 2 for c in "abcd"})
     train, test = data.load(path, imbalance=4, imbalance_law="power")
     # 16 / (c + 1): 16, 8, 5.33, 4

@@ -361,8 +361,9 @@ def test_the_attentive_protocol_learns_colours_and_says_so(tmp_path, small, caps
     assert (line["protocol"], line["pool"], line["layers"], line["settings"]) == (
         f"{eval_linear.VERSION} attentive", "patches", "1", f"steps={steps}")
     assert not (tmp_path / "run" / "features").exists()
-    again = go(run, "--protocol", "attentive", "--steps", steps, "--batch-size", "20")
-    assert again["results"] == out["results"]
+    if steps > 1:
+        again = go(run, "--protocol", "attentive", "--steps", steps, "--batch-size", "20")
+        assert again["results"] == out["results"]
     net = backbones.load_backbone(run)[0].train()
     batches = list(features.patch_batches(net, small[0], 32, batch_size=25))
     assert [tuple(batch.shape) for batch in batches] == [(25, n, D), (25, n, D), (10, n, D)]
@@ -809,7 +810,8 @@ def test_each_copy_is_found_and_named(tmp_path, teacher, student, words):
     torch.save(prefixed(nano(1), teacher) | prefixed(nano(2), student) | heads, tmp_path / "f.pth")
     for which, seed, copy in ("teacher", 1, words[0]), ("student", 2, words[1]):
         net, _, description = backbones.load_backbone(tmp_path / "f.pth", which, arch="vit_nano")
-        assert all(torch.equal(w, nano(seed)[name]) for name, w in net.state_dict().items())
+        expected = nano(seed)
+        assert all(torch.equal(w, expected[name]) for name, w in net.state_dict().items())
         assert re.search(rf"unknown\), {copy}.*vit_nano", description)
 
 

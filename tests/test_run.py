@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import data
+import forked
 import losses
 import models
 import train
@@ -743,7 +744,7 @@ def torchrun(script, *flags, restarts=0):
 
 
 UNDISTURBED = """
-if RESTARTS == 2:  # in processes that are there anyway, as to start two more takes long
+if RESTARTS == 1:  # in processes that are there anyway, as to start two more takes long
     from support import ddp
     leave_group = ddp.cleanup
     ddp.cleanup = lambda: None
@@ -755,9 +756,9 @@ if RESTARTS == 2:  # in processes that are there anyway, as to start two more ta
 def test_two_processes(tmp_path, monkeypatch):
     """A run that one process began goes on with two, through NaN, a signal and a kill.
 
-    NaN in one of them is skipped by both. A signal to one stops both at the same step, and torchrun
-    starts them again. One is killed, the other notices, and the next start ends at the same bits as
-    a run of two processes that met with NaN alone.
+    NaN in one of them is skipped by both. A signal to one stops both at the same step. Started
+    again, one is killed, the other notices, and those that torchrun starts in their place end at
+    the same bits as a run of two processes that met with NaN alone.
     """
     flags = [*TINY, "--data", make_folder(tmp_path / "set"), "--warmup-epochs", "0", "--resume"]
     with monkeypatch.context() as patch:
@@ -765,19 +766,24 @@ def test_two_processes(tmp_path, monkeypatch):
         train.main([*flags, "--out", str(tmp_path / "one")])
     for name in ("undisturbed", "stopped"):
         train.main([*flags, "--out", str(tmp_path / name), "--stop-at", "2"])
-    lines = ["if step == 3 and RANK == 1:",
-             "    terms['entropy'] = terms['entropy'] * float('nan')",
-             "if step == 4 and RANK == 1 and RESTARTS == 0:",
-             "    os.kill(os.getpid(), signal.SIGTERM)",
-             "if step == 5 and RANK == 1 and RESTARTS == 1:",
-             "    os.kill(os.getpid(), signal.SIGKILL)"]
-    before = UNDISTURBED.format(flags=[*flags, "--out", str(tmp_path / "undisturbed")])
-    code, printed = torchrun(write_script(tmp_path, *lines, before=before), *flags,
-                             "--out", str(tmp_path / "stopped"), restarts=2)
+    nan = ["if step == 3 and RANK == 1:",
+           "    terms['entropy'] = terms['entropy'] * float('nan')"]
+    stopped = [*flags, "--out", str(tmp_path / "stopped")]
+    script = write_script(tmp_path, *nan, "if step == 4 and RANK == 1:",
+                          "    os.kill(os.getpid(), signal.SIGTERM)")
+    done = forked.run_two([sys.executable, script, *stopped], env=environment())
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    # by the first process alone
+    assert done.stdout.count("step 4 is not finite: entropy nan, loss nan, grad_norm nan") == 1
+    assert done.stdout.count("step 5 is saved") == 1
+
+    script = write_script(tmp_path, *nan, "if step == 5 and RANK == 1 and RESTARTS == 0:",
+                          "    os.kill(os.getpid(), signal.SIGKILL)",
+                          before=UNDISTURBED.format(flags=[*flags, "--out",
+                                                           str(tmp_path / "undisturbed")]))
+    code, printed = torchrun(script, *stopped, restarts=1)
     assert code == 0, printed
-    # once in each of the two runs, and by the first process alone
-    assert printed.count("step 4 is not finite: entropy nan, loss nan, grad_norm nan") == 2, printed
-    assert printed.count("step 5 is saved") == 1, printed
+    assert printed.count("step 4 is not finite: entropy nan, loss nan, grad_norm nan") == 1, printed
     assert printed.count("ckpt.pt at step 5") == 2, printed
     assert ("process 0 lost its connection to another one and leaves; the last checkpoint is whole"
             in printed), printed
