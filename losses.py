@@ -45,7 +45,8 @@ def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
     p = z_s.float().reshape(V, B, K // P, P).softmax(-1)  # (V, B, K/P, P)
     q = z_t.detach().float().reshape(2, B, K // P, P).softmax(-1)  # (2, B, K/P, P)
     # consistency = mean over pairs i != j, images and blocks of -log sum_c p_ic q_jc
-    agree = torch.einsum("ibnc,jbnc->ijbn", p, q)[other_crop(V, p.device)]  # (2V-2, B, K/P)
+    agree = torch.einsum("ibnc,jbnc->bnij", p, q)  # (B, K/P, V, 2)
+    agree = agree[..., other_crop(V, p.device)]  # (B, K/P, 2V-2)
     consistency = -agree.clamp(EPS, 1 - EPS).log().mean()
     # entropy = mean over blocks of log P - H(p_bar), with p_bar the mean over the views of student
     # and teacher, the images and the processes
@@ -63,8 +64,8 @@ def dino(z_s, p_t, tau=0.1, bias=0.0):
     softmax(z_s / tau + bias).
     """
     log_p = (z_s.float() / tau + bias).log_softmax(-1)  # (V, B, K)
-    agree = torch.einsum("ibk,jbk->ijb", log_p, p_t.detach())  # (V, 2, B)
-    return {"cross_entropy": -agree[other_crop(len(z_s), log_p.device)].mean()}
+    agree = torch.einsum("ibk,jbk->bij", log_p, p_t.detach())  # (B, V, 2)
+    return {"cross_entropy": -agree[:, other_crop(len(z_s), log_p.device)].mean()}
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ RESNETS = {  # arch: (residual block, blocks per stage)
     "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
 }
 ARCHS = [*VITS, *RESNETS]
+MOST_TOKENS = 128  # of an image, for which `attention` computes the formula as it stands
 
 
 def build(arch, *, patch_size=16, img_size=224, drop_path=0.0, in_small=False):
@@ -92,7 +93,19 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x):
+        if isinstance(self.proj, nn.Sequential):
+            # convolutions in a row are faster if the colours of a pixel lie side by side in memory
+            x = x.contiguous(memory_format=torch.channels_last)  # (N, 3, H, W)
         return self.proj(x).flatten(2).transpose(1, 2)  # (N, n, dim)
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of queries, keys and values (N, heads, T, d) each."""
+    T, d = q.shape[2:]
+    if T <= MOST_TOKENS:
+        return (q @ k.transpose(2, 3) / d ** 0.5).softmax(-1) @ v  # (N, heads, T, d)
+    # the same without T x T numbers in memory; of few tokens it takes a CPU twice as long
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -109,7 +122,7 @@ class Attention(nn.Module):
         d = dim // self.heads
         qkv = self.qkv(x).view(N, T, 3, self.heads, d)  # (N, T, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (N, heads, T, d) each
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, d)
+        x = attention(q, k, v)  # (N, heads, T, d)
         x = x.transpose(1, 2).reshape(N, T, dim)
         return self.proj(x)  # (N, T, dim)
 

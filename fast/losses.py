@@ -97,14 +97,14 @@ def dino(other_crop, h_s, p_t, protos_s, tau=0.1):
             *biases, ks = rest  # biases: [bias of these prototypes (|ks|,)], or []
             z = protos_s.scale / tau * (h @ c.T)  # (V, B, |ks|)
             z = z + biases[0] if biases else z
-            cross = torch.einsum("ibk,jbk->ijb", z, p_t[..., ks])  # (V, 2, B), sum_k p_t z
-            return torch.cat([z.logsumexp(-1)[:, None], cross], dim=1)  # (V, 3, B)
+            cross = torch.einsum("ibk,jbk->bij", z, p_t[..., ks])  # (B, V, 2), sum_k p_t z
+            return torch.cat([z.logsumexp(-1).T[..., None], cross], dim=2)  # (B, V, 3)
 
         size = max(1, logits_at_a_time(h_s.device) // (V * B))
         blocks = torch.arange(K, device=h_s.device).split(size)
         cut = (C, bias) if torch.is_tensor(bias) else (C,)
-        parts = PerBlock.apply(sums, blocks, h_s, *cut)  # (blocks, V, 3, B)
-        log_Z = parts[:, :, 0].logsumexp(0)  # (V, B)
-        cross, mass = parts[:, :, 1:].sum(0), p_t.sum(-1)  # (V, 2, B) (2, B)
-        pairs = (log_Z[:, None] * mass - cross).mean(-1)  # (V, 2)
+        parts = PerBlock.apply(sums, blocks, h_s, *cut)  # (blocks, B, V, 3)
+        log_Z = parts[..., :1].logsumexp(0)  # (B, V, 1)
+        cross, mass = parts[..., 1:].sum(0), p_t.sum(-1)  # (B, V, 2) (2, B)
+        pairs = (log_Z * mass.T[:, None] - cross).mean(0)  # (V, 2)
     return {"cross_entropy": pairs[other_crop(V, h_s.device)].mean()}

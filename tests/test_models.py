@@ -237,6 +237,16 @@ def test_drop_path_acts_on_both_branches_and_only_in_training():
     assert abs(is_attn.float().mean().item() - 0.09) < 0.02  # attention kept, MLP dropped
 
 
+@pytest.mark.parametrize("T", [1, 5, models.MOST_TOKENS, models.MOST_TOKENS + 1])
+def test_attention_of_few_and_of_many_tokens(T):
+    q, k, v = torch.randn(3, 2, 3, T, 8, generator=torch.Generator().manual_seed(T)) * 2
+    logits = np.einsum("nhtd,nhsd->nhts", q.double().numpy(), k.double().numpy()) / math.sqrt(8)
+    weights = np.exp(logits)
+    share = weights / weights.sum(-1, keepdims=True)
+    wanted = torch.from_numpy(np.einsum("nhts,nhsd->nhtd", share, v.double().numpy()))
+    torch.testing.assert_close(models.attention(q, k, v).double(), wanted, atol=1e-5, rtol=1e-5)
+
+
 # ---- ResNet --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arch, dim", [("resnet18", 512), ("resnet50", 2048)])

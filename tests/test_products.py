@@ -52,7 +52,7 @@ def test_a_step_has_the_products_of_its_networks_and_no_evaluation():
     of_blocks = blocks * layers
     assert names["addmm"] >= of_blocks * (1 + sizes)
     assert names["mm"] >= 2 * of_blocks * sizes
-    assert names["_scaled_dot_product_flash_attention_for_cpu"] == blocks * (1 + sizes)
+    assert names["bmm"] >= 2 * blocks * (1 + sizes) + 4 * blocks * sizes  # attention
     assert 0 < sum(others.values()) < 20_000
     assert products.seconds(calls) > 0
 
