@@ -459,6 +459,13 @@ def check_changes(args, parser):
             parser.error(f"--{name.replace('_', '-')} changes nothing with {choice}; it is for "
                          f"{', '.join(readers)} (READ_BY_... in config.py says who reads it); "
                          f"got {value}")
+    start, end = args.teacher_temp or losses.loss_class(args.method).teacher_temp
+    for name, beside, idle in (
+            ("imbalance_law", "--imbalance 1", args.imbalance == 1),
+            ("teacher_temp_epochs", f"--teacher-temp {start} {end}", start == end)):
+        if idle and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} changes nothing with {beside}; "
+                         f"got {getattr(args, name)}")
 
 
 def completed(old, add_flags=None):

@@ -325,8 +325,13 @@ def evaluate(flags):
         flags.layers, flags.pool, D = 1, "patches", backbone.dim
     else:
         layers, pool = default_feature(flags.protocol, backbone)
-        flags.layers = layers if flags.layers is None else flags.layers
         flags.pool = flags.pool or pool
+        if flags.pool == "mean":
+            if flags.layers not in (None, 1):
+                raise ValueError("--pool mean takes the patches of the last block alone, got "
+                                 f"--layers {flags.layers}")
+            layers = 1
+        flags.layers = layers if flags.layers is None else flags.layers
         D = features.width(backbone, flags.layers, flags.pool)
     name, train, val, test, own = open_images(flags, args)
     backbone.to(flags.device)

@@ -1,16 +1,19 @@
 """support/control.py: a run's control is found in results/, or named as a command.
 zoo/supervised.py: the labels that a step holds."""
 import csv
+import shutil
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import collapse
 import config
 import data
 import heads
 import losses
 import views
+from conftest import make_folder, train_tiny
 from support import control
 
 
@@ -106,11 +109,13 @@ def test_a_frozen_run_is_a_control_itself(tmp_path):
 
 # ---- zoo/supervised.py -------------------------------------------------------------------------
 def supervised(y, C, batch_size, monkeypatch, **more):
-    images = data.Images(torch.zeros(len(y), 3, 32, 32, dtype=torch.uint8), y,
-                         None if y is None else [f"c{i}" for i in range(C)], "x")
+    x = torch.zeros(4 if y is None else len(y), 3, 32, 32, dtype=torch.uint8)
+    images = data.Images(x, y, [f"c{i}" for i in range(C)], "x")
     monkeypatch.setattr(data, "load", lambda name, **settings: (images, None))
     flags = [str(w) for pair in more.items() for w in (f"--{pair[0].replace('_', '-')}", pair[1])]
-    return losses.loss(args("--method", "supervised", "--batch-size", str(batch_size), *flags))
+    run = args("--method", "supervised", "--batch-size", str(batch_size), *flags)
+    run.data_seen = data.identity(images, "x")
+    return losses.loss(run)
 
 
 def test_supervised_meets_the_labels_of_the_images_of_the_step(monkeypatch):
@@ -143,10 +148,18 @@ def test_supervised_refuses_what_cannot_be(monkeypatch):
     with pytest.raises(ValueError, match="--num-prototypes 2 are fewer than the 3 classes"):
         supervised(torch.tensor([0, 1, 2, 1]), 3, 4, monkeypatch, num_prototypes=2,
                    partition_size=2)
-    images = data.Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), None, [], "x")
-    monkeypatch.setattr(data, "load", lambda name, **settings: (images, None))
     with pytest.raises(ValueError, match="needs labels"):
-        losses.loss(args("--method", "supervised"))
+        supervised(None, 0, 4, monkeypatch)
+
+
+def test_supervised_runs_are_counted_where_their_images_are_not(tmp_path, capsys):
+    images = make_folder(tmp_path / "set")
+    train_tiny(tmp_path / "run", "--method", "supervised", "--prototypes", "joint",
+               "--data", images)
+    shutil.rmtree(images)
+    capsys.readouterr()
+    collapse.main([str(tmp_path / "run")])
+    assert "unique" in capsys.readouterr().out
 
 
 def test_the_control_is_that_of_the_first_table_that_has_one(tmp_path):

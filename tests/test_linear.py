@@ -1247,6 +1247,7 @@ def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeyp
     (["--head", "5"], "--tail 20 must be at most --head 5 plus 1"),
     (["--layers", "9"], r"--layers 9 must lie in 1\.\.3"),
     (["--layers", "0"], "--layers must be at least 1, got 0"),
+    (["--layers", "2", "--pool", "mean"], "--pool mean takes the patches of .* got --layers 2"),
     (["--img-size", "33"], "--img-size 33"),
     (["--img-size", "0"], "--img-size must be at least 1, got 0"),
     (["--data", ""], "--data must not be empty, got an empty text"),

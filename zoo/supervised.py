@@ -7,6 +7,7 @@ must be at least as many as classes. The teacher is the average of the student, 
 
     python train.py --method supervised --prototypes joint
 """
+import functools
 import math
 
 from torch.nn import functional as F
@@ -18,32 +19,38 @@ from views import indices
 
 
 class Supervised(Loss):
-    """Cross-entropy with the labels y (N,) of the training images; C classes.
+    """Cross-entropy with the labels of the training images; C classes.
 
-    batch_size counts the images of all processes, as --batch-size does.
+    labels() gives them, (N,) int64. It is called once, by the first step: a run can be evaluated
+    where its images are not. batch_size counts the images of all processes, as --batch-size does.
     """
 
-    def __init__(self, y, C, batch_size, seed=0):
+    def __init__(self, labels, C, batch_size, seed=0):
         super().__init__()
-        self.y, self.C, self.batch_size, self.seed = y, C, batch_size, seed
+        self.labels = functools.cache(labels)
+        self.C, self.batch_size, self.seed = C, batch_size, seed
         self.uniform = math.log(C)
 
     @classmethod
     def from_args(cls, args, steps_per_epoch):
-        images, _ = data.load(args.data, root=args.data_root, seed=args.seed,
-                              img_size=args.img_size, imbalance=args.imbalance,
-                              imbalance_law=args.imbalance_law)
-        if images.y is None:
+        C = args.data_seen["classes"]
+        if not C:
             raise ValueError(f"--method supervised needs labels, and --data {args.data} has none")
-        C = len(images.classes)
         if args.num_prototypes < C:
             raise ValueError(f"--num-prototypes {args.num_prototypes} are fewer than the {C} "
                              "classes that --method supervised needs one each for")
-        return cls(images.y, C, args.batch_size, args.seed)
+
+        def labels():
+            images, _ = data.load(args.data, root=args.data_root, seed=args.seed,
+                                  img_size=args.img_size, imbalance=args.imbalance,
+                                  imbalance_law=args.imbalance_law)
+            return images.y
+        return cls(labels, C, args.batch_size, args.seed)
 
     def targets(self, h_t, protos_t, step):
+        y = self.labels()  # (N,)
         # which images a step holds is a function of (seed, step)
-        of_step = self.y[indices(len(self.y), self.batch_size, self.seed, step)]  # (batch_size,)
+        of_step = y[indices(len(y), self.batch_size, self.seed, step)]  # (batch_size,)
         mine = of_step.chunk(ddp.WORLD)[ddp.RANK]  # (B,)
         return mine[None].to(h_t.device)  # (1, B)
 
