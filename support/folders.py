@@ -188,14 +188,22 @@ def check_classes(path, train, inner, left_out):
                   if inner.get(name) else "name that folder itself to train without labels")
         raise ValueError(f"--data {path} has only one class folder, {name!r}; give two or more, "
                          f"or {advice}")
-    like_train = [c for c in train if looks_like(c, LIKE_TRAIN)]
-    like_test = [c for c in train if looks_like(c, LIKE_TEST)]
+    # beside many others a folder of that name without folders in it, as freight_train, is a class
+    candidates = [c for c in train if len(train) < 4 or inner.get(c)]
+    like_train = [c for c in candidates if looks_like(c, LIKE_TRAIN)]
+    like_test = [c for c in candidates if looks_like(c, LIKE_TEST)]
     for pair in [(a, b) for a in like_train for b in like_test if a != b]:
         one, other = sorted(pair)
         raise ValueError(f"--data {path}: {one}/ and {other}/ are splits by their names, and not "
                          "classes; rename them to train/ and val/, with the class folders in them")
     holder = {}  # {name of a folder inside a class folder: that class}
     for c in train:
+        classes = [name for name in inner.get(c, ()) if name in train and name != c]
+        if len(classes) > 1:  # one name in common is no sign
+            raise ValueError(f"--data {path}: {c}/ holds folders of the names of classes beside it "
+                             f"({', '.join(classes[:5])}). If it is their test split, move the "
+                             f"class folders beside it into train/ and call it val/; if it is a "
+                             "class, move the images of those folders up into it")
         shared = [name for name in inner.get(c, ()) if name in holder]
         other = holder[shared[0]] if shared else None
         shared = [name for name in shared if holder[name] == other]

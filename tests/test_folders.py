@@ -147,11 +147,24 @@ def test_folders_that_are_splits_by_their_names_are_no_classes(tmp_path, folders
     assert "are splits by their names, and not classes; rename them to train/ and val/" in words
 
 
+@pytest.mark.parametrize("name", ["test", "held-out"])
+def test_a_split_beside_its_class_folders_is_no_class(tmp_path, name):
+    path = tree(tmp_path, {"cat": 3, "dog": 3, f"{name}/cat": 1, f"{name}/dog": 1})
+    assert sentence(path) == (f"--data {path}: {name}/ holds folders of the names of classes beside "
+                              "it (cat, dog). If it is their test split, move the class folders "
+                              "beside it into train/ and call it val/; if it is a class, move the "
+                              "images of those folders up into it")
+
+
 def test_names_of_classes_that_only_sound_like_splits(tmp_path):
     path = tree(tmp_path / "a", {"trains": 2, "testaments": 2, "valley": 2})
     assert data.load(path)[0].classes == ["testaments", "trains", "valley"]
+    classes = ["bullet_train", "cat", "dog", "test_tube"]
+    assert data.load(tree(tmp_path / "c", dict.fromkeys(classes, 2)))[0].classes == classes
     path = tree(tmp_path / "b", {"left/one": 2, "left/two": 2, "right/one": 2, "right/three": 2})
     assert data.load(path)[0].classes == ["left", "right"]  # one name in common is no sign
+    path = tree(tmp_path / "d", {"indoor": 2, "indoor/kitchen": 2, "kitchen": 2})
+    assert data.load(path)[0].classes == ["indoor", "kitchen"]
 
 
 def test_a_test_folder_without_classes_is_left_out(tmp_path, capsys):
