@@ -397,12 +397,14 @@ def bench_ranks(options):
 ITEMS = {"gmm": bench_gmm, "loss": bench_loss, "step": bench_step, "unique": bench_unique,
          "knn": bench_knn, "data": bench_data, "loop": bench_loop, "ranks": bench_ranks,
          "ibot": bench_ibot}
+ON_CPU = ("data", "loop", "ranks")  # those that are measured on the CPU alone
 
 
 def parser():
     p = argparse.ArgumentParser("python -m lab.bench", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("items", nargs="*", help=f"of {', '.join(ITEMS)}; none: all")
+    p.add_argument("items", nargs="*",
+                   help=f"of {', '.join(ITEMS)}; none: all, on a GPU without {', '.join(ON_CPU)}")
     p.add_argument("--paper", action="store_true",
                    help="K, N and the searches as large as in the paper; views and images of the "
                    "losses stay")
@@ -434,11 +436,17 @@ def main(argv=None):
             raise ValueError(f"--device must be cpu or cuda, got {options.device}; "
                              "CUDA_VISIBLE_DEVICES says which GPU")
         options.device = choose_device(options.device)
+        items = [item for item in options.items or ITEMS
+                 if options.device == "cpu" or options.items or item not in ON_CPU]
+        for item in items:
+            if options.device != "cpu" and item in ON_CPU:
+                raise ValueError(f"{item} is measured on the CPU alone, got --device "
+                                 f"{options.device}")
         if options.csv:
             open(options.csv, "a").close()  # refused now, if ever, and not after minutes
         print(f"{cpu()}, {torch.get_num_threads()} threads, {options.device}, torch "
               f"{torch.__version__}, {datetime.date.today()}")
-        for item in options.items or ITEMS:
+        for item in items:
             ITEMS[item](options)
 
 

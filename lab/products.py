@@ -29,6 +29,7 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "convolution"
             "convolution_backward", "_scaled_dot_product")
 FLAGS = ["--gmm-start", "0", "--log-every", "1", "--eval-every", "1000000",
          "--eval-bank", "64", "--eval-queries", "8"]
+SET_HERE = ("--device", "--out", "--steps", "--stop-at")
 REPLAYS = 7
 
 
@@ -116,6 +117,10 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     _, flags = parser.parse_known_args(argv)  # those of train.py
     with one_sentence("lab.products"):
+        for flag in (word.split("=")[0] for word in flags):
+            if flag in SET_HERE:
+                raise ValueError(f"{flag} is set by lab.products itself: it takes two steps on the "
+                                 "CPU, in a folder that it deletes")
         calls, others = of_one_step(flags)
         took = seconds(calls)
     most = ", ".join(f"{name} {count:,}" for name, count in others.most_common(6))

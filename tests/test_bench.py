@@ -187,3 +187,21 @@ def test_a_run_that_fails_is_one_sentence(quick_start):
     sentence = "(?s)train.py --lr -1 ended with exit code 2: .*--lr must be positive"
     with pytest.raises(ValueError, match=sentence):
         bench.train("--lr", -1)
+
+
+def test_items_of_the_cpu_are_not_timed_under_the_name_of_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "choose_device", lambda device: device)
+    done = []
+    for name in bench.ITEMS:
+        monkeypatch.setitem(bench.ITEMS, name, lambda options, name=name: done.append(name))
+    bench.main(["--device", "cuda"])
+    assert done == [name for name in bench.ITEMS if name not in ("data", "loop", "ranks")]
+    done.clear()
+    bench.main([])
+    assert done == [*bench.ITEMS]
+    done.clear()
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["knn", "loop", "--device", "cuda"])
+    assert stop.value.code == 2 and not done
+    assert capsys.readouterr().err == ("lab.bench: error: loop is measured on the CPU alone, got "
+                                       "--device cuda\n")

@@ -150,10 +150,10 @@ def test_folders_that_are_splits_by_their_names_are_no_classes(tmp_path, folders
 @pytest.mark.parametrize("name", ["test", "held-out"])
 def test_a_split_beside_its_class_folders_is_no_class(tmp_path, name):
     path = tree(tmp_path, {"cat": 3, "dog": 3, f"{name}/cat": 1, f"{name}/dog": 1})
-    assert sentence(path) == (f"--data {path}: {name}/ holds folders of the names of classes beside "
-                              "it (cat, dog). If it is their test split, move the class folders "
-                              "beside it into train/ and call it val/; if it is a class, move the "
-                              "images of those folders up into it")
+    assert sentence(path) == (f"--data {path}: {name}/ holds folders of the names of classes "
+                              "beside it (cat, dog). If it is their test split, move the class "
+                              "folders beside it into train/ and call it val/; if it is a class, "
+                              "move the images of those folders up into it")
 
 
 def test_names_of_classes_that_only_sound_like_splits(tmp_path):

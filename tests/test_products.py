@@ -69,3 +69,12 @@ def test_lab_bench_reads_what_it_prints(monkeypatch, capsys):
     done.stdout, done.returncode = "", 2
     with pytest.raises(ValueError, match=re.escape("lab.products ended with exit code 2")):
         bench.seconds_of_products()
+
+
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--steps=9"], ["--out", "x"]])
+def test_what_it_sets_itself_is_refused(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        products.main(flags)
+    assert stop.value.code == 2
+    flag = flags[0].split("=")[0]
+    assert capsys.readouterr().err.startswith(f"lab.products: error: {flag} is set by lab.products")
