@@ -160,7 +160,7 @@ class OnlineGMM(nn.Module):
         # differs: the paper names no floor. Without one, a component of a single vector has
         # variance 0, and rounding can make the difference negative
         var = self.S_sig[ks] / self.S_pi[ks, None].clamp_min(TINY) - mu * mu
-        return var.clamp_min(self.floor)
+        return var.clamp_min_(self.floor)
 
     @property
     def mu(self):
