@@ -109,8 +109,8 @@ def parser(add_flags=None):
     flag("--head-bn", action=on_off, default=True,
          help="batch norm in the head (in the papers: ResNets yes, ViTs no)")
     flag("--head-norm", action=on_off,
-         help="h of length one; None: no for carp, carl, carp-uniform and supervised, yes for the "
-         "others, as published")
+         help="h of length one; None: as `unit_h` of the method's class says, no for carp, carl, "
+         "carp-uniform and supervised, and yes for our others, as published")
 
     flag = p.add_argument_group("method and prototypes (results)").add_argument
     flag("--method", default="carp", choices=list(losses.LOSSES),
@@ -267,10 +267,10 @@ def parse(argv=None, script="train.py", add_flags=None):
     args = p.parse_args(argv)
     check_changes(args, p)
     p.complete(args)
+    args.out = folder(args)
     rules.check(args, p.error)
     args.device = rules.device(args, p.error)
     args.resume = args.resume or ddp.RESTARTS > 0
-    args.out = folder(args)
     if args.method == "carl":
         args.partition_size = args.num_prototypes
     args.script = script
@@ -343,6 +343,8 @@ def describe(args, images, student, total, lr_peak, device):
     if warmup > total / 10 and args.warmup_epochs != parser().get_default("warmup_epochs"):
         text += (f"\nwarm-up of lr: {total / 10:g} steps, a tenth of the run, as --warmup-epochs "
                  f"{args.warmup_epochs:g} is longer")
+    if args.workers and hasattr(images, "x"):
+        text += f"\n--workers {args.workers} is not used, as the images lie in memory"
     if images.y is None:
         text += "\nthe images carry no labels: k-NN is not measured"
     return text
@@ -460,9 +462,17 @@ def check_changes(args, parser):
                          f"{', '.join(readers)} (READ_BY_... in config.py says who reads it); "
                          f"got {value}")
     start, end = args.teacher_temp or losses.loss_class(args.method).teacher_temp
+    of_patches = getattr(args, "patch_temp", None) or [0, 0]
+    is_flat = start == end and of_patches[0] == of_patches[1]
     for name, beside, idle in (
+            ("epochs", f"--steps {args.steps}", args.steps),
             ("imbalance_law", "--imbalance 1", args.imbalance == 1),
-            ("teacher_temp_epochs", f"--teacher-temp {start} {end}", start == end)):
+            ("local_scale", "--local-crops 0", args.local_crops == 0),
+            ("jitter", "--jitter-p 0", args.jitter_p == 0),
+            ("rescale", "--resurrect 0", args.resurrect == 0),
+            ("teacher_temp_epochs", f"--teacher-temp {start} {end}", is_flat),
+            ("mask_ratio", "--mask-share 0", getattr(args, "mask_share", None) == 0),
+            ("prior", "--prior-weight 0", getattr(args, "prior_weight", None) == 0)):
         if idle and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} changes nothing with {beside}; "
                          f"got {getattr(args, name)}")

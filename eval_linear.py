@@ -9,8 +9,9 @@ linear.
     python eval_linear.py dino_deitsmall16_pretrain.pth --arch vit_small --data FOLDER
 
 The mathematics is in support/probes.py. The features are computed once and kept next to the
-checkpoint (support/features.py). `attentive` needs all patches of all images and computes them at
-each call: it holds those of the training images in memory, and the others a batch at a time.
+checkpoint (`cached` in support/backbones.py). `attentive` needs all patches of all images and
+computes them at each call: it holds those of the training images in memory, and the others a batch
+at a time.
 
 Letters: N training images, M test images, n patches of an image, D width of a feature, C classes
 that have training images, H heads.

@@ -1,7 +1,7 @@
 """Projection head and prototype sets.
 
 A prototype set holds K vectors of D dimensions. It is one class, a subclass of Frozen, and one
-entry of the table PROTOTYPES at the end of this file. The rest of the code calls these methods:
+entry of the table PROTOTYPES at the end of this file. Its methods:
 
     logits(h, ks=None)    h (..., D) -> z (..., K), or (..., len(ks)) for some prototypes   Eq. 1
     step(h, step, beta)   take in the teacher vectors h (N, D) of a step, of all processes  Eq. 3
@@ -253,7 +253,7 @@ class Decoupled(Frozen):
     def from_args(cls, args, begin=0):
         K, D = args.num_prototypes, args.bottleneck_dim
         Mixture = cls.Mixture
-        # N K above 2^26: more responsibilities than memory should hold
+        # N K above 2^26: more responsibilities than memory should hold. N are two crops an image
         if Mixture is OnlineGMM and 2 * args.batch_size * K > 2 ** 26:
             from fast.gmm import FastGMM
             Mixture = FastGMM

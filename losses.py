@@ -18,7 +18,7 @@ from support import ddp
 from support.entries import class_of
 
 EPS = torch.finfo(torch.float32).eps  # clamp of CARP's official code: 1.19e-7 on both ends
-MOST_LOGITS = 2 ** 24  # student logits V B K of a step that the plain losses may hold
+MOST_LOGITS = 2 ** 24  # student logits V B K of a micro-batch that the plain losses may hold
 
 
 # ---- the mathematics ---------------------------------------------------------------------------
@@ -258,7 +258,9 @@ class DINOLoss(Loss):
         return p_t
 
     def forward(self, h_s, p_t, protos_s, protos_t, step):
-        if fast := fast_losses(p_t.shape[-1], h_s, protos_s, protos_t):
+        trains_tau = torch.is_tensor(self.tau) and self.tau.requires_grad  # in a fork
+        fast = fast_losses(p_t.shape[-1], h_s, protos_s, protos_t)
+        if fast and not trains_tau:  # fast/losses.py has no gradient for it
             return fast.dino(other_crop, h_s, p_t, protos_s, self.tau)
         z_s = protos_s.logits(h_s)  # (V, B, K)
         return dino(z_s, p_t, self.tau, protos_s.bias(self.tau))

@@ -1,7 +1,7 @@
 """Presets: values for many flags at once, the recipes of the papers among them.
 
-A preset holds only what differs from the defaults in config.py, and a flag that is typed wins over
-it. Where a recipe is a row of a table, the comment names it.
+A preset holds what its recipe names; all else has the default of config.py, and a flag that is
+typed wins over both. Where a recipe is a row of a table, the comment names it.
 """
 # python train.py: 3 to 4 minutes on 2 CPU cores; docs and README show its numbers
 PRESETS = {"tiny": {}}
@@ -18,7 +18,7 @@ PRESETS["cifar10"] = dict(
 # python train.py --preset cifar10-cpu: the tiny network on real images; docs/results.md
 # has its numbers
 PRESETS["cifar10-cpu"] = dict(
-    data="cifar10", epochs=8.0, batch_size=32, lr=0.012, momentum=0.98,
+    data="cifar10", epochs=8.0, batch_size=32, lr=0.012,
     jitter=[0.4, 0.4, 0.2, 0.1], gray=0.2, log_every=100, eval_every=1562)
 
 # The rows of the papers, for 8 GPUs. None of them was run.

@@ -231,8 +231,12 @@ def ablate(args, extra):
         raise ValueError("runs of a table go to their ends, with a seed and a folder of their own: "
                          f"{', '.join(sorted(own))} cannot follow --; use --seeds and --runs")
     typed = {word.split("=")[0] for word in extra if word.startswith("--")}
+
+    def setting(flag):  # --steps is a length as --epochs is, and --no-X is a value of X
+        return flag.replace("--steps", "--epochs").replace("--no-", "--")
     for row, command in TABLES[args.table][1]:
-        told_apart = typed & set(shlex.split(command))
+        of_row = {setting(word) for word in shlex.split(command)}
+        told_apart = {flag for flag in typed if setting(flag) in of_row}
         if told_apart and (not args.rows or row in args.rows):
             raise ValueError(f"{', '.join(sorted(told_apart))} makes the row {row!r} of "
                              f"{args.table} what it is, and cannot follow --")

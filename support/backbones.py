@@ -4,6 +4,7 @@ A backbone comes from a run of ours, or from a foreign file by naming its archit
 of a set of images lie in features/ next to the checkpoint, under a name made of everything they
 depend on, so that every protocol shares them.
 """
+import functools
 from pathlib import Path
 
 import torch
@@ -297,6 +298,15 @@ def hash_of_images(images):
                                  for path, stat in zip(images.paths, stats)])
 
 
+@functools.cache
+def code_of_features():
+    """16 hex digits of the files that make features of weights and images: an edit of them counts.
+    """
+    root = Path(__file__).parent.parent
+    names = ("models.py", "views.py", "support/features.py", "support/pixels.py", "zoo/rope_vit.py")
+    return digest(*((root / name).read_bytes() for name in names))
+
+
 def cached(backbone, images, img_size, folder, *, layers=1, pool="cls", crop=True, mean=MEAN,
            std=STD, **options):
     """`features` without normalisation, from a file in `folder` where it is there; else they are
@@ -309,7 +319,8 @@ def cached(backbone, images, img_size, folder, *, layers=1, pool="cls", crop=Tru
     if folder is None:
         return features(backbone, images, img_size, normalize=False, **choice, **options)
     about = choice | dict(version=VERSION, backbone=fingerprint(backbone),
-                          images=hash_of_images(images), img_size=img_size)
+                          images=hash_of_images(images), img_size=img_size,
+                          code=code_of_features())
     path = Path(folder) / f"{digest(sorted(about.items()))}.pt"
     if path.exists():
         try:

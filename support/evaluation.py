@@ -47,7 +47,7 @@ def add_network_flags(parser, batch_size=512, results="results.csv"):
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"),
         help="what they are divided by then; timm's plain ViTs have 0.5 for all six")
     add("--batch-size", type=int, default=batch_size,
-        help="images per forward pass; changes speed only")
+        help="images per forward pass of a frozen network; changes speed only")
     add("--device", default="auto", help="auto: cuda where there is one, else cpu")
     add("--results", metavar="FILE",
         help=f"csv file to append to; None: {results} next to the checkpoint")

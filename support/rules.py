@@ -1,4 +1,6 @@
 """What the flags of a run may be: ranges of numbers, flags that have to agree, and the device."""
+import os
+
 import torch
 
 import heads
@@ -39,11 +41,14 @@ def check(args, error):
         error(sentence)
     K, batch = args.num_prototypes, args.batch_size
     loss, protos = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
-    # methods of scripts in zoo/ are not in LOSSES; those that get here have temperatures too
+    # a method that LOSSES lacks is that of a script in zoo/, which has temperatures too
     has_temperatures = issubclass(loss, losses.DINOLoss) or args.method not in losses.LOSSES
     if issubclass(protos, heads.VMF) and not has_temperatures:
         error(f"--prototypes {args.prototypes} has concentrations in units of DINO's temperatures; "
               f"got --method {args.method}")
+    elif protos.bias is not heads.Frozen.bias and not has_temperatures:
+        error(f"--prototypes {args.prototypes} has a `bias`, which --method {args.method} does not "
+              "read: only a softmax with a temperature does")
     if issubclass(protos, heads.VMF) and args.bottleneck_dim < 3:
         error(f"--prototypes {args.prototypes} needs --bottleneck-dim 3 or more, got "
               f"{args.bottleneck_dim}")
@@ -86,12 +91,16 @@ def check(args, error):
         error(f"--batch-size {batch} over --accum {args.accum} leaves one image, too few for "
               "--head-bn")
     start, end = args.teacher_temp
-    # a run that began before this rule goes on
-    if start != end and not args.teacher_temp_epochs and not args.resume:
+    if start != end and not args.teacher_temp_epochs and not goes_on(args):
         error(f"--teacher-temp {start} {end}: START counts only with --teacher-temp-epochs, the "
               "passes over which it becomes END; without it, type one value twice")
     if args.stop_at and args.steps and args.stop_at > args.steps:
         error(f"--stop-at {args.stop_at} lies beyond --steps {args.steps}")
+
+
+def goes_on(args):
+    """Whether --resume finds a run, which may have begun before there were some of the rules."""
+    return args.resume and os.path.exists(os.path.join(args.out, "ckpt.pt"))
 
 
 def device(args, error):

@@ -271,6 +271,8 @@ def test_mean_and_deviation_by_hand_and_blocks_apart(tmp_path):
     (["main", "--rows", "CARP, joint", "--", "--method=dino"],
      "--method makes the row 'CARP, joint' of main what it is, and cannot follow --"),
     (["instrument", "--", "--lr", "1", "--epochs", "1"], "--epochs makes the row"),
+    (["instrument", "--", "--steps", "60"], "--steps makes the row"),
+    (["A1", "--", "--rescale"], "--rescale makes the row 'no annealing, no rescaling'"),
     (["A2", "--show", "--rows", "a 0.001, c 0.75"], "leave out --seeds, --rows and what follows"),
     (["A1", "--rows", "nope"],
      "--rows 'nope' is not a row of A1; there are: no responsibility forgetting"),

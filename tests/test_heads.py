@@ -329,12 +329,14 @@ def test_the_flags_of_trained_sets(flags, kp, gain):
 
 
 def test_the_flags_of_the_mixture():
-    args = arguments("--prototypes decoupled --num-prototypes 256 --forgetting plain --resurrect 0 "
-                     "--no-rescale --var-floor 0.01 --gmm-init random --proto-norm raw "
-                     "--eta-a 0.5 --eta-c 0.6 --seed 5")
+    off = arguments("--prototypes decoupled --resurrect 0")
+    assert heads.prototypes(off).gmm.resurrect is None
+    args = arguments("--prototypes decoupled --num-prototypes 256 --forgetting plain "
+                     "--resurrect 0.2 --no-rescale --var-floor 0.01 --gmm-init random "
+                     "--proto-norm raw --eta-a 0.5 --eta-c 0.6 --seed 5")
     protos = heads.prototypes(args)
     gmm = protos.gmm
-    assert (gmm.forgetting, gmm.resurrect, gmm.rescale) == ("plain", None, False)
+    assert (gmm.forgetting, gmm.resurrect, gmm.rescale) == ("plain", 0.2, False)
     assert (gmm.var_floor, gmm.seed) == (0.01, 5)
     assert (protos.init, protos.unit, protos.a, protos.c) == ("random", False, 0.5, 0.6)
 

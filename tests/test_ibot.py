@@ -406,6 +406,10 @@ def test_without_the_patch_stream_the_class_stream_is_that_of_dino(tmp_path):
     (["--patch-rows", "0"], "--patch-rows must be at least 1, got 0"),
     (["--patch-rows", "3"],
      "--patch-rows has no effect in zoo/ibot.py with --patch-prototypes joint and without"),
+    (["--patch-temp", "0.1", "0.2", "--resume"], "--patch-temp 0.1 0.2: START counts only with"),
+    (["--teacher-temp-epochs", "2"], "--teacher-temp-epochs changes nothing with --teacher-temp"),
+    (["--mask-share", "0", "--mask-ratio", "0.2", "0.3"],
+     "--mask-ratio changes nothing with --mask-share 0; got [0.2, 0.3]"),
     (["--num-prototypes", "1"], "--num-prototypes 1 leaves nothing to guess"),
     (["--num-patch-prototypes", "1"], "--num-patch-prototypes 1 leaves nothing to guess"),
     (["--head-bn", "--no-shared-head"], "--head-bn with --no-shared-head"),
@@ -415,6 +419,13 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
         run(tmp_path / "run", *flags)
     assert refusal.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_temperature_of_patches_may_rise_alone():
+    args = ibot.parse("--data shapes --patch-temp 0.04 0.07 --teacher-temp-epochs 2".split())
+    cls, patch = ibot.streams(args, 10, 0, torch.device("cpu"))
+    assert [patch.loss.temperature(step) for step in (0, 10)] == pytest.approx([0.04, 0.07])
+    assert cls.loss.temperature(0) == cls.loss.temperature(10)
 
 
 @pytest.mark.parametrize("flags, start", [

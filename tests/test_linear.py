@@ -687,7 +687,8 @@ class Counting(nn.Module):
         return self.fc(x.mean((2, 3))), None
 
 
-def test_cached_features_are_computed_once_and_belong_to_what_made_them(tmp_path, capsys):
+def test_cached_features_are_computed_once_and_belong_to_what_made_them(tmp_path, capsys,
+                                                                        monkeypatch):
     net, images = Counting(), pictures([0, 1, 2, 0, 1])
     x = backbones.cached(net, images, 32, tmp_path / "features")
     assert net.calls == 5 and torch.equal(x, features.features(net, images, 32, normalize=False))
@@ -701,6 +702,13 @@ def test_cached_features_are_computed_once_and_belong_to_what_made_them(tmp_path
         backbone.calls = 0
         backbones.cached(backbone, part, img_size, tmp_path / "features")
         assert backbone.calls == len(part), name
+    with monkeypatch.context() as patch:
+        patch.setattr(backbones, "code_of_features", lambda: "that of an edited file")
+        net.calls = 0
+        backbones.cached(net, images, 32, tmp_path / "edited")
+        patch.undo()
+        backbones.cached(net, images, 32, tmp_path / "edited")
+        assert net.calls == 10
     net.calls = 0
     backbones.cached(net, images, 32, tmp_path / "features", crop=False)
     backbones.cached(net, images, 32, tmp_path / "features", pool="mean")

@@ -1,6 +1,7 @@
 """zoo/live.py against a plain loop in Python floats, cases worked by hand, and a toy in which the
 mixture of the paper dies."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -355,3 +356,14 @@ def test_stays_alive_where_the_mixture_of_the_paper_dies():
     used, perplexity = collapse.usage(paper.responsibilities(h, 0.5))
     assert used < 0.2
     assert perplexity < 0.05
+
+
+def test_a_subclass_of_live_may_have_a_mixture_of_its_own():
+    class Mine(LiveMixture):
+        pass
+
+    class Other(Live):
+        Mixture = Mine
+    args = SimpleNamespace(num_prototypes=8, bottleneck_dim=4, logit_scale=1.0, seed=0,
+                           live_eta=0.9, live_patience=2.0, live_apart=0.5)
+    assert type(Other.from_args(args).gmm) is Mine

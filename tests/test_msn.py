@@ -182,6 +182,7 @@ def test_the_backbones_of_student_and_teacher_are_compiled(tmp_path, monkeypatch
     (["--patch-drop", "1"], "--patch-drop must lie in [0, 1), got 1.0"),
     (["--sharpen", "0"], "--sharpen must be positive, got 0.0"),
     (["--prior", "-1"], "--prior must not be negative, got -1.0"),
+    (["--prior", "0.2", "--prior-weight", "0"], "--prior changes nothing with --prior-weight 0"),
     (["--arch", "resnet18", "--patch-drop", "0"], "has no patches that can be left out"),
     (["--teacher-temp", "0.1", "0.1"], "--teacher-temp has no effect in MSN"),
     (["--targets", "sinkhorn"], "--targets has no effect in MSN"),

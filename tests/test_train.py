@@ -334,6 +334,11 @@ def test_batch_norm_over_two_processes_counts_every_row_once(monkeypatch):
      "--teacher-temp-epochs changes nothing with --teacher-temp 0.025 0.025; got 3"),
     ("--method dino --teacher-temp 0.04 0.04 --teacher-temp-epochs 3",
      "--teacher-temp-epochs changes nothing with --teacher-temp 0.04 0.04; got 3"),
+    ("--method dino --teacher-temp 0.05 0.04 --resume", "START counts only with"),  # no run there
+    ("--epochs 2", "--epochs changes nothing with --steps 6; got 2.0"),
+    ("--local-crops 0 --local-scale 0.1 0.3", "--local-scale changes nothing with --local-crops 0"),
+    ("--jitter-p 0 --jitter 0.1 0.1 0.1 0.1", "--jitter changes nothing with --jitter-p 0"),
+    ("--resurrect 0 --no-rescale", "--rescale changes nothing with --resurrect 0; got False"),
     ("--partition-size 5", "--num-prototypes 16 must be a multiple of --partition-size 5"),
     ("--eta-c 1.2",
      "--eta-c must lie in (0, 0.99), the range in which A.7 rises to 0.99, got 1.2"),
@@ -351,6 +356,26 @@ def test_batch_norm_over_two_processes_counts_every_row_once(monkeypatch):
 def test_bad_flags_get_one_sentence_and_exit_code_2(capsys, tmp_path, flags, sentence):
     assert sentence in sentence_of_refusal(capsys, tmp_path, *flags.split())
     assert not os.path.exists(tmp_path / "ckpt.pt")
+
+
+class Biased(heads.Frozen):
+    def bias(self, tau):
+        return torch.arange(16.) / tau
+
+
+def test_a_bias_that_the_method_does_not_read_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(heads.PROTOTYPES, "mine", Biased)
+    assert sentence_of_refusal(capsys, tmp_path, "--prototypes", "mine").endswith(
+        "--prototypes mine has a `bias`, which --method carp does not read: only a softmax with a "
+        "temperature does")
+    train_tiny(tmp_path, "--prototypes", "mine", "--method", "dino", "--steps", "1")
+
+
+@pytest.mark.parametrize("flags, said", [(["--workers", "2"], True), ([], False)])
+def test_workers_that_have_nothing_to_decode_are_mentioned(capsys, tmp_path, flags, said):
+    train_tiny(tmp_path, "--steps", "1", "--prototypes", "frozen", *flags)
+    line = "--workers 2 is not used, as the images lie in memory"
+    assert (line in capsys.readouterr().out) == said
 
 
 class WithPredictor(losses.CARPLoss):

@@ -173,6 +173,9 @@ def check(args):
     config.check_not_read(args, flags, [
         name for name in NOT_READ if not (args.resume and getattr(args, name) == own.get(name))],
         SCRIPT)
+    if not issubclass(heads.prototype_class(args.prototypes), heads.Decoupled):
+        config.check_not_read(args, flags, ["patch_rows"],
+                              f"{SCRIPT} with --prototypes {args.prototypes}")
     for name in ("blur", "solarize"):
         if any(getattr(args, name)[1:]):
             raise ValueError(f"--{name} {' '.join(map(str, getattr(args, name)))}: a step has one "

@@ -52,7 +52,7 @@ import models
 import presets
 import views
 from losses import DINOLoss, sinkhorn
-from support import checkpoint, checkpoints, ddp, measures, optim
+from support import checkpoint, checkpoints, ddp, measures, optim, rules
 from support.errors import one_sentence
 from support.files import locked
 from support.flags import check_values
@@ -219,7 +219,7 @@ def check(args):
     check_trained("patch-kp-weight", args.patch_kp_weight, "patch-prototypes",
                   args.patch_prototypes)
     start, end = args.patch_temp
-    if start != end and not args.teacher_temp_epochs and not args.resume:
+    if start != end and not args.teacher_temp_epochs and not rules.goes_on(args):
         raise ValueError(f"--patch-temp {start} {end}: START counts only with "
                          "--teacher-temp-epochs; without it, type one value twice")
     of_patches = (args.patch_prototypes, args.num_patch_prototypes, args.patch_kp_weight)
@@ -434,7 +434,7 @@ def train(args, device, stop_request, make_streams):
     grid = args.img_size // args.patch_size
     place_mean = PlaceMean(grid ** 2, args.bottleneck_dim, on=args.place_mean).to(device)
     of_sets = [p for s in sets for p in s.student.parameters()]
-    trained = [*student.parameters(), *of_sets]  # theta
+    trained = [*student.parameters(), *of_sets, *loss_fn.parameters()]  # theta
     of_student = dict(student.named_parameters())
     averaged = [(phi, of_student[name]) for name, phi in teacher.named_parameters()]  # (phi, theta)
     averaged += [pair for s in sets for pair in zip(s.teacher.parameters(), s.student.parameters())]

@@ -230,11 +230,12 @@ class Live(Decoupled):
     """
 
     gmm_start = 0.5
+    Mixture = LiveMixture
 
     @classmethod
     def from_args(cls, args, begin=0):
         K, D = args.num_prototypes, args.bottleneck_dim
-        gmm = LiveMixture(K, D, eta=args.live_eta, patience=args.live_patience,
+        gmm = cls.Mixture(K, D, eta=args.live_eta, patience=args.live_patience,
                           apart=args.live_apart, seed=args.seed)
         return cls(K, D, args.logit_scale, args.seed, gmm=gmm, begin=begin)
 

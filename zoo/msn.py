@@ -105,6 +105,8 @@ def check(args):
     if issubclass(kind, (heads.VMF, KMeans)):
         raise ValueError(f"--prototypes {args.prototypes} does not work here: MSN's softmax has no "
                          "log-normaliser, and its teacher sees one view")
+    if kind.bias is not heads.Frozen.bias:
+        raise ValueError(f"--prototypes {args.prototypes} has a `bias`, which MSN does not read")
     config.check_not_read(args, flags, NOT_READ, "MSN, whose targets are those of --student-temp, "
                           "--sharpen and --balance")
     if args.num_prototypes < 2:
@@ -201,7 +203,7 @@ def train(args, device, stop_request):
     # differs from train.py: one prototype set for both, which nothing averages
     protos = heads.prototypes(args, int(gmm_start)).to(device)
     loss_fn = make_loss(args).to(device)
-    trained = [*student.parameters(), *protos.parameters()]  # theta
+    trained = [*student.parameters(), *protos.parameters(), *loss_fn.parameters()]  # theta
     averaged = list(teacher.parameters())  # phi
     optimizer = optim.make(args, trained)
     n_patches = (args.img_size // args.patch_size) ** 2
