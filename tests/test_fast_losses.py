@@ -180,3 +180,18 @@ def test_two_processes_equal_one():
         # the loss of a process is a mean over its half of the images
         own = h_s.grad[:, rank * 3:(rank + 1) * 3]
         assert torch.allclose(torch.from_numpy(of_h) / 2, own, atol=1e-6)
+
+
+def test_a_trained_temperature_keeps_the_plain_loss(monkeypatch):
+    """fast/losses.py has no gradient for it."""
+    monkeypatch.setattr(losses, "MOST_LOGITS", 0)
+    h_s, h_t, protos, _, _ = case(K=33)
+    p_t = (3 * h_t @ protos.weight.detach().T).softmax(-1)
+    gradients_of_tau = []
+    for trained in (True, False):
+        loss = losses.DINOLoss(33, 1)
+        loss.tau = torch.tensor(0.1, requires_grad=trained)
+        value = loss(h_s, p_t, protos, protos, 0)["cross_entropy"]
+        value.backward()
+        gradients_of_tau.append(loss.tau.grad)
+    assert gradients_of_tau[0].abs() > 0 and gradients_of_tau[1] is None

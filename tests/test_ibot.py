@@ -12,6 +12,7 @@ import models
 import views
 from conftest import (TINY, compare_one_process_with_two, differences, half_cosine, read_checkpoint,
                       read_log)
+from losses import DINOLoss
 from support import measures, optim
 from zoo import ibot
 
@@ -636,3 +637,20 @@ def test_a_shared_set_that_follows_the_teacher_takes_the_vectors_of_both_process
             "--gmm-start", "0"]
     compare_one_process_with_two("ibot", [kind], [*TINY, "--lr", "1e-3"],
                                  ("cross_entropy", "patch"), tmp_path)
+
+
+class Scaled(DINOLoss):
+    """DINO on vectors that a number of the loss scales."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, h_s, *others):
+        return super().forward(self.factor * h_s, *others)
+
+
+def test_parameters_of_a_loss_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(ibot, "DINOLoss", Scaled)
+    run(tmp_path, "--lr", "1")
+    assert read_checkpoint(tmp_path)["loss"]["class.factor"] != 1
