@@ -278,6 +278,12 @@ def prototype_share(flags, train, counts, tables):
     has_groups = len(evaluation.groups_with_classes(tables)) > 1
     if flags.arch is not None or flags.which != "teacher" or not has_groups:
         return None
+    typed = [flag for flag, value in (("--img-size", flags.img_size), ("--mean", flags.mean),
+                                      ("--std", flags.std)) if value is not None]
+    if typed:
+        print(f"prototypes per group are not counted with {', '.join(typed)}: they won the images "
+              "as the run saw them")
+        return None
     try:
         won, K = winners(flags.checkpoint, train, flags.device)
         return groups.prototype_share(won, train.y, counts, K, flags.head, flags.tail)

@@ -855,15 +855,17 @@ def test_what_a_training_run_imports_of_this_file_is_little():
     assert result.stdout.split() == [] and result.returncode == 0
 
 
-def test_prototypes_are_counted_for_the_teacher_alone(tmp_path, monkeypatch):
+def test_prototypes_are_counted_for_the_teacher_alone_and_images_as_it_saw_them(monkeypatch,
+                                                                               capsys):
     monkeypatch.setattr(eval_knn, "winners", lambda path, images, device: (torch.tensor([0, 1]), 4))
     counts, train = torch.tensor([200, 5]), argparse.Namespace(y=torch.tensor([0, 1]))
     y = torch.tensor([0, 1])
     found = {}
-    for which in ("teacher", "student"):
+    for which, img_size in (("teacher", None), ("student", None), ("teacher", 64)):
         flags = argparse.Namespace(arch=None, which=which, head=100, tail=20, checkpoint="x",
-                                   device="cpu")
+                                   device="cpu", img_size=img_size, mean=None, std=None)
         table = groups.report(y, y, counts, 100, 20)
-        found[which] = eval_knn.prototype_share(flags, train, counts, {1: table})
-    assert found["teacher"] == {"head": 25, "medium": 0, "tail": 25, "unused": 50}
-    assert found["student"] is None
+        found[which, img_size] = eval_knn.prototype_share(flags, train, counts, {1: table})
+    assert found["teacher", None] == {"head": 25, "medium": 0, "tail": 25, "unused": 50}
+    assert found["student", None] is None and found["teacher", 64] is None
+    assert "not counted with --img-size: they won the images" in capsys.readouterr().out
