@@ -267,8 +267,9 @@ def parse(argv=None, script="train.py", add_flags=None):
     args = p.parse_args(argv)
     check_changes(args, p)
     p.complete(args)
-    args.out = folder(args)
+    args.out = folder(args) if args.out is None else args.out
     rules.check(args, p.error)
+    check_idle(args, p)
     args.device = rules.device(args, p.error)
     args.resume = args.resume or ddp.RESTARTS > 0
     if args.method == "carl":
@@ -461,7 +462,11 @@ def check_changes(args, parser):
             parser.error(f"--{name.replace('_', '-')} changes nothing with {choice}; it is for "
                          f"{', '.join(readers)} (READ_BY_... in config.py says who reads it); "
                          f"got {value}")
-    start, end = args.teacher_temp or losses.loss_class(args.method).teacher_temp
+
+
+def check_idle(args, parser):
+    """One sentence and exit code 2 for a typed flag that another one switches off."""
+    start, end = args.teacher_temp
     of_patches = getattr(args, "patch_temp", None) or [0, 0]
     is_flat = start == end and of_patches[0] == of_patches[1]
     for name, beside, idle in (
