@@ -10,6 +10,9 @@ import torch
 
 from support import ddp
 
+DECODING = ("a process that decodes images (--workers) was ended from outside, for lack of memory "
+            "for instance; the last checkpoint is whole, go on with --resume")
+
 
 @contextlib.contextmanager
 def one_sentence(script, out=None):
@@ -33,15 +36,20 @@ def one_sentence(script, out=None):
     except ValueError as error:
         leave(error, 2)
     except OSError as error:
+        if is_of_decoding(error):
+            leave(DECODING, 1)
         leave(sentence_of(error, out), 2)
+    except EOFError as error:
+        if is_of_decoding(error):
+            leave(DECODING, 1)
+        raise
     except MemoryError:
         leave("there is not enough memory", 2)
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             leave(f"--compile does not work here: {str(error).splitlines()[0]}", 2)
         if is_of_decoding(error):
-            leave("a process that decodes images (--workers) was ended from outside, for lack of "
-                  "memory for instance; the last checkpoint is whole, go on with --resume", 1)
+            leave(DECODING, 1)
         if ddp.lost_contact(error):
             silent = "timed out" in str(error).lower()  # a cable that is cut sends no word
             how = ("heard nothing from another one for the seconds of --timeout" if silent else
@@ -92,8 +100,13 @@ def end_child_processes(error):
 
 
 def is_of_decoding(error):
-    """Whether a RuntimeError came up because a decoding process has gone. torch raises that at
-    whatever line runs, and what this line leaves unfinished can raise another error on top."""
+    """Whether an error came up because a decoding process has gone. torch raises a RuntimeError at
+    whatever line runs, and what this line leaves unfinished can raise another error on top. If
+    tensors of that process were just on their way, the connection to it breaks first."""
+    broken = isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError))
+    if broken and any("torch/utils/data/" in frame.filename.replace(os.sep, "/")
+                      for frame in traceback.extract_tb(error.__traceback__)):
+        return True
     while error and not str(error).startswith("DataLoader worker"):
         error = error.__context__
     return error is not None

@@ -235,8 +235,33 @@ def test_a_decoding_process_that_has_gone_is_named_also_under_another_error(caps
     assert "a process that decodes images (--workers) was ended" in capsys.readouterr().err
 
 
+class Breaks(torch.utils.data.Dataset):
+    """As a DataLoader receives tensors of a process that has just gone."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [
+    ConnectionResetError(104, "Connection reset by peer"),
+    ConnectionRefusedError(111, "Connection refused"), EOFError()])
+def test_a_decoding_process_that_goes_while_it_sends_is_named_too(capsys, error):
+    with pytest.raises(SystemExit) as stop, errors.one_sentence("tool"):
+        list(torch.utils.data.DataLoader(Breaks(error)))
+    assert stop.value.code == 1
+    assert "a process that decodes images (--workers) was ended" in capsys.readouterr().err
+    if isinstance(error, OSError):  # from elsewhere
+        assert leave(type(error)(*error.args)) == 2
+
+
 def test_a_bug_of_ours_stays_a_traceback():
-    for error in (RuntimeError("shapes do not fit"), TypeError("x"), KeyError("y")):
+    for error in (EOFError(), RuntimeError("shapes do not fit"), TypeError("x"), KeyError("y")):
         with pytest.raises(type(error)), errors.one_sentence("tool"):
             raise error
 
