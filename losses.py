@@ -258,9 +258,9 @@ class DINOLoss(Loss):
         return p_t
 
     def forward(self, h_s, p_t, protos_s, protos_t, step):
-        trains_tau = torch.is_tensor(self.tau) and self.tau.requires_grad  # in a fork
-        fast = fast_losses(p_t.shape[-1], h_s, protos_s, protos_t)
-        if fast and not trains_tau:  # fast/losses.py has no gradient for it
+        # fast/losses.py has no gradient for a temperature that a fork trains
+        trains_tau = torch.is_tensor(self.tau) and self.tau.requires_grad
+        if not trains_tau and (fast := fast_losses(p_t.shape[-1], h_s, protos_s, protos_t)):
             return fast.dino(other_crop, h_s, p_t, protos_s, self.tau)
         z_s = protos_s.logits(h_s)  # (V, B, K)
         return dino(z_s, p_t, self.tau, protos_s.bias(self.tau))

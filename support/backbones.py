@@ -303,7 +303,8 @@ def code_of_features():
     """16 hex digits of the files that make features of weights and images: an edit of them counts.
     """
     root = Path(__file__).parent.parent
-    names = ("models.py", "views.py", "support/features.py", "support/pixels.py", "zoo/rope_vit.py")
+    names = ("data.py", "models.py", "views.py", "support/features.py", "support/pixels.py",
+             "zoo/rope_vit.py")
     return digest(*((root / name).read_bytes() for name in names))
 
 

@@ -202,7 +202,7 @@ def check_classes(path, train, inner, left_out):
         if len(classes) > 1:  # one name in common is no sign
             raise ValueError(f"--data {path}: {c}/ holds folders of the names of classes beside it "
                              f"({', '.join(classes[:5])}). If it is their test split, move the "
-                             f"class folders beside it into train/ and call it val/; if it is a "
+                             "class folders beside it into train/ and call it val/; if it is a "
                              "class, move the images of those folders up into it")
         shared = [name for name in inner.get(c, ()) if name in holder]
         other = holder[shared[0]] if shared else None

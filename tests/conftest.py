@@ -16,7 +16,8 @@ from torchvision.utils import save_image
 
 import data
 import forked
-from support import shapes
+import heads
+from support import optim, shapes
 from support.pixels import IGNORED
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the repository
@@ -154,6 +155,17 @@ def compare_one_process_with_two(script, kinds, flags, terms, folder, prepare=""
         assert kept
         for name in kept:
             assert torch.allclose(one[name], two[name], atol=1e-3), name
+
+
+def watch_schedules(monkeypatch):
+    """([(lr, weight decay)], [beta]) of the steps that are taken from now on."""
+    rates, betas = [], []
+    take_step, move = optim.CheckedStep.__call__, heads.Decoupled.step
+    monkeypatch.setattr(optim.CheckedStep, "__call__", lambda self, values, step, lr, decay: (
+        rates.append((lr, decay)), take_step(self, values, step, lr, decay))[1])
+    monkeypatch.setattr(heads.Decoupled, "step", lambda protos, h, step, beta: (
+        betas.append(beta), move(protos, h, step, beta))[1])
+    return rates, betas
 
 
 # ---- what a run wrote --------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import losses
 import models
 import views
 from conftest import (compare_one_process_with_two, differences, read_checkpoint, read_log,
-                      small_sets)
+                      small_sets, watch_schedules)
 from support import backbones, checkpoint, ddp, optim
 from support.features import embed, width
 from zoo import capi
@@ -540,12 +540,7 @@ def test_the_preset_holds_the_numbers_of_the_official_recipe():
 
 # ---- flags, schedules and columns of a run ------------------------------------------------------
 def test_the_schedules_of_a_run(tmp_path, monkeypatch):
-    seen, original = [], optim.CheckedStep.__call__
-    monkeypatch.setattr(optim.CheckedStep, "__call__", lambda self, values, step, lr, decay: (
-        seen.append((lr, decay)), original(self, values, step, lr, decay))[1])
-    betas, step_of = [], heads.Decoupled.step
-    monkeypatch.setattr(heads.Decoupled, "step", lambda protos, h, step, beta: (
-        betas.append(beta), step_of(protos, h, step, beta))[1])
+    seen, betas = watch_schedules(monkeypatch)
     run(tmp_path, "--prototypes", "decoupled", "--gmm-start", "0", "--lr", "3.2", "--min-lr",
         "0.02", "--weight-decay", "0.1", "--weight-decay-end", "0.5", "--beta", "0.2", "0.8",
         "--ema-per-lr", "1")

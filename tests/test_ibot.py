@@ -11,9 +11,9 @@ import heads
 import models
 import views
 from conftest import (TINY, compare_one_process_with_two, differences, half_cosine, read_checkpoint,
-                      read_log)
+                      read_log, watch_schedules)
 from losses import DINOLoss
-from support import measures, optim
+from support import measures
 from zoo import ibot
 
 CENTRE = ["--targets", "center", "--num-patch-prototypes", "16"]  # iBOT's, and not our default
@@ -498,12 +498,7 @@ MIXTURE = ["--prototypes", "frozen", "--patch-prototypes", "decoupled", "--patch
 
 
 def test_the_schedules_of_a_run(tmp_path, monkeypatch):
-    seen, original = [], optim.CheckedStep.__call__
-    monkeypatch.setattr(optim.CheckedStep, "__call__", lambda self, values, step, lr, decay: (
-        seen.append((lr, decay)), original(self, values, step, lr, decay))[1])
-    betas, step_of = [], heads.Decoupled.step
-    monkeypatch.setattr(heads.Decoupled, "step", lambda protos, h, step, beta: (
-        betas.append(beta), step_of(protos, h, step, beta))[1])
+    seen, betas = watch_schedules(monkeypatch)
     run(tmp_path, *MIXTURE, "--lr", "3.2", "--min-lr", "0.02", "--weight-decay", "0.1",
         "--weight-decay-end", "0.5", "--beta", "0.2", "0.8")
     # peak 3.2 * 8 / 256; the rise takes a tenth of 6 steps

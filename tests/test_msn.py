@@ -10,8 +10,7 @@ import heads
 import losses
 import models
 from conftest import (TINY, compare_one_process_with_two, differences, half_cosine, read_checkpoint,
-                      read_log)
-from support import optim
+                      read_log, watch_schedules)
 from zoo import msn
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
@@ -213,12 +212,7 @@ def test_presets_hold_the_numbers_of_the_official_code(preset, prior, weight):
 
 # ---- flags, schedules and columns of a run ------------------------------------------------------
 def test_the_schedules_of_a_run(tmp_path, monkeypatch):
-    seen, original = [], optim.CheckedStep.__call__
-    monkeypatch.setattr(optim.CheckedStep, "__call__", lambda self, values, step, lr, decay: (
-        seen.append((lr, decay)), original(self, values, step, lr, decay))[1])
-    betas, step_of = [], heads.Decoupled.step
-    monkeypatch.setattr(heads.Decoupled, "step", lambda protos, h, step, beta: (
-        betas.append(beta), step_of(protos, h, step, beta))[1])
+    seen, betas = watch_schedules(monkeypatch)
     run(tmp_path, "--prototypes", "decoupled", "--gmm-start", "0", "--lr", "3.2", "--min-lr",
         "0.02", "--weight-decay", "0.1", "--weight-decay-end", "0.5", "--beta", "0.2", "0.8")
     # peak 3.2 * 8 / 256; the rise takes a tenth of 6 steps
@@ -301,3 +295,32 @@ def test_a_step_that_is_not_finite_moves_neither_network(tmp_path, monkeypatch):
     run(tmp_path / "three", *flags, "--stop-at", "3")
     two, three = (read_checkpoint(tmp_path / name) for name in ("two", "three"))
     assert not differences(two, three, "student", "teacher")
+
+
+class Scaled(msn.MSNLoss):
+    """MSN on vectors that a number of the loss scales."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, h_s, *others):
+        return super().forward(self.factor * h_s, *others)
+
+
+def test_parameters_of_a_loss_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(msn, "MSNLoss", Scaled)
+    run(tmp_path, "--lr", "1")
+    assert read_checkpoint(tmp_path)["loss"]["factor"] != 1
+
+
+class Biased(heads.Frozen):
+    def bias(self, tau):
+        return torch.arange(16.)
+
+
+def test_a_bias_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(heads.PROTOTYPES, "joint", Biased)
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    assert "--prototypes joint has a `bias`, which MSN does not read" in capsys.readouterr().err
