@@ -152,14 +152,14 @@ def test_supervised_refuses_what_cannot_be(monkeypatch):
         supervised(None, 0, 4, monkeypatch)
 
 
-def test_supervised_runs_are_counted_where_their_images_are_not(tmp_path, capsys):
-    images = make_folder(tmp_path / "set")
+def test_supervised_runs_are_shown_other_images_where_their_own_are_not(tmp_path, capsys):
+    images, others = make_folder(tmp_path / "set"), make_folder(tmp_path / "others")
     train_tiny(tmp_path / "run", "--method", "supervised", "--prototypes", "joint",
                "--data", images)
     shutil.rmtree(images)
     capsys.readouterr()
-    collapse.main([str(tmp_path / "run")])
-    assert "unique" in capsys.readouterr().out
+    collapse.main([str(tmp_path / "run"), "--data", others])
+    assert "perplexity" in capsys.readouterr().out
 
 
 def test_the_control_is_that_of_the_first_table_that_has_one(tmp_path):
