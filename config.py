@@ -66,7 +66,7 @@ def parser(add_flags=None):
     flag("--imbalance", type=float, default=1.0,
          help="long tail: images of the largest class over those of the smallest; the test split "
          "stays whole")
-    flag("--imbalance-law", default="exp", choices=["exp", "power"],
+    flag("--imbalance-law", default="exp", choices=list(data.LAWS),
          help="sizes of classes: exp: each smaller than the one before by the same factor; power: "
          "(c + 1)^-a for class c")
     flag("--img-size", type=int, default=32, help="side of the two global crops, pixels")
@@ -284,25 +284,6 @@ def folder(args):
     return args.out or f"runs/{args.preset}-{args.method}-{args.prototypes}-s{args.seed}"
 
 
-def narrow(parser, presets, choices, helps=None):
-    """Make of the command line of train.py that of a script of zoo/ with fewer choices.
-
-    presets: its own; of those of train.py only "tiny" stays, as argparse would take the method of
-    another one unchecked. choices: {flag: what it can be}; a single one is the default. helps:
-    {flag: help text}.
-    """
-    for name in [*parser.presets]:
-        if name != "tiny":
-            del parser.presets[name]
-    parser.presets.update(presets)
-    for action in parser._actions:
-        action.choices = choices.get(action.dest, action.choices)
-        if len(choices.get(action.dest, ())) == 1:
-            action.default, = action.choices
-            action.help = f"the {action.dest} of this script; there is no choice"
-        action.help = (helps or {}).get(action.dest, action.help)
-
-
 def recipe(args):
     """The crops that the flags ask for."""
     return views.Recipe(
@@ -324,8 +305,7 @@ def lengths(args, n):
         raise ValueError(f"--stop-at {args.stop_at} lies beyond the {total} steps of this run")
     kinds = [args.prototypes, getattr(args, "patch_prototypes", args.prototypes)]
     has_mixture = any(issubclass(heads.prototype_class(kind), heads.Decoupled) for kind in kinds)
-    # a run that began before this rule goes on
-    if has_mixture and total <= args.gmm_start >= 1 and not args.resume:
+    if has_mixture and total <= args.gmm_start >= 1:
         raise ValueError(f"--gmm-start {args.gmm_start:g} lies beyond the {total} steps of this "
                          "run: the prototypes would never move")
     return steps_per_epoch, total, min(args.stop_at or total, total)
@@ -407,16 +387,6 @@ def complete(args):
     default("gmm_start", 0.75 if args.gmm_init == "features" else 0.0)
 
 
-def check_not_read(args, add_flags, names, script):
-    """ValueError for a flag among `names` that is not at its default, as the script does not read
-    it; script: its name, and perhaps why."""
-    default = completed({"prototypes": args.prototypes}, add_flags)
-    for name in names:
-        value = getattr(args, name)
-        if value != getattr(default, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect in {script}; got {value}")
-
-
 # What each loss and each prototype set reads, of the flags that not all of them read. One that is
 # not here, as that of a fork, may read any. Sizes and lengths are left out, although CARP alone
 # reads --partition-size and mixtures alone read --gmm-start: so the same sizes can be typed for
@@ -473,6 +443,8 @@ def check_idle(args, parser):
             ("epochs", f"--steps {args.steps}", args.steps),
             ("imbalance_law", "--imbalance 1", args.imbalance == 1),
             ("local_scale", "--local-crops 0", args.local_crops == 0),
+            ("local_size", "--local-crops 0", args.local_crops == 0),
+            ("patch_size", f"--arch {args.arch}", args.arch in models.RESNETS),
             ("jitter", "--jitter-p 0", args.jitter_p == 0),
             ("rescale", "--resurrect 0", args.resurrect == 0),
             ("teacher_temp_epochs", f"--teacher-temp {start} {end}", is_flat),

@@ -16,7 +16,6 @@ A set of your own is one function of --data-root and one entry in SETS:
 Letters: N images, H x W pixels, C classes, n_c images of class c.
 """
 import itertools
-import json
 import math
 import os
 import sys
@@ -24,10 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
-from torchvision import datasets
 from tqdm import tqdm
 
-from support import ddp, folders, pixels, shapes
+from support import ddp, shapes
+from support.entries import loaded
 from support.files import digest
 from views import LONG_TAIL, THREADS, generator
 
@@ -89,6 +88,7 @@ class Files:
         For a damaged file: its nearest neighbour that can be read, and (path of the damaged one,
         sentence why). ValueError if no neighbour can be read either.
         """
+        from support import pixels  # here, as sets in memory need none of it
         damaged = None
         for j in itertools.chain([i], neighbours(i, len(self), self.y)):
             try:
@@ -132,7 +132,7 @@ def load(data, *, root="data", seed=0, img_size=32, imbalance=1.0, imbalance_law
         raise ValueError(f"--imbalance {imbalance} must be at least 1 (1 leaves the set as it is)")
     path = os.path.expanduser(data)
     if data in SETS:
-        train, test = SETS[data](root)
+        train, test = loaded(SETS[data])(root)
     elif os.path.isdir(path):
         train, test = folder(path, img_size)
     else:
@@ -156,93 +156,13 @@ def builtin_shapes(root):
     return tuple(splits)
 
 
-def cifar10(root):
-    """CIFAR-10: 50,000 and 10,000 images of 10 classes, 32 x 32 pixels."""
-    return cifar("cifar10", datasets.CIFAR10, root)
-
-
-def cifar100(root):
-    """CIFAR-100: 50,000 and 10,000 images of 100 classes, 32 x 32 pixels."""
-    return cifar("cifar100", datasets.CIFAR100, root)
-
-
-def cifar(name, dataset, root):
-    splits = []
-    for train in (True, False):
-        stored = from_torchvision(name, dataset, root, train=train)
-        x = torch.from_numpy(stored.data)  # (N, H, W, 3)
-        x = x.permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
-        y = torch.as_tensor(stored.targets, dtype=torch.int64)  # (N,)
-        splits.append(Images(x, y, list(stored.classes), name))
-    return tuple(splits)
-
-
-def stl10(root):
-    """STL-10: its 5,000 labelled training images and 8,000 test images of 10 classes, 96 x 96."""
-    splits = []
-    for split in ("train", "test"):
-        stored = from_torchvision("stl10", datasets.STL10, root, split=split)
-        x = torch.from_numpy(stored.data)  # (N, 3, H, W)
-        y = torch.as_tensor(stored.labels, dtype=torch.int64)  # (N,)
-        splits.append(Images(x, y, list(stored.classes), "stl10"))
-    return tuple(splits)
-
-
-def from_torchvision(name, dataset, root, **split):
-    """One split of a set that torchvision reads, downloaded to `root` if it is not there."""
-    try:
-        return dataset(root, **split)
-    except RuntimeError:  # the files are not there, or a checksum is wrong
-        pass
-    try:
-        return dataset(root, **split, download=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"--data {name} is not under --data-root {root} and cannot be "
-                         f"downloaded: {error}") from None
-
-
-def inat18(root):
-    """iNaturalist-2018, long-tailed by nature: 437,513 and 24,426 images, 8,142 classes (Sec. 4.4).
-
-    torchvision's class knows all images and no split: that is read from val2018.json, the list of
-    the competition. ValueError where either is missing, or the classes are not grouped as the
-    published 842 / 3,701 / 3,599.
-    """
-    from support import groups  # here, because no other set needs it
-    val_list = os.path.join(root, "val2018.json")
-    try:
-        stored = datasets.INaturalist(root, version="2018")
-        with open(val_list) as f:
-            entries = json.load(f)["images"]  # file_name: train_val2018/Aves/2820/0123.jpg
-        val_paths = {entry["file_name"].split("/", 1)[1] for entry in entries}
-    except (OSError, RuntimeError, KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"--data inat18 is expected as {root}/2018/<group>/<class>/*.jpg, where "
-                         f"torchvision.datasets.INaturalist puts it, and {val_list}, its list of "
-                         f"validation images ({error})") from None
-    classes = list(stored.all_categories)
-    paths = {"train": [], "val": []}
-    labels = {"train": [], "val": []}
-    for c, name in sorted(stored.index):
-        if folders.is_image(name):
-            path = f"{classes[c]}/{name}"
-            split = "val" if path.replace(os.sep, "/") in val_paths else "train"
-            paths[split].append(os.path.join(stored.root, path))
-            labels[split].append(c)
-    if len(paths["val"]) != len(val_paths):
-        raise ValueError(f"{val_list} names {len(val_paths)} images, and {len(paths['val'])} of "
-                         f"them are under {stored.root}")
-    train = Files(paths["train"], torch.tensor(labels["train"]), classes, "inat18")
-    test = Files(paths["val"], torch.tensor(labels["val"]), list(classes), "inat18")
-    groups.check_inat18(train.y.bincount(minlength=len(classes)))
-    return train, test
-
-
+# name of --data: the function, or "module.function" of one that is loaded when it is asked for
 SETS = {
     "shapes": builtin_shapes,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "stl10": stl10,
-    "inat18": inat18,
+    "cifar10": "support.named_sets.cifar10",
+    "cifar100": "support.named_sets.cifar100",
+    "stl10": "support.named_sets.stl10",
+    "inat18": "support.named_sets.inat18",
 }
 VERSIONS = {"shapes": shapes.VERSION}  # of sets that are drawn here: a new version is a new set
 
@@ -252,6 +172,7 @@ VERSIONS = {"shapes": shapes.VERSION}  # of sets that are drawn here: a new vers
 def folder(path, img_size):
     """(train, test) of a folder laid out as support/folders.py says; test is None where there are
     no classes."""
+    from support import folders, pixels  # here, as the built-in images need neither
     found = folders.find(path)
     ddp.print_once(f"--data {path}: {found.about}", sys.stderr)
     name = os.path.basename(os.path.abspath(path))

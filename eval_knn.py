@@ -182,7 +182,7 @@ def winners(path, images, device="cpu"):
     path: a run folder or ckpt.pt of train.py; ValueError for anything else."""
     from tqdm import tqdm
 
-    from support.checkpoint import assignments, load_run
+    from support.runs import assignments, load_run
     won = []
     with tqdm(total=len(images), desc="prototypes", unit="img", leave=False, disable=None) as bar:
         for h, p in assignments(load_run(path), images, device):  # (n, D) (n, K)

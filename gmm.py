@@ -165,18 +165,13 @@ class OnlineGMM(nn.Module):
     @property
     def mu(self):
         """Means (K, D), float32; a new tensor at each call."""
-        mu = torch.empty_like(self.S_mu, dtype=torch.float32)  # (K, D)
-        for ks in self.blocks():
-            mu[ks] = self.mean(ks)
-        return mu
+        return torch.cat([self.mean(ks).float() for ks in self.blocks()])  # (K, D)
 
     @property
     def var(self):
         """Variances (K, D), float32; a new tensor at each call."""
-        var = torch.empty_like(self.S_mu, dtype=torch.float32)  # (K, D)
-        for ks in self.blocks():
-            var[ks] = self.variance(ks, self.mean(ks))
-        return var
+        var = [self.variance(ks, self.mean(ks)).float() for ks in self.blocks()]  # (|ks|, D) each
+        return torch.cat(var)  # (K, D)
 
     def weights(self):
         """pi (K,), float64, above 0 so that its logarithm is finite."""

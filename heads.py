@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from gmm import OnlineGMM, eta_at
 from losses import koleo
 from support import ddp
-from support.entries import class_of
+from support.entries import loaded
 
 
 # added to a run's seed for its second set of prototypes, which so starts at other directions
@@ -312,8 +312,8 @@ class Decoupled(Frozen):
             h = h[order[:K].to(h.device)]  # (K, D)
         if step >= self.begin - math.ceil(K / N):  # the ring would drop earlier ones
             # the memory is a ring: vector i lies in row i mod K
-            places = (self.collected + torch.arange(len(h), device=h.device))[-K:] % K  # (n,)
-            self.memory()[places] = h[-K:].to(self.memory().dtype)
+            places = (self.collected + torch.arange(len(h), device=h.device)) % K  # (n,)
+            self.memory()[places] = h.to(self.memory().dtype)
             self.collected += len(h)
         if step >= self.begin and self.collected:
             # a copy, as the start writes over that memory
@@ -346,7 +346,7 @@ PROTOTYPES = {
 
 def prototype_class(name):
     """The class that the table has under a name; Frozen for a name that only other code has."""
-    return class_of(PROTOTYPES.get(str(name), Frozen))
+    return loaded(PROTOTYPES.get(str(name), Frozen))
 
 
 def prototypes(args, begin=0):
@@ -354,7 +354,7 @@ def prototypes(args, begin=0):
 
     ValueError if its vectors are not (K, D).
     """
-    protos = class_of(PROTOTYPES[args.prototypes]).from_args(args, begin)
+    protos = loaded(PROTOTYPES[args.prototypes]).from_args(args, begin)
     shape, asked = tuple(protos.vectors().shape), (args.num_prototypes, args.bottleneck_dim)
     if protos.countable and shape != asked:
         raise ValueError(f"--prototypes {args.prototypes} has vectors() of shape {shape}, where "

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from support import ddp
-from support.entries import class_of
+from support.entries import loaded
 
 EPS = torch.finfo(torch.float32).eps  # clamp of CARP's official code: 1.19e-7 on both ends
 MOST_LOGITS = 2 ** 24  # student logits V B K of a micro-batch that the plain losses may hold
@@ -281,7 +281,7 @@ LOSSES = {
 
 def loss_class(name):
     """The class that the table has under a name; Loss for a loss of a script's own."""
-    return class_of(LOSSES.get(str(name), Loss))
+    return loaded(LOSSES.get(str(name), Loss))
 
 
 def loss(args, steps_per_epoch=1):

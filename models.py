@@ -21,6 +21,8 @@ patch; one more, the class token, stands for the whole image.
 
 Letters: N images of H x W pixels, n patches and T = 1 + n tokens of an image, dim = width.
 """
+from itertools import groupby
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -299,11 +301,6 @@ class MultiCrop(nn.Module):
     def forward(self, views):
         if not len(views):
             raise ValueError("MultiCrop got an empty list of views")
-        same_size = []  # lists of consecutive views of one size
-        for view in views:
-            if same_size and same_size[-1][0].shape[-2:] == view.shape[-2:]:
-                same_size[-1].append(view)
-            else:
-                same_size.append([view])
-        cls = [self.backbone(torch.cat(group))[0] for group in same_size]  # (len(group) * B, dim)
+        same_size = groupby(views, lambda view: view.shape[-2:])  # runs of views of one size
+        cls = [self.backbone(torch.cat(tuple(run)))[0] for _, run in same_size]  # (run * B, dim)
         return self.head(torch.cat(cls))  # (V*B, D)

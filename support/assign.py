@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional as F
 
-from support import checkpoint
 from support import groups
 from support import plots
+from support import runs
 from support.evaluation import load_images
 
 
@@ -27,13 +27,13 @@ def assign_images(path, data, usage):
     usage: collapse.usage. -> a namespace of data, images (the set), C (K, D), h (N, D), won (N,),
     probability (N,) of the prototype that won, used and perplexity (shares of K) and entropy (mean
     over images of that of P, in nats). ValueError for what load_run or data.load refuses."""
-    run = checkpoint.load_run(path)
+    run = runs.load_run(path)
     _, prototypes, _, args = run
     images, _, _ = load_images(data, args)
     features, winners, probabilities, entropies = [], [], [], []  # a tensor per batch in each
 
     def batches():
-        for h, p in checkpoint.assignments(run, images):  # (n, D) (n, K)
+        for h, p in runs.assignments(run, images):  # (n, D) (n, K)
             probability, k = p.max(1)  # (n,) each
             features.append(h.cpu())
             winners.append(k.cpu())

@@ -20,20 +20,19 @@ nothing else has to be restored.
 """
 import os
 import re
+import textwrap
 
 import torch
 
 import config
 import data
 import heads
-import losses
 import models
-import views
 from support import ddp
 from support.files import write
 from support.log import Record
 
-VERSION = 3  # 1: without trail; 2: a mixture without its floor
+VERSION = 3
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -102,14 +101,13 @@ def load(path):
     from support import checkpoints
     ckpt = checkpoints.read(path, mmap=False)
     needed = {"version": int, "step": int} | dict.fromkeys(
-        ("args", "student", "teacher", "loss", "optimizer", "gmm", "prototypes"), dict)
+        ("args", "student", "teacher", "loss", "optimizer", "gmm", "prototypes", "trail"), dict)
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path}: not a checkpoint of ours")
     wrong = [key for key, kind in needed.items() if not isinstance(ckpt.get(key), kind)]
     if not wrong:
         wrong = [f"prototypes.{net}" for net in ("student", "teacher")
                  if not isinstance(ckpt["prototypes"].get(net), dict)]
-    wrong += ["trail"] * (not isinstance(ckpt.get("trail", {}), dict))  # version 1 has none
     if wrong:
         raise ValueError(f"{path}: not a checkpoint of ours, or a damaged one: {wrong[0]} is "
                          "missing or of another type")
@@ -166,9 +164,6 @@ def resume(args, paths, parts, protos_s, protos_t):
     path = ddp.from_rank0(path)  # one process chooses, whatever the others see
     ckpt = ckpt or load(path)
     check_version(path, ckpt)
-    if ckpt["version"] == 1:
-        ddp.print0(f"{path} is of version 1, without a trail: the next row of the log averages "
-                   "steps from it on")
     check_data_version(path, ckpt["args"], args)
     from support import checkpoints
     script = checkpoints.module_of(args.script)  # which may have flags of its own
@@ -187,12 +182,12 @@ def resume(args, paths, parts, protos_s, protos_t):
         # It is damaged, and `save` would make it ckpt.prev.pt in the place of the one just loaded
         os.replace(newest, os.path.join(args.out, "ckpt.damaged.pt"))
     ddp.print0(f"resumed {path} at step {ckpt['step']}")
-    return ckpt["step"], Record(ckpt.get("trail"))
+    return ckpt["step"], Record(ckpt["trail"])
 
 
 def check_version(path, ckpt):
-    if ckpt.get("version") not in (1, 2, VERSION):
-        raise ValueError(f"{path} is of version {ckpt.get('version')}, and this code reads 1 to "
+    if ckpt.get("version") != VERSION:
+        raise ValueError(f"{path} is of version {ckpt.get('version')}, and this code reads version "
                          f"{VERSION}: use the code that wrote it")
 
 
@@ -223,33 +218,16 @@ def check_data(path, old, args):
 
 def read_mixture(ckpt):
     """The state of a checkpoint's mixture, {gmm.NAME: value}."""
-    gmm = dict(ckpt["gmm"])
-    if {"S_mu", "mu", "var"} <= gmm.keys():
-        mu, var = gmm.pop("mu"), gmm.pop("var")  # they follow from S
-        if ckpt["version"] < 3:
-            gmm["floor"] = var.min()
-            if not ckpt["prototypes"]["teacher"]["_extra_state"]["started"]:
-                gmm["S_mu"] = mu.double()  # not means yet, but the vectors that wait for the start
-    return {f"gmm.{k}": v for k, v in gmm.items()}
+    of_readers = ("mu", "var") if "S_mu" in ckpt["gmm"] else ()  # there they follow from S
+    return {f"gmm.{k}": v for k, v in ckpt["gmm"].items() if k not in of_readers}
 
 
 def load_part(path, name, part, state):
     """part.load_state_dict(state); ValueError with one sentence that names what does not fit."""
-    here = part.state_dict()
-    missing = [k for k in here if k not in state]
-    unexpected = [k for k in state if k not in here]
-    shared = [k for k in here if k in state and torch.is_tensor(here[k])]
-    shapes = [k for k in shared if here[k].shape != state[k].shape]
-    if missing or unexpected or shapes:
-        from support import checkpoints
-        raise ValueError(f"--resume: {path}: {name} does not fit; "
-                         f"missing: {checkpoints.listing(missing)}; "
-                         f"unexpected: {checkpoints.listing(unexpected)}; "
-                         f"of another shape: {checkpoints.listing(shapes)}")
     try:
         part.load_state_dict(state)
-    except (ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = textwrap.shorten(str(error), 400)
         raise ValueError(f"--resume: {path}: {name} does not fit ({reason})") from error
 
 
@@ -262,65 +240,3 @@ def network(args, drop_path=0.0):
     head = heads.Head(backbone.dim, args.head_hidden, args.bottleneck_dim, args.head_bn,
                       args.head_norm)
     return models.MultiCrop(backbone, head)
-
-
-def networks_of(ckpt, add_flags=None):
-    """(teacher, its prototypes, args as a Namespace) of a checkpoint that has been read.
-
-    add_flags: as for config.parse, of the script that wrote it.
-    """
-    args = config.completed(ckpt["args"], add_flags)
-    net, protos = network(args), heads.prototypes(args)
-    net.load_state_dict(ckpt["teacher"])
-    restore(protos, ckpt)
-    return net, protos, args
-
-
-def restore(protos, ckpt):
-    """Load the teacher's prototypes from a checkpoint that has been read."""
-    protos.load_state_dict(ckpt["prototypes"]["teacher"] | read_mixture(ckpt))
-
-
-@torch.no_grad()
-def assignments(run, images, device="cpu"):
-    """Yields (h (n, D), P (n, K)) of one batch of plain images after another: the teacher's
-    vectors, and how much each prototype answers for them.
-
-    run: what load_run returns.
-    """
-    net, prototypes, loss, args = run
-    for part in (net, prototypes, loss):
-        part.to(device)
-    for x in views.eval_batches(images, args["img_size"], device=device, mean=args["mean"],
-                                std=args["std"]):
-        h = net([x])  # (n, D)
-        yield h, prototypes.assign(h, args["beta"][1], *loss.tau_and_centre())
-
-
-def load_run(path):
-    """(net, prototypes, loss, args dict) of the teacher in a run folder or its ckpt.pt.
-
-    args holds every flag: those that are newer than the run have their defaults.
-    net([x]) -> h (N, D) in evaluation mode; prototypes.assign(h, args["beta"][1],
-    *loss.tau_and_centre()) -> (N, K), with beta as at the end of the run. A script of zoo/ that
-    saves other networks defines a function `load_run` of its own. ValueError if it is no checkpoint
-    of a run of ours.
-    """
-    from support import backbones, checkpoints
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-    ckpt = checkpoints.read(path)
-    backbones.check_ours(path, ckpt, "teacher")
-    check_version(path, ckpt)
-    try:
-        script = checkpoints.module_of(ckpt["args"].get("script", "train.py"), path)
-        if hasattr(script, "load_run"):
-            return script.load_run(path)
-        net, protos, args = networks_of(ckpt)
-        loss = losses.loss(args)
-        loss.load_state_dict(ckpt["loss"])
-    except (ValueError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a damaged or foreign file can raise
-        reason = type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of a run of ours ({reason})") from error
-    return net.eval(), protos, loss, vars(args)

@@ -72,17 +72,16 @@ def command(args):
 
 
 def rows(args, folder):
-    """[(file, row)] of the csv files in `folder` whose run was the control of this one.
+    """(file, [row]) of the first csv file in `folder` with runs that are the control of this one;
+    (None, []) without any.
 
     A run that has ended must not fail over a file that is no table of ours: it is passed over.
     """
-    found = []
     for file in sorted(glob.glob(os.path.join(folder, "*.csv"))):
         with contextlib.suppress(OSError, ValueError, csv.Error), open(file, newline="") as f:
-            for row in csv.DictReader(f):
-                with contextlib.suppress(ValueError):  # a command that no shell could read
-                    found += [(file, row)] if is_control(row, args) else []
-    return found
+            if found := [row for row in csv.DictReader(f) if is_control(row, args)]:
+                return file, found
+    return None, []
 
 
 def is_control(row, args):
@@ -90,7 +89,11 @@ def is_control(row, args):
     text = row.get("command") or ""
     if "frozen" not in text or not row.get("unique_0.5"):
         return False
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+        float(row["unique_0.5"]), float(row.get("knn") or 0)
+    except ValueError:  # a command that no shell could read, or no numbers
+        return False
     if words[:1] != [args.script] or "frozen" not in words:
         return False
     methods = [word for flag, word in zip(words, words[1:]) if flag == "--method"]
@@ -101,7 +104,6 @@ def is_control(row, args):
             other = interpret(*words[1:])
     except SystemExit:  # a flag that is no longer there
         return False
-    float(row["unique_0.5"]), float(row.get("knn") or 0)  # ValueError: no numbers
     same_images = row.get("data_version", "") == str(args.data_version or "")
     return same_images and computed(other) == computed(args)
 
@@ -122,16 +124,14 @@ def sentence(args, folder=os.path.join(ROOT, "results")):
         flags = " or ".join(f"--{name.replace('_', '-')} frozen" for name in moving)
         return ("Its control, the same run with random prototypes, is the same command with\n"
                 f"  {flags}, and another --out.")
-    found = rows(args, folder)
+    file, found = rows(args, folder)
     if not found:
         return ("Its control, the same run with random prototypes, is not in results/:\n"
                 f"  {command(args)}")
-    file = found[0][0]
-    of_file = [row for f, row in found if f == file]
-    knn = [float(row["knn"]) for row in of_file if row.get("knn")]
-    unique = statistics.mean(float(row["unique_0.5"]) for row in of_file)
+    knn = [float(row["knn"]) for row in found if row.get("knn")]
+    unique = statistics.mean(float(row["unique_0.5"]) for row in found)
     text = f"k-NN {statistics.mean(knn):.1f}" if knn else ""
     text += f" ({min(knn):.1f} to {max(knn):.1f}), " if len(knn) > 1 else ", " if knn else ""
-    earlier = "one earlier run" if len(of_file) == 1 else f"{len(of_file)} earlier runs"
+    earlier = "one earlier run" if len(found) == 1 else f"{len(found)} earlier runs"
     return (f"Its control, the same run with random prototypes: {text}unique(.5) {unique:.3f}\n"
             f"  in {earlier} ({os.path.relpath(file, ROOT)}); to run it: {command(args)}")

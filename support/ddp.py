@@ -170,11 +170,7 @@ def all_reduce(x, op="sum"):
 
 def largest(number):
     """The largest of a Python int over the processes. Waits for no GPU."""
-    if WORLD == 1:
-        return number
-    x = torch.tensor(number)
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return int(x)
+    return int(all_reduce(torch.tensor(number), "max"))
 
 
 def from_rank0(thing):

@@ -1,9 +1,10 @@
-"""Entries of the tables LOSSES (losses.py) and PROTOTYPES (heads.py)."""
+"""Entries of the tables LOSSES (losses.py), PROTOTYPES (heads.py) and SETS (data.py)."""
 import importlib
 
 
-def class_of(entry):
-    """The class that an entry is, or that it names as "module.Class": this one is loaded now."""
+def loaded(entry):
+    """The class or function that an entry is, or that it names as "module.name": then it is loaded
+    now."""
     if not isinstance(entry, str):
         return entry
     module, name = entry.rsplit(".", 1)

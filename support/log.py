@@ -63,7 +63,8 @@ class Log:
         except (csv.Error, KeyError, TypeError, ValueError):
             raise ValueError(f"{self.path} is damaged; move it away, and --resume begins a new "
                              "one") from None
-        self.columns += [c for c in table.fieldnames or [] if c not in self.columns]
+        old = list(table.fieldnames or [])
+        self.columns = old + [c for c in self.columns if c not in old]
         self.rows = [row for row, step in zip(rows, steps)
                      if step < start or step == start and not drop_last]
         if self.rows and int(self.rows[-1]["step"]) == start and start % eval_every:
@@ -161,8 +162,7 @@ class Record:
 
     def __init__(self, state=None):
         state = state or {"names": [], "rows": []}
-        self.names, self.rows = state["names"], state["rows"]
-        self.terms, self.sum = [], 0
+        self.names, self.rows, self.sum = state["names"], state["rows"], 0
         self.unread, self.bad_in_a_row, self.first_bad = [], 0, ""
 
     def add(self, terms, share):
@@ -170,11 +170,12 @@ class Record:
 
         ValueError if they are not those of the step before: each has a column of log.csv.
         """
-        if self.terms and list(terms) != self.terms:
+        names = [*terms, "grad_norm"]
+        if self.names and names != self.names:
             raise ValueError(f"the loss has the terms {', '.join(terms)} after a step with "
-                             f"{', '.join(self.terms)}: where a term does not count, return 0 for "
-                             "it, since each has a column of log.csv")
-        self.terms = list(terms)
+                             f"{', '.join(self.names[:-1])}: where a term does not count, return "
+                             "0 for it, since each has a column of log.csv")
+        self.names = names
         self.sum = self.sum + share * torch.stack([v.detach() for v in terms.values()])  # (terms,)
 
     def take(self):
@@ -184,7 +185,6 @@ class Record:
 
     def append(self, step, lr, values):
         """values (terms + 1,): means over the processes of what `take` gave; gradient norm."""
-        self.names = [*self.terms, "grad_norm"]
         self.unread.append((step, lr, values))
 
     def read(self):

@@ -1,6 +1,4 @@
 """What the flags of a run may be: ranges of numbers, flags that have to agree, and the device."""
-import os
-
 import torch
 
 import heads
@@ -91,16 +89,9 @@ def check(args, error):
         error(f"--batch-size {batch} over --accum {args.accum} leaves one image, too few for "
               "--head-bn")
     start, end = args.teacher_temp
-    if start != end and not args.teacher_temp_epochs and not goes_on(args):
+    if start != end and not args.teacher_temp_epochs:
         error(f"--teacher-temp {start} {end}: START counts only with --teacher-temp-epochs, the "
               "passes over which it becomes END; without it, type one value twice")
-    if args.stop_at and args.steps and args.stop_at > args.steps:
-        error(f"--stop-at {args.stop_at} lies beyond --steps {args.steps}")
-
-
-def goes_on(args):
-    """Whether --resume finds a run, which may have begun before there were some of the rules."""
-    return args.resume and os.path.exists(os.path.join(args.out, "ckpt.pt"))
 
 
 def device(args, error):

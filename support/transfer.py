@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import torch
 
 import data
+from support.entries import loaded
 from views import generator
 
 
@@ -67,7 +68,7 @@ def load(name, root="data"):
     if name not in SETS:
         raise ValueError(f"--data {name} is not one of the transfer sets {', '.join(SETS)}")
     if name in ("cifar10", "cifar100"):
-        train, test = data.SETS[name](root)
+        train, test = loaded(data.SETS[name])(root)
         return train, None, test
     if name in ("cars", "flowers"):
         try:

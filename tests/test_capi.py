@@ -13,7 +13,7 @@ import models
 import views
 from conftest import (compare_one_process_with_two, differences, read_checkpoint, read_log,
                       small_sets, watch_schedules)
-from support import backbones, checkpoint, ddp, optim
+from support import backbones, ddp, optim, runs
 from support.features import embed, width
 from zoo import capi
 from zoo.masks import capi_masks
@@ -396,7 +396,7 @@ def test_the_evaluations_read_a_run(tmp_path):
     assert torch.allclose(cls, patches.mean(1)) and patches.shape == (2, 64, 16)
     state = read_checkpoint(tmp_path / "run")["teacher"]
     assert torch.equal(backbone.patch_embed.weight, state["backbone.patch_embed.weight"])
-    net, clusters, loss, _ = checkpoint.load_run(str(tmp_path / "run"))
+    net, clusters, loss, _ = runs.load_run(str(tmp_path / "run"))
     h = net([image])
     assert torch.allclose(h, F.normalize(cls, dim=1)) and loss.tau == 0.12
     assert clusters.assign(h, tau=loss.tau).shape == (2, 16)

@@ -1000,7 +1000,7 @@ def test_with_images(tmp_path, monkeypatch, capsys):
         loaded.append(imbalance)
         return images, None
 
-    monkeypatch.setattr(assign.checkpoint, "load_run",
+    monkeypatch.setattr(assign.runs, "load_run",
                         lambda path: (net.eval(), prototypes, loss, saved), raising=False)
     monkeypatch.setattr(data, "load", load)
     monkeypatch.setattr(assign.checkpoint.views, "eval_batches",
@@ -1053,7 +1053,7 @@ def test_the_entropy_of_assignments(monkeypatch):
     P, h = torch.tensor([[.5, .5, 0, 0], [.25, .25, .25, .25]]), torch.eye(2, 3)
     images = argparse.Namespace(y=None)
     run = (None, argparse.Namespace(vectors=lambda: torch.eye(4, 3)), None, {})
-    monkeypatch.setattr(assign.checkpoint, "load_run", lambda path: run)
+    monkeypatch.setattr(assign.runs, "load_run", lambda path: run)
     monkeypatch.setattr(assign.checkpoint, "assignments",
                         lambda run, images: iter([(h[:1], P[:1]), (h[1:], P[1:])]))
     monkeypatch.setattr(assign, "load_images", lambda data, args: (images, None, None))

@@ -13,8 +13,7 @@ import views
 from conftest import (TINY, compare_one_process_with_two, differences, half_cosine, read_checkpoint,
                       read_log, watch_schedules)
 from losses import DINOLoss
-from support import measures
-from zoo import ibot
+from zoo import ibot, masks
 
 CENTRE = ["--targets", "center", "--num-patch-prototypes", "16"]  # iBOT's, and not our default
 pytestmark = pytest.mark.usefixtures("small_shapes")
@@ -206,11 +205,11 @@ def test_sampled_places_depend_on_seed_and_step_and_name_their_crops():
 
 def test_mutual_information_by_hand():
     a = torch.tensor([0, 0, 1, 1])
-    assert measures.mutual_information(a, a) == pytest.approx(math.log(2))
-    assert measures.mutual_information(a, torch.tensor([0, 1, 0, 1])) == pytest.approx(0)
+    assert masks.mutual_information(a, a) == pytest.approx(math.log(2))
+    assert masks.mutual_information(a, torch.tensor([0, 1, 0, 1])) == pytest.approx(0)
     b = torch.tensor([0, 0, 0, 1])  # joint 1/2, 1/4, 1/4; margins 1/2 and 3/4
     expected = 0.5 * math.log(0.5 / 0.375) + 0.25 * math.log(0.25 / 0.375) + 0.25 * math.log(2)
-    assert measures.mutual_information(a, b) == pytest.approx(expected)
+    assert masks.mutual_information(a, b) == pytest.approx(expected)
 
 
 def test_the_mean_of_each_place_follows_its_vectors_and_is_taken_off():
@@ -245,8 +244,8 @@ def test_a_run_that_was_stopped_ends_at_the_bits_of_one_that_was_not(tmp_path, k
     sets = collapse.load_prototypes(str(tmp_path / "whole"))
     assert set(sets) == ({"prototypes"} if "--shared-prototypes" in kind
                          else {"prototypes", "patch_prototypes"})
-    from support import checkpoint
-    _, protos, loss, _ = checkpoint.load_run(str(tmp_path / "whole"))
+    from support import runs
+    _, protos, loss, _ = runs.load_run(str(tmp_path / "whole"))
     assert torch.equal(protos.vectors(), sets["prototypes"])
 
 

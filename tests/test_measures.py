@@ -14,6 +14,7 @@ import losses
 import views
 from conftest import TINY, small_sets, train_tiny
 from support import measures
+from zoo import masks
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 
@@ -52,7 +53,7 @@ def test_measures_of_a_set_beside_plain_numbers():
 def test_shuffled_places_tell_little_of_prototypes_that_are_places():
     protos, places = heads.Frozen(4, 4), torch.arange(400) % 4
     protos.start.copy_(torch.eye(4))
-    found = measures.place_measures(protos, losses.CARPLoss(4, 4), torch.eye(4)[places], places,
+    found = masks.place_measures(protos, losses.CARPLoss(4, 4), torch.eye(4)[places], places,
                                     0.5, 0)
     assert found["place_nats"] == pytest.approx(math.log(4))
     assert found["place_nats_shuffled"] < 0.1

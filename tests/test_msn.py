@@ -119,7 +119,7 @@ def test_the_students_vectors_are_those_of_each_view_alone():
 @pytest.mark.parametrize("flags", [["--prototypes", "joint"], ["--prior", "0.25", "--no-balance"],
                                    ["--prototypes", "decoupled", "--gmm-start", "0"]])
 def test_a_run_resumes_to_the_bit_and_is_evaluated(tmp_path, flags):
-    from support import checkpoint
+    from support import runs
     metrics = run(tmp_path / "whole", *flags)
     run(tmp_path / "parts", *flags, "--stop-at", "3")
     run(tmp_path / "parts", *flags, "--resume")
@@ -128,12 +128,12 @@ def test_a_run_resumes_to_the_bit_and_is_evaluated(tmp_path, flags):
     assert {"match", "prior"} < read_log(tmp_path / "whole")[0].keys()
     ckpt = read_checkpoint(tmp_path / "whole")
     assert ckpt["args"]["script"] == "zoo/msn.py"
-    _, protos, loss, _ = checkpoint.load_run(str(tmp_path / "whole"))
+    _, protos, loss, _ = runs.load_run(str(tmp_path / "whole"))
     assert isinstance(loss, msn.MSNLoss)
     assert protos.assign(unit(3, 8), tau=loss.tau).shape == (3, 16)
     del ckpt["args"]["sharpen"]  # as if the run were older than this flag
     torch.save(ckpt, tmp_path / "whole" / "ckpt.pt")
-    assert checkpoint.load_run(str(tmp_path / "whole"))[2].sharpen == 0.25
+    assert runs.load_run(str(tmp_path / "whole"))[2].sharpen == 0.25
 
 
 def test_prototypes_are_one_set_and_the_teacher_follows_along_a_line(tmp_path):

@@ -263,8 +263,8 @@ def test_a_run_that_was_stopped_ends_at_the_bits_of_one_that_was_not(tmp_path, c
     printed = capsys.readouterr().out
     for name in ("whole prototypes: memory", "whole patch_prototypes: memory"):
         assert name in printed
-    from support import checkpoint
-    _, protos, loss, args = checkpoint.load_run(str(tmp_path / "whole"))
+    from support import runs
+    _, protos, loss, args = runs.load_run(str(tmp_path / "whole"))
     assert torch.equal(protos.vectors(), one["prototypes"]["memory"])
     assert args["script"] == "zoo/sop.py" and type(loss) is sop.SOP
 

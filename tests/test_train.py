@@ -20,7 +20,7 @@ import presets
 import train
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
-from support import assign, checkpoint, ddp
+from support import assign, ddp, runs
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
 CPU = torch.device("cpu")
@@ -337,6 +337,8 @@ def test_batch_norm_over_two_processes_counts_every_row_once(monkeypatch):
     ("--method dino --teacher-temp 0.05 0.04 --resume", "START counts only with"),  # no run there
     ("--epochs 2", "--epochs changes nothing with --steps 6; got 2.0"),
     ("--local-crops 0 --local-scale 0.1 0.3", "--local-scale changes nothing with --local-crops 0"),
+    ("--local-crops 0 --local-size 24", "--local-size changes nothing with --local-crops 0"),
+    ("--arch resnet18 --patch-size 4", "--patch-size changes nothing with --arch resnet18; got 4"),
     ("--jitter-p 0 --jitter 0.1 0.1 0.1 0.1", "--jitter changes nothing with --jitter-p 0"),
     ("--resurrect 0 --no-rescale", "--rescale changes nothing with --resurrect 0; got False"),
     ("--partition-size 5", "--num-prototypes 16 must be a multiple of --partition-size 5"),
@@ -485,7 +487,7 @@ def test_the_parameters_of_a_loss_are_trained(tmp_path, monkeypatch, prototypes)
     assert (loss.predictor.weight - loss.start).abs().max() > 1e-4
     assert torch.equal(ckpt["loss"]["predictor.weight"], loss.predictor.weight.detach())
     # without momentum the teacher is the student, and the loss is in neither
-    for name, parameter in checkpoint.networks_of(ckpt)[0].named_parameters():
+    for name, parameter in runs.networks_of(ckpt)[0].named_parameters():
         assert torch.equal(parameter, ckpt["student"][name]), name
     if prototypes == "joint":
         sets = ckpt["prototypes"]
@@ -501,6 +503,10 @@ def test_a_term_that_comes_or_goes_with_the_step_is_one_sentence(tmp_path, capsy
     sentence = sentence_of_refusal(capsys, tmp_path, "--method", "mine")
     assert ("has the terms consistency, entropy, spread, penalty, loss after a step with "
             "consistency, entropy, penalty, loss: where a term does not count, return") in sentence
+    train_tiny(tmp_path / "b", "--stop-at", "3")  # between two rows, whose means count this step
+    monkeypatch.setitem(losses.LOSSES, "carp", Late)
+    assert "has the terms consistency, entropy, spread" in sentence_of_refusal(
+        capsys, tmp_path / "b", "--resume")
 
 
 def test_folders_without_images_or_with_one_class(capsys, tmp_path):

@@ -537,9 +537,9 @@ def test_four_micro_batches_are_one_batch(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_a_run_is_evaluated_counted_and_assigned(tmp_path, kind):
-    from support import checkpoint
+    from support import runs
     train_tiny(tmp_path, *kind)
-    _, protos, loss, _ = checkpoint.load_run(str(tmp_path))
+    _, protos, loss, _ = runs.load_run(str(tmp_path))
     h = F.normalize(randn(5, 8), dim=1)
     tau, centre = loss.tau_and_centre()
     gamma = protos.assign(h, tau=tau, centre=centre)

@@ -58,7 +58,7 @@ import data
 import heads
 import views
 from losses import Loss, sinkhorn
-from support import checkpoint, checkpoints, ddp, measures, optim
+from support import checkpoint, checkpoints, ddp, measures, optim, runs
 from support.errors import one_sentence
 from support.files import locked
 from support.flags import check_values
@@ -67,7 +67,8 @@ from support.log import peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
-from zoo.masks import capi_places, visible_and_predicted
+from zoo.flags import check_not_read, narrow
+from zoo.masks import capi_places, place_measures, visible_and_predicted
 from zoo.rope_vit import Backbone, Predictor, take
 
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
@@ -113,7 +114,7 @@ def flags(parser):
     flag("--patch-rows", type=int, default=4, metavar="S",
          help="patches of each image, drawn at random, that --prototypes decoupled takes in; other "
          "sets do not read it")
-    config.narrow(parser, PRESETS, CHOICES, HELP)
+    narrow(parser, PRESETS, CHOICES, HELP)
     parser.set_defaults(
         prototypes="clustered", student_prototypes="joint", arch="capi_micro",
         patch_size=4, num_prototypes=256, local_crops=0, global_scale=[0.6, 1.0], jitter_p=0.0,
@@ -170,11 +171,11 @@ def check(args):
     """ValueError for values that cannot run, and for flags that would change nothing."""
     # parse sets these two after this check, and --resume reads them back as if typed
     own = {"bottleneck_dim": ENCODERS[args.arch][0], "logit_scale": ENCODERS[args.arch][0] ** 0.5}
-    config.check_not_read(args, flags, [
+    check_not_read(args, flags, [
         name for name in NOT_READ if not (args.resume and getattr(args, name) == own.get(name))],
         SCRIPT)
     if not issubclass(heads.prototype_class(args.prototypes), heads.Decoupled):
-        config.check_not_read(args, flags, ["patch_rows"],
+        check_not_read(args, flags, ["patch_rows"],
                               f"{SCRIPT} with --prototypes {args.prototypes}")
     for name in ("blur", "solarize"):
         if any(getattr(args, name)[1:]):
@@ -596,7 +597,7 @@ def measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta, seed):
     found |= {f"student_{name}": of_student[name] for name in names}
     of_average = measures.prototype_measures(average_s, Temperature(), h_s, beta, seed)
     found["student_average_unique_0.025"] = of_average["unique_0.025"]
-    return found | measures.place_measures(clusters, Temperature(), h, at, beta, seed)
+    return found | place_measures(clusters, Temperature(), h, at, beta, seed)
 
 
 def printed_student(row, K):
@@ -636,11 +637,11 @@ class MeanToken(nn.Module):
 
 
 def load_run(path):
-    """As checkpoint.load_run: an image is assigned to the cluster of its mean patch token."""
+    """As runs.load_run: an image is assigned to the cluster of its mean patch token."""
     ckpt = checkpoints.read(path)
     args = config.completed(ckpt["args"], flags)
     clusters = teacher_clusters(args)
-    checkpoint.restore(clusters, ckpt)
+    runs.restore(clusters, ckpt)
     net = MeanToken(load_backbone(ckpt["teacher"], ckpt["args"]))
     return net.eval(), clusters, Temperature(), vars(args)
 

@@ -52,7 +52,7 @@ import models
 import presets
 import views
 from losses import DINOLoss, sinkhorn
-from support import checkpoint, checkpoints, ddp, measures, optim, rules
+from support import checkpoint, checkpoints, ddp, measures, optim, runs
 from support.errors import one_sentence
 from support.files import locked
 from support.flags import check_values
@@ -61,8 +61,9 @@ from support.log import peak_memory, printed
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
+from zoo.flags import check_not_read, narrow
 from zoo.kmeans import KMeans
-from zoo.masks import hidden_patches, ibot_places, rows_at
+from zoo.masks import hidden_patches, ibot_places, place_measures, rows_at
 
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
 SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the script of a run
@@ -119,7 +120,7 @@ def flags(parser):
          help="--kp-weight of the patches; None: the same where their kind is kp or that of "
          "--prototypes (none typed: 0.1 with kp), else 0")
     parser.complete = complete
-    config.narrow(parser, PRESETS, {"method": ["ibot"]})
+    narrow(parser, PRESETS, {"method": ["ibot"]})
     parser.set_defaults(prototypes="joint", targets="sinkhorn", num_prototypes=64,
                         arch="vit_micro", patch_size=4, head_bn=False, head_norm=True, epochs=8.0,
                         batch_size=32, lr=0.004, momentum=0.99, eval_every=312,
@@ -203,10 +204,10 @@ def follows_the_teacher(kind):
 
 def check(args):
     """ValueError for values that cannot run."""
-    config.check_not_read(args, flags, ["uniformity", "queue"], SCRIPT)
+    check_not_read(args, flags, ["uniformity", "queue"], SCRIPT)
     check_patches(args)
     if not (args.place_mean or follows_the_teacher(args.patch_prototypes)):
-        config.check_not_read(args, flags, ["patch_rows"], f"{SCRIPT} with --patch-prototypes "
+        check_not_read(args, flags, ["patch_rows"], f"{SCRIPT} with --patch-prototypes "
                               f"{args.patch_prototypes} and without --place-mean")
     for name in ("num_prototypes", "num_patch_prototypes"):
         if getattr(args, name) < 2:
@@ -219,7 +220,7 @@ def check(args):
     check_trained("patch-kp-weight", args.patch_kp_weight, "patch-prototypes",
                   args.patch_prototypes)
     start, end = args.patch_temp
-    if start != end and not args.teacher_temp_epochs and not rules.goes_on(args):
+    if start != end and not args.teacher_temp_epochs:
         raise ValueError(f"--patch-temp {start} {end}: START counts only with "
                          "--teacher-temp-epochs; without it, type one value twice")
     of_patches = (args.patch_prototypes, args.num_patch_prototypes, args.patch_kp_weight)
@@ -612,7 +613,7 @@ def patch_measures(patch, h, places, beta, seed):
     found = measures.prototype_measures(patch.teacher, patch.loss, h, beta, seed)
     names = ("unique_0.025", "unique_0.5", "ceiling_0.5", "used", "perplexity", "drift", "h_rank",
              "h_cosine", "z_sd")
-    found = {name: found[name] for name in names} | measures.place_measures(
+    found = {name: found[name] for name in names} | place_measures(
         patch.teacher, patch.loss, h, places, beta, seed)
     return {f"patch_{name}": value for name, value in found.items()}
 
@@ -624,12 +625,12 @@ def printed_patches(row):
 
 
 def load_run(path, add_flags=flags, loss_class=DINOLoss):
-    """As checkpoint.load_run: the teacher's class tokens, their prototypes and their loss."""
+    """As runs.load_run: the teacher's class tokens, their prototypes and their loss."""
     ckpt = checkpoints.read(path)
     args = config.completed(ckpt["args"], add_flags)
     net, protos = network(args), heads.prototypes(args)
     net.load_state_dict(ckpt["teacher"])
-    checkpoint.restore(protos, ckpt)
+    runs.restore(protos, ckpt)
     loss = loss_class.from_args(args, steps_per_epoch=1)
     loss.load_state_dict({name.removeprefix("class."): value for name, value in ckpt["loss"].items()
                           if name.startswith("class.")})

@@ -1,5 +1,6 @@
 """Which patches of a crop are hidden, and which are drawn: the block masks of iBOT, the inverse
-blocks of CAPI, and the random places whose vectors move prototypes.
+blocks of CAPI, the random places whose vectors move prototypes, and how far prototypes stand for
+places.
 
 A mask is a function of (seed, step, view, position in the global batch). So it does not depend on
 the number of processes or on a resumed run, and it draws from a stream of its own: turning masks on
@@ -148,3 +149,29 @@ def capi_places(args, step, n):
     """(batch_size, S): the places whose tokens move a mixture, for all processes."""
     return torch.randint(n, (args.batch_size, args.patch_rows),
                          generator=generator(CAPI_PLACES, args.seed, step))
+
+
+# ---- what prototypes say of places -------------------------------------------------------------
+@torch.no_grad()
+def place_measures(protos, loss, h, places, beta, seed):
+    """{"place_nats", "place_nats_shuffled"} of teacher vectors h (N, D) of patches at places (N,).
+
+    The first is the mutual information of a patch's most probable prototype and its place. For a
+    finite N it is above 0 even if the two have nothing to do with each other, unless one prototype
+    takes every patch. So the second stands beside it: the same with the places shuffled.
+    """
+    winner = torch.cat([protos.assign(part, beta, *loss.tau_and_centre()).argmax(1)
+                        for part in h.split(128)])  # (N,)
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))  # (N,)
+    shuffled = places[order.to(places.device)]  # (N,)
+    return {"place_nats": mutual_information(winner, places),
+            "place_nats_shuffled": mutual_information(winner, shuffled)}
+
+
+def mutual_information(a, b):
+    """Mutual information in nats of two labels a, b (N,) int64, from their joint counts."""
+    (a_of, b_of), joint = torch.stack([a, b]).unique(dim=1, return_counts=True)  # (pairs,)
+    p = joint.double() / len(a)  # (pairs,)
+    p_a = torch.bincount(a).double() / len(a)  # (labels of a,)
+    p_b = torch.bincount(b).double() / len(b)  # (labels of b,)
+    return float((p * (p / (p_a[a_of] * p_b[b_of])).log()).sum())

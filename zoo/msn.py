@@ -36,7 +36,7 @@ import heads
 import models
 import views
 from losses import sinkhorn
-from support import checkpoint, checkpoints, ddp, measures, optim
+from support import checkpoint, checkpoints, ddp, measures, optim, runs
 from support.errors import one_sentence
 from support.files import locked
 from support.flags import check_values
@@ -44,6 +44,7 @@ from support.log import Clock, Log, due, joined, keep_freed_memory, peak_memory,
 from support.monitor import Monitor
 from support.signals import stop_requests
 from train import amp, cosine
+from zoo.flags import check_not_read, narrow
 from zoo.kmeans import KMeans
 
 ROOT = os.path.dirname(os.path.abspath(config.__file__))
@@ -78,7 +79,7 @@ def flags(parser):
     flag("--prior-weight", type=float, default=1.0,
          help="weight of M.4 (1 in MSN, 5 in PMSN's runs on iNaturalist)")
     flag("--prior", type=float, default=0.0, help="M.4: exponent of the shares; 0: equal ones, MSN")
-    config.narrow(parser, PRESETS, {"method": ["msn"]})
+    narrow(parser, PRESETS, {"method": ["msn"]})
     parser.set_defaults(prototypes="joint", head_norm=True)
 
 
@@ -107,7 +108,7 @@ def check(args):
                          "log-normaliser, and its teacher sees one view")
     if kind.bias is not heads.Frozen.bias:
         raise ValueError(f"--prototypes {args.prototypes} has a `bias`, which MSN does not read")
-    config.check_not_read(args, flags, NOT_READ, "MSN, whose targets are those of --student-temp, "
+    check_not_read(args, flags, NOT_READ, "MSN, whose targets are those of --student-temp, "
                           "--sharpen and --balance")
     if args.num_prototypes < 2:
         raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
@@ -324,9 +325,9 @@ def make_loss(args):
 
 
 def load_run(path):
-    """As checkpoint.load_run, with the loss of this script."""
+    """As runs.load_run, with the loss of this script."""
     ckpt = checkpoints.read(path)
-    net, protos, args = checkpoint.networks_of(ckpt, flags)
+    net, protos, args = runs.networks_of(ckpt, flags)
     loss = make_loss(args)
     loss.load_state_dict(ckpt["loss"])
     return net.eval(), protos, loss, vars(args)

@@ -40,6 +40,7 @@ from support.errors import one_sentence
 from support.flags import check_values
 from zoo import ibot
 from zoo.bank import SOP, Bank
+from zoo.flags import narrow
 
 SCRIPT = "zoo/sop.py"  # args.json names the script of a run
 
@@ -63,7 +64,7 @@ def flags(parser):
          help="vectors next to an anchor that form a self-organising prototype with it; 0: it "
          "alone")
     parser.complete = complete
-    config.narrow(parser, PRESETS, {"method": ["sop"], "prototypes": ["bank"]})
+    narrow(parser, PRESETS, {"method": ["sop"], "prototypes": ["bank"]})
     parser.set_defaults(num_prototypes=128, patch_rows=1, arch="vit_micro", patch_size=4,
                         head_bn=False, batch_size=32, momentum=0.99)
 
@@ -121,7 +122,7 @@ def main(argv=None):
 
 
 def load_run(path):
-    """As checkpoint.load_run: the teacher's class tokens, their memory and their loss."""
+    """As runs.load_run: the teacher's class tokens, their memory and their loss."""
     return ibot.load_run(path, flags, SOP)
 
 
