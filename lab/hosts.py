@@ -19,6 +19,7 @@ import csv
 import datetime
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,11 @@ import time
 
 import torch
 
+import train
+from lab import chaos
 from lab.chaos import OFTEN, SMALL, differences, end_of, make_images, saved_step
 from lab.machine import cpu
+from support import ddp
 from support.errors import one_sentence
 from support.flags import check_values
 
@@ -101,6 +105,24 @@ def start_on_both(hosts, flags, base):
     return [start(host, ["-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={i}",
                          f"--master_addr={FIRST}", "train.py", *flags], output_of(base, i))
             for i, host in enumerate(hosts)]
+
+
+def run_here(flags, out, base, processes):
+    """A run in forks of this process, which has imported torch already. ValueError if it fails."""
+    torch.set_num_threads(1)  # before the forks: a fork has none of its parent's threads
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    children = []
+    for ddp.RANK in range(processes):
+        ddp.WORLD = processes
+        os.environ |= {"RANK": str(ddp.RANK), "WORLD_SIZE": str(processes)}
+        children.append(chaos.start(train, flags, out, output_of(base, ddp.RANK)))
+    ddp.RANK, ddp.WORLD = 0, 1
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    for i, child in enumerate(children):
+        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise ValueError(f"exit code {code}: {end_of(output_of(base, i))}")
 
 
 def output_of(base, i):
@@ -180,19 +202,10 @@ def experiment(args):
         flags = ["--data", images, "--steps", str(args.steps), *SMALL, *OFTEN, *LEARNING]
 
         print("1. one process", flush=True)
-        process = start(hosts[0], ["train.py", *flags, "--out", one], output_of(base, 0))
-        expect_success("run 1", [process], base)
+        run_here(flags, one, base, 1)
 
-        print("2. two hosts", flush=True)
-        processes = start_on_both(hosts, [*flags, "--out", two], base)
-        expect_success("run 2", processes, base)
-        apart = loss_differences(one, two)
-        first = max(apart[:2])  # two rows of the log
-        print(f"   the losses of one process to {first:.1e} of them in the first 14 steps, and to "
-              f"{max(apart):.1e} in all, as the rounding of each step grows in the next",
-              flush=True)
-        if first > 1e-4 or max(apart) > 1e-2:
-            failures.append("the losses on two hosts are not those of one process")
+        print("2. two processes of one host", flush=True)
+        run_here(flags, two, base, 2)
 
         print("3. two hosts, and the cable is cut", flush=True)
         flags += ["--out", disturbed, "--timeout", f"{args.timeout:g}"]
@@ -205,6 +218,13 @@ def experiment(args):
         cable(hosts[0], "up")
         processes = start_on_both(hosts, [*flags, "--resume"], base)
         expect_success("run 4", processes, base)
+        apart = loss_differences(one, disturbed)
+        first = max(apart[:2])  # two rows of the log
+        print(f"   the losses of one process to {first:.1e} of them in the first 14 steps, and to "
+              f"{max(apart):.1e} in all, as the rounding of each step grows in the next",
+              flush=True)
+        if first > 1e-4 or max(apart) > 1e-2:
+            failures.append("the losses on two hosts are not those of one process")
         different = differences(two, disturbed)
         failures += [f"the run that went on differs from run 2 in {name}" for name in different]
         print(f"   values that differ from those of run 2: {len(different)}", flush=True)

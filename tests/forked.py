@@ -81,6 +81,7 @@ def execute(command, cwd, env, files):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
         os.close(file)
+    multiprocessing.set_start_method(None, force=True)  # the server has set its own
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

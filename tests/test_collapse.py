@@ -1003,7 +1003,7 @@ def test_with_images(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(assign.runs, "load_run",
                         lambda path: (net.eval(), prototypes, loss, saved), raising=False)
     monkeypatch.setattr(data, "load", load)
-    monkeypatch.setattr(assign.checkpoint.views, "eval_batches",
+    monkeypatch.setattr(assign.runs.views, "eval_batches",
                         lambda images, size, device, mean, std: torch.eye(8)[k].split(10))
     run = fake_run(tmp_path / "run", "joint", 1)
     files = ["--assign", str(tmp_path / "a.csv"), "--montage", str(tmp_path / "m.png")]
@@ -1054,7 +1054,7 @@ def test_the_entropy_of_assignments(monkeypatch):
     images = argparse.Namespace(y=None)
     run = (None, argparse.Namespace(vectors=lambda: torch.eye(4, 3)), None, {})
     monkeypatch.setattr(assign.runs, "load_run", lambda path: run)
-    monkeypatch.setattr(assign.checkpoint, "assignments",
+    monkeypatch.setattr(assign.runs, "assignments",
                         lambda run, images: iter([(h[:1], P[:1]), (h[1:], P[1:])]))
     monkeypatch.setattr(assign, "load_images", lambda data, args: (images, None, None))
     found = assign.summary(assign.assign_images("run", "toy", collapse.usage))

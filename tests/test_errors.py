@@ -274,14 +274,18 @@ def test_what_a_stream_cannot_encode_is_written_as_an_escape(monkeypatch):
     assert stream.buffer.getvalue() == b"caf\\udce9 \\xb1 1\n"
 
 
-PRINTS = "from support import errors\nwith errors.one_sentence('tool'):\n    print('numbers')\n"
+PRINTS = """
+import os, sys
+os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+sys.stdout = open(1, "w", closefd=False)  # a buffer, written at the end
+from support import errors
+with errors.one_sentence('tool'):
+    print('numbers')
+"""
 
 
 def test_full_standard_output_is_one_line():
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # written at the end
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", PRINTS], stdout=full, text=True, cwd=ROOT,
-                              stderr=subprocess.PIPE, env=env)
+    done = forked.run([sys.executable, "-c", PRINTS], cwd=ROOT, capture_output=True)
     assert done.returncode == 2 and done.stderr == "tool: error: No space left on device\n"
 
 

@@ -27,12 +27,12 @@ def lab_hosts(*flags):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def code_of_main():
+def code_of_main(*flags):
     """The exit code of lab.hosts in this process, whose own handlers of signals come back."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(BaseException) as stop:  # a KeyboardInterrupt would end all tests
-            hosts.main([])
+            hosts.main(list(flags))
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
@@ -40,15 +40,15 @@ def code_of_main():
     return stop.value.code
 
 
-def test_two_hosts_train_as_one_process_and_survive_a_cut_cable(can_make_hosts):
+def test_two_hosts_train_as_one_process_and_survive_a_cut_cable(can_make_hosts, capsys):
     """The losses of one process; both leave with a sentence; the run that goes on has the bits of
     one that nobody disturbed."""
-    process = lab_hosts("--steps", "24", "--timeout", "5")
-    printed, errors = process.communicate()
-    assert process.returncode == 0, printed + errors
+    code = code_of_main("--steps", "24", "--timeout", "5")
+    printed, errors = capsys.readouterr()
+    assert code == 0, printed + errors
     assert printed.count("and leaves; the last checkpoint is whole, go on with --resume") == 2
     assert "values that differ from those of run 2: 0\n" in printed
-    assert f"nanoproto-{process.pid}-" not in hosts.ip("netns", "list")
+    assert f"nanoproto-{os.getpid()}-" not in hosts.ip("netns", "list")
 
 
 def test_the_hosts_are_removed_after_a_signal(can_make_hosts):

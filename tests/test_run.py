@@ -495,6 +495,9 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number, cod
 
 SCRIPT = """
 import os, signal, sys, time
+if "--own-group" in sys.argv:
+    sys.argv.remove("--own-group")
+    os.setsid()
 sys.path.insert(0, {root!r})
 import data, losses, train
 
@@ -530,7 +533,7 @@ def environment(**more):
 def wait_for(path, process, seconds=60):
     end = time.monotonic() + seconds
     while not os.path.exists(path):
-        assert process.poll() is None, "the process ended"
+        assert process.exitcode is None, "the process ended"
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -545,9 +548,9 @@ def signal_to_a_group(tmp_path, numbers, seconds, *flags):
     busy = tmp_path / "busy"
     script = write_script(tmp_path, "if step > 0:", f"    open({str(busy)!r}, 'w').close()",
                           f"    time.sleep({seconds})")
-    command = [sys.executable, script, *TINY, "--steps", "1000", "--eval-every", "1000", *flags]
-    process = subprocess.Popen(command, text=True, start_new_session=True, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started = forked.Started([sys.executable, script, "--own-group", *TINY, "--steps", "1000",
+                              "--eval-every", "1000", *flags], env=environment())
+    process = started.process
     try:
         wait_for(busy, process)
         os.killpg(process.pid, numbers[0])
@@ -555,12 +558,12 @@ def signal_to_a_group(tmp_path, numbers, seconds, *flags):
         os.killpg(process.pid, numbers[0])
         for number in numbers[1:]:
             time.sleep(1.2)  # within a second it would count as the first
-            process.send_signal(number)
-        printed, errors = process.communicate(timeout=30)
+            os.kill(process.pid, number)
+        done = started.finish(30)
     finally:
         process.kill()
     os.remove(busy)
-    return process.returncode, printed, errors
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_signals_to_a_process(tmp_path):
@@ -697,7 +700,7 @@ def torchrun(script, *flags, restarts=0):
     """(exit code, all that was printed) of a script on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                f"--max_restarts={restarts}", script, *flags]
-    done = subprocess.run(command, text=True, timeout=120, capture_output=True, env=environment())
+    done = forked.run(command, timeout=120, capture_output=True, env=environment())
     return done.returncode, done.stdout + done.stderr
 
 
