@@ -4,12 +4,12 @@
 
 Start it in the folder of train.py. The hosts are two network namespaces of this machine: each has
 network interfaces of its own, and a virtual cable (veth) joins them. They share their files, as the
-hosts of a cluster do with a network drive. Four runs are made there, all on the CPU:
+hosts of a cluster do with a network drive. Four runs are made, all on the CPU:
 
-    1. one process                      what the others are compared with
-    2. torchrun --nnodes=2              the losses of one process
-    3. the same, and the cable is cut   both hosts leave, each with one sentence; nothing is damaged
-    4. --resume with the cable mended   ends at the same bits as run 2
+    1. one process
+    2. two processes of one host
+    3. torchrun --nnodes=2, and the cable is cut    both hosts leave, each with one sentence
+    4. --resume with the cable mended               the losses of run 1, and the bits of run 2
 
 The hosts are removed at the end, also after Ctrl-C.
 """
@@ -24,12 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import torch
 
 import train
-from lab import chaos
 from lab.chaos import OFTEN, SMALL, differences, end_of, make_images, saved_step
+from lab.chaos import start as start_fork
 from lab.machine import cpu
 from support import ddp
 from support.errors import one_sentence
@@ -107,22 +108,37 @@ def start_on_both(hosts, flags, base):
             for i, host in enumerate(hosts)]
 
 
-def run_here(flags, out, base, processes):
-    """A run in forks of this process, which has imported torch already. ValueError if it fails."""
-    torch.set_num_threads(1)  # before the forks: a fork has none of its parent's threads
+def train_as(rank, processes, port):
+    """What chaos.start takes as a script: train.py as torchrun starts one of so many processes."""
+    def main(flags):
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ddp.RANK, ddp.WORLD = rank, processes
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
+        train.main(flags)
+    return SimpleNamespace(main=main)
+
+
+def run_here(name, flags, out, base, processes=1):
+    """A whole run by forks of this process, on one host. ValueError with what it printed, if it
+    fails."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    children = []
-    for ddp.RANK in range(processes):
-        ddp.WORLD = processes
-        os.environ |= {"RANK": str(ddp.RANK), "WORLD_SIZE": str(processes)}
-        children.append(chaos.start(train, flags, out, output_of(base, ddp.RANK)))
-    ddp.RANK, ddp.WORLD = 0, 1
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        del os.environ[name]
-    for i, child in enumerate(children):
-        if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            raise ValueError(f"exit code {code}: {end_of(output_of(base, i))}")
+        port = free.getsockname()[1]
+    living = []
+    try:
+        for rank in range(processes):
+            living.append(start_fork(train_as(rank, processes, port), flags, out,
+                                     output_of(base, rank)))
+        for rank in range(processes):
+            code = os.waitstatus_to_exitcode(os.waitpid(living[0], 0)[1])
+            del living[0]
+            if code:
+                raise ValueError(f"{name} failed with exit code {code}: "
+                                 f"{end_of(output_of(base, rank))}")
+    finally:
+        for pid in living:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def output_of(base, i):
@@ -202,10 +218,10 @@ def experiment(args):
         flags = ["--data", images, "--steps", str(args.steps), *SMALL, *OFTEN, *LEARNING]
 
         print("1. one process", flush=True)
-        run_here(flags, one, base, 1)
+        run_here("run 1", flags, one, base)
 
         print("2. two processes of one host", flush=True)
-        run_here(flags, two, base, 2)
+        run_here("run 2", flags, two, base, processes=2)
 
         print("3. two hosts, and the cable is cut", flush=True)
         flags += ["--out", disturbed, "--timeout", f"{args.timeout:g}"]

@@ -2,8 +2,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,11 +20,6 @@ def can_make_hosts():
         pytest.skip(str(reason))
 
 
-def lab_hosts(*flags):
-    return subprocess.Popen([sys.executable, "-m", "lab.hosts", *flags], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 def code_of_main(*flags):
     """The exit code of lab.hosts in this process, whose own handlers of signals come back."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -40,9 +33,11 @@ def code_of_main(*flags):
     return stop.value.code
 
 
-def test_two_hosts_train_as_one_process_and_survive_a_cut_cable(can_make_hosts, capsys):
-    """The losses of one process; both leave with a sentence; the run that goes on has the bits of
-    one that nobody disturbed."""
+def test_two_hosts_train_as_one_process_and_survive_a_cut_cable(
+        can_make_hosts, monkeypatch, capsys):
+    """Both leave with a sentence; the run that goes on has the losses of one process, and the bits
+    of two processes of one host, which nobody disturbed."""
+    monkeypatch.chdir(ROOT)
     code = code_of_main("--steps", "24", "--timeout", "5")
     printed, errors = capsys.readouterr()
     assert code == 0, printed + errors
@@ -51,15 +46,22 @@ def test_two_hosts_train_as_one_process_and_survive_a_cut_cable(can_make_hosts, 
     assert f"nanoproto-{os.getpid()}-" not in hosts.ip("netns", "list")
 
 
-def test_the_hosts_are_removed_after_a_signal(can_make_hosts):
-    process = lab_hosts()
-    assert process.stdout.readline() == "1. one process\n"
-    time.sleep(0.5)  # the run has begun
-    assert hosts.ip("netns", "list").count(f"nanoproto-{process.pid}-") == 2
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM and errors == ""
-    assert f"nanoproto-{process.pid}-" not in hosts.ip("netns", "list")
+def test_the_hosts_are_removed_after_a_signal(can_make_hosts, monkeypatch):
+    """With what runs on them."""
+    started = []
+
+    def sleeping_run(name, flags, out, base, processes=1):
+        """In place of run 1: a process on a host, and the signal while it lives."""
+        host = f"nanoproto-{os.getpid()}-0"
+        assert host in hosts.ip("netns", "list")
+        started.append(hosts.start(host, ["-c", "import time; time.sleep(60)"],
+                                   hosts.output_of(base, 0)))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # Python calls the handler between two statements
+    monkeypatch.setattr(hosts, "run_here", sleeping_run)
+    assert code_of_main() == 128 + signal.SIGTERM
+    assert started[0].wait(5) == -signal.SIGKILL
+    assert f"nanoproto-{os.getpid()}-" not in hosts.ip("netns", "list")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
