@@ -15,6 +15,7 @@ from torchvision.utils import save_image
 import config
 import forked
 from lab import ablate, tables, tabulate
+from support import shapes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--device", "cpu", "--batch-size", "8", "--steps", "4", "--num-prototypes", "16",
@@ -167,8 +168,12 @@ def test_a_damaged_args_json_is_named(text, ablate_main, capfd, tmp_path):
 def test_a_script_of_the_zoo_is_run_beside_train(tmp_path, monkeypatch):
     """The script is a copy of train.py, so both rows must come out the same."""
     tree = tmp_path / "tree"
-    leave_out = shutil.ignore_patterns(".*", "__pycache__", "results", "runs", "assets", "tests")
-    shutil.copytree(ROOT, tree, ignore=leave_out)
+    os.makedirs(tree)
+    for path in glob.glob("*.py", root_dir=ROOT):
+        shutil.copy(os.path.join(ROOT, path), tree)
+    for name in ("fast", "support", "zoo", "lab"):
+        shutil.copytree(os.path.join(ROOT, name), tree / name,
+                        ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(tree / "train.py", tree / "zoo" / "copied.py")
     folder = make_images(tmp_path / "set")
     monkeypatch.setitem(tables.TABLES, "main", ("a test", [
@@ -417,7 +422,17 @@ def test_the_picture_of_the_design_space(tmp_path, monkeypatch):
 
 
 # ---- the table "dense" -----------------------------------------------------------------------
+def run_here(command, cwd):
+    """In place of subprocess.run: `python -m MODULE FLAGS` in this process."""
+    assert command[:2] == [sys.executable, "-m"] and cwd == ROOT
+    importlib.import_module(command[2]).main(command[3:])
+    return SimpleNamespace(returncode=0)
+
+
 def test_the_dense_table_measures_both_kinds_of_prototypes(tmp_path, capfd, monkeypatch):
+    draw = shapes.make
+    monkeypatch.setattr(shapes, "make", lambda n, seed: draw(n // 50, seed))
+    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(run=run_here))
     monkeypatch.setattr(ablate, "SEGMENTED", ["--train-images", "40", "--test-images", "20"])
     flags = [*TINY, "--arch", "vit_micro", "--num-patch-prototypes", "8"]
     results = ablate.main(["dense", "--rows", "iBOT, frozen", "--seeds", "0",

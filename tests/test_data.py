@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import textwrap
 from collections import Counter
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from torchvision.transforms import functional as TF
 from torchvision.transforms import v2
 
 import data
-import forked
 import views
 from support import groups
 from support import shapes
@@ -80,14 +78,19 @@ def made_once(monkeypatch, shapes_set):
     monkeypatch.setitem(data.SETS, "shapes", lambda root: shapes_set)
 
 
-def test_shapes_are_balanced_fixed_and_split(shapes_set):
+def test_shapes_are_balanced_fixed_and_split(shapes_set, monkeypatch):
     train, test = shapes_set
     assert train.x.shape == (10_000, 3, 32, 32) and train.x.dtype == torch.uint8
     assert test.x.shape == (2_000, 3, 32, 32)
     assert train.y.bincount().tolist() == [1000] * 10 and test.y.bincount().tolist() == [200] * 10
     assert (train.y[:-1] != train.y[1:]).float().mean() > 0.8  # shuffled
-    again, _ = data.load("shapes", seed=5, img_size=64)  # the flags' seed does not touch it
-    assert torch.equal(train.x, again.x) and torch.equal(train.y, again.y)
+    again = shapes.make(2_000, 14_142)
+    assert torch.equal(test.x, again[0]) and torch.equal(test.y, again[1])
+    drawn = []
+    monkeypatch.setitem(data.SETS, "shapes", data.builtin_shapes)
+    monkeypatch.setattr(shapes, "make", lambda n, seed: drawn.append((n, seed)) or again)
+    data.load("shapes", seed=5, img_size=64)  # the flags do not touch it
+    assert drawn == [(10_000, 16_180), (2_000, 14_142)]
     train_images = {bytes(t) for t in train.x.flatten(1).numpy()}
     test_images = {bytes(t) for t in test.x.flatten(1).numpy()}
     assert len(train_images) == 10_000 and not train_images & test_images
@@ -309,13 +312,6 @@ def test_a_named_set_comes_before_a_folder_of_that_name(monkeypatch, tmp_path, m
     monkeypatch.chdir(tmp_path)
     tree("shapes", {"a": 2, "b": 2})
     assert len(data.load("shapes")[0]) == 10_000 and len(data.load("./shapes")[0]) == 2
-
-
-def test_the_default_set_loads_nothing_that_only_others_need():
-    root = os.path.dirname(os.path.abspath(data.__file__))
-    program = "import sys, data; data.load('shapes'); print('support.groups' in sys.modules)"
-    out = forked.run([sys.executable, "-c", program], cwd=root, capture_output=True)
-    assert out.stdout == "False\n", out.stderr
 
 
 def test_mixed_sizes_or_too_many_bytes_stay_on_disk(tmp_path, monkeypatch):

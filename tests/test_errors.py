@@ -4,7 +4,6 @@ import io
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 
 import pytest

@@ -212,6 +212,8 @@ def test_a_default_run_loads_neither_fast_nor_zoo_nor_lab(tmp_path):
     ours = sources()
     lines = {module: len(ours[module].splitlines()) for module in loaded if module in ours}
     assert {"train", "gmm", "losses", "heads", "support.log"} <= lines.keys()
+    # what only other sets of images need
+    assert not {"support.groups", "support.folders", "support.named_sets"} & set(loaded)
     elsewhere = [name for name in lines if folder_of(name) not in ("root", "support")]
     assert not elsewhere, (f"python train.py loads {elsewhere}, among {len(lines)} modules of ours "
                            f"with {sum(lines.values())} lines")
