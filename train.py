@@ -33,9 +33,14 @@ SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the
 
 def main(argv=None):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
-    args = config.parse(argv, SCRIPT)
+    return start(config.parse(argv, SCRIPT), SCRIPT, train)
+
+
+def start(args, script, train):
+    """Returns train(args, device, stop_request), in a folder that is this run's alone; or writes
+    what --export asks for. An error becomes one sentence. The scripts of zoo/ start here too."""
     keep_freed_memory()
-    with one_sentence(SCRIPT, args.out):
+    with one_sentence(script, args.out):
         device = ddp.setup(args.device, args.timeout)
         if args.export:
             from support.export import export

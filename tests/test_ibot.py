@@ -12,6 +12,7 @@ import models
 import views
 from conftest import (TINY, compare_one_process_with_two, differences, half_cosine, read_checkpoint,
                       read_log, watch_schedules)
+from fast.gmm import FastGMM
 from losses import DINOLoss
 from zoo import ibot, masks
 
@@ -201,6 +202,19 @@ def test_sampled_places_depend_on_seed_and_step_and_name_their_crops():
     assert torch.equal(rows[:, 1], places.flatten())
     many = torch.cat([ibot.ibot_places(args, step, 16).flatten() for step in range(100)])
     assert many.bincount().min() > 0.8 * len(many) / 16  # evenly over the grid
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_set_of_patches_chooses_its_mixture_by_all_vectors_of_a_step(tmp_path, shared):
+    """Two crops of 8 images are 16 class tokens, and 64 patches with --patch-rows 4."""
+    kinds = ["--shared-prototypes"] if shared else ["--num-patch-prototypes", "64"]
+    args = ibot.parse([*TINY, *kinds, "--out", str(tmp_path), "--patch-rows", "4",
+                       "--num-prototypes", "64", "--prototypes", "decoupled",
+                       "--patch-prototypes", "decoupled"])
+    args.batch_size = 2 ** 18  # 2 B K is 2^25, below the limit, and with all patches above it
+    cls, patch = ibot.streams(args, 10, 0, torch.device("cpu"))
+    assert isinstance(patch.teacher.gmm, FastGMM)
+    assert isinstance(cls.teacher.gmm, FastGMM) == shared
 
 
 def test_mutual_information_by_hand():

@@ -60,13 +60,11 @@ import views
 from losses import Loss, sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim, runs
 from support.errors import one_sentence
-from support.files import locked
 from support.flags import check_values
-from support.log import Clock, Log, due, joined, keep_freed_memory, of_set
+from support.log import Clock, Log, due, joined, of_set
 from support.log import peak_memory, printed
 from support.monitor import Monitor
-from support.signals import stop_requests
-from train import amp, cosine
+from train import amp, cosine, start
 from zoo.flags import check_not_read, narrow
 from zoo.masks import capi_places, place_measures, visible_and_predicted
 from zoo.rope_vit import Backbone, Predictor, take
@@ -362,12 +360,7 @@ class OneView(views.Recipe):
 
 def main(argv=None):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
-    args = parse(argv)
-    keep_freed_memory()
-    with one_sentence(SCRIPT, args.out):
-        device = ddp.setup(args.device, args.timeout)
-        with locked(args.out), stop_requests() as stop_request:
-            return train(args, device, stop_request)
+    return start(parse(argv), SCRIPT, train)
 
 
 def train(args, device, stop_request):

@@ -54,13 +54,11 @@ import views
 from losses import DINOLoss, sinkhorn
 from support import checkpoint, checkpoints, ddp, measures, optim, runs
 from support.errors import one_sentence
-from support.files import locked
 from support.flags import check_values
-from support.log import Clock, Log, due, joined, keep_freed_memory, of_set
+from support.log import Clock, Log, due, joined, of_set
 from support.log import peak_memory, printed
 from support.monitor import Monitor
-from support.signals import stop_requests
-from train import amp, cosine
+from train import amp, cosine, start
 from zoo.flags import check_not_read, narrow
 from zoo.kmeans import KMeans
 from zoo.masks import hidden_patches, ibot_places, place_measures, rows_at
@@ -365,7 +363,9 @@ class Stream:
 
 def streams(args, steps_per_epoch, gmm_start, device):
     """(class stream, patch stream); with --shared-prototypes they hold the same sets."""
-    cls = Stream(heads.prototypes(args, gmm_start).to(device),
+    # a set that both streams share takes in the vectors of both
+    of_class = of_more_vectors(args, 1 + args.patch_rows) if args.shared_prototypes else args
+    cls = Stream(heads.prototypes(of_class, gmm_start).to(device),
                  DINOLoss.from_args(args, steps_per_epoch).to(device))
     patch = copy.copy(cls)
     if not args.shared_prototypes:
@@ -379,17 +379,24 @@ def streams(args, steps_per_epoch, gmm_start, device):
 
 def args_of_patches(args):
     """The flags of the patches' prototypes. They start at other random directions."""
-    of_patches = copy.copy(args)
+    of_patches = of_more_vectors(args, args.patch_rows)
     of_patches.prototypes = args.patch_prototypes
     of_patches.num_prototypes = args.num_patch_prototypes
     of_patches.seed = args.seed + heads.SEED_OF_SECOND_SET
     of_patches.kp_weight = args.patch_kp_weight
-    # Decoupled expects 2 batch_size vectors in a step, and chooses gmm.py or fast/gmm.py by their
-    # number. A step of patches has patch_rows times as many, so batch_size is multiplied. Clustered
-    # takes its rate as lr times batch_size, so lr is divided: its rate is that of class tokens
-    of_patches.batch_size = args.batch_size * args.patch_rows
-    of_patches.lr = args.lr / args.patch_rows
     return of_patches
+
+
+def of_more_vectors(args, times):
+    """The flags of a set that takes in so many times the vectors of the class tokens in a step.
+
+    Decoupled expects 2 batch_size vectors, and chooses gmm.py or fast/gmm.py by their number, so
+    batch_size is multiplied. Clustered takes its rate as lr times batch_size, so lr is divided: its
+    rate is that of class tokens.
+    """
+    new = copy.copy(args)
+    new.batch_size, new.lr = args.batch_size * times, args.lr / times
+    return new
 
 
 def main(argv=None, script=SCRIPT, parse=parse, make_streams=streams):
@@ -397,15 +404,7 @@ def main(argv=None, script=SCRIPT, parse=parse, make_streams=streams):
 
     script, parse, make_streams: of a script with streams of its own, as zoo/sop.py.
     """
-    args = parse(argv)
-    keep_freed_memory()
-    with one_sentence(script, args.out):
-        device = ddp.setup(args.device, args.timeout)
-        if args.export:
-            from support.export import export
-            return export(args.out, args.export)
-        with locked(args.out), stop_requests() as stop_request:
-            return train(args, device, stop_request, make_streams)
+    return start(parse(argv), script, lambda *run: train(*run, make_streams))
 
 
 def train(args, device, stop_request, make_streams):
