@@ -250,7 +250,7 @@ def experiment(args):
 def parser():
     p = argparse.ArgumentParser("python -m lab.hosts", description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=60, help="length of the runs; 60 by default")
+    p.add_argument("--steps", type=int, default=40, help="length of the runs; 40 by default")
     p.add_argument("--timeout", type=float, default=10,
                    help="--timeout of the run whose cable is cut, in seconds; 10 by default")
     return p
