@@ -206,10 +206,10 @@ def test_sampled_places_depend_on_seed_and_step_and_name_their_crops():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_set_of_patches_chooses_its_mixture_by_all_vectors_of_a_step(tmp_path, shared):
-    """Two crops of 8 images are 16 class tokens, and 64 patches with --patch-rows 4."""
+    """Of a crop there is one class token, and there are 4 patches with --patch-rows 4."""
     kinds = ["--shared-prototypes"] if shared else ["--num-patch-prototypes", "64"]
-    args = ibot.parse([*TINY, *CENTRE[:2], *kinds, "--out", str(tmp_path), "--patch-rows", "4",
-                       "--num-prototypes", "64", "--prototypes", "decoupled",
+    args = ibot.parse([*TINY, *kinds, "--out", str(tmp_path), "--patch-rows", "4",
+                       "--batch-size", "32", "--num-prototypes", "64", "--prototypes", "decoupled",
                        "--patch-prototypes", "decoupled"])
     args.batch_size = 2 ** 18  # 2 B K is 2^25, below the limit, and with all patches above it
     cls, patch = ibot.streams(args, 10, 0, torch.device("cpu"))
