@@ -16,13 +16,14 @@ import eval_knn
 import forked
 import heads
 import losses
+import models
 import presets
 import train
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
 from support import assign, ddp, runs
 
-pytestmark = pytest.mark.usefixtures("small_shapes")
+pytestmark = pytest.mark.usefixtures("small_shapes", "small_network")
 CPU = torch.device("cpu")
 THREE_STEPS = ["--steps", "3", "--log-every", "1", "--eval-every", "3"]
 METHODS_AND_PROTOTYPES = [(method, prototypes) for method in ("carp", "carl", "dino")
@@ -210,8 +211,10 @@ CASES = [("--prototypes decoupled", 1e-4),
 ALL_ON_TWO = """
 import sys
 sys.path.insert(0, {root!r})
+import models
 import train
 from support import ddp
+models.VITS.update({networks!r})  # those of the one process
 leave_group = ddp.cleanup
 ddp.cleanup = lambda: None  # one process group for all runs but the last
 runs = {runs!r}  # the flags of each
@@ -235,7 +238,7 @@ def test_two_processes_equal_one(tmp_path):
                 for case, (flags, _) in enumerate(CASES)]
 
     script = tmp_path / "two.py"
-    script.write_text(ALL_ON_TWO.format(root=ROOT, runs=all_flags(2)))
+    script.write_text(ALL_ON_TWO.format(root=ROOT, networks=models.VITS, runs=all_flags(2)))
     done = forked.run_two([sys.executable, script])
     assert done.returncode == 0, done.stderr[-2000:]
     threads = torch.get_num_threads()

@@ -20,7 +20,7 @@ from zoo.kmeans import DeepCluster, KMeans, spherical_kmeans
 from zoo.swav import SwAV
 from zoo.uniformity import UniformCARP, uniformity
 
-pytestmark = pytest.mark.usefixtures("small_shapes")
+pytestmark = pytest.mark.usefixtures("small_shapes", "small_network")
 CPU = torch.device("cpu")
 
 
