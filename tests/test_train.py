@@ -174,9 +174,11 @@ def test_compiled_backbones_keep_their_names_and_compute_the_same(tmp_path, monk
         compiled.append(net.arch)
         original(net, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    plain = train_tiny(tmp_path / "plain", *THREE_STEPS)
+    # one size of crops and of the evaluation's batches, as each other one is traced anew
+    flags = [*THREE_STEPS, "--local-crops", "0", "--eval-bank", "16", "--eval-queries", "16"]
+    plain = train_tiny(tmp_path / "plain", *flags)
     assert not compiled
-    metrics = train_tiny(tmp_path / "compiled", *THREE_STEPS, "--compile")
+    metrics = train_tiny(tmp_path / "compiled", *flags, "--compile")
     assert compiled == ["vit_nano", "vit_nano"]
     assert metrics["unique"] == plain["unique"]
     a, b = (read_checkpoint(tmp_path / name) for name in ("plain", "compiled"))
