@@ -15,8 +15,9 @@ from support import checkpoints, export
 from support.backbones import load_backbone
 
 pytestmark = pytest.mark.usefixtures("small_shapes")
-VIT = ["--arch", "vit_tiny", "--patch-size", "8", "--steps", "1", "--gmm-start", "0"]
+VIT = ["--arch", "vit_micro", "--patch-size", "8", "--steps", "1", "--gmm-start", "0"]
 NANO = dict(patch_size=8, img_size=32)
+IN_TIMM = dict(img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=3, num_classes=0)
 
 
 def backbone_of(ckpt, network):
@@ -32,20 +33,19 @@ def test_export_goes_into_timm_and_back(tmp_path, capsys, suffix):
     train_tiny(tmp_path / "a", *VIT)
     file = tmp_path / f"backbone{suffix}"
     train.main(["--export", str(file), "--out", str(tmp_path / "a")])
-    theirs = timm.models.vision_transformer.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=192, depth=12, num_heads=3, num_classes=0)
+    theirs = timm.models.vision_transformer.VisionTransformer(**IN_TIMM)
     theirs.load_state_dict(checkpoints.read(file), strict=True)
-    ours = models.build("vit_tiny", **NANO)
+    ours = models.build("vit_micro", **NANO)
     export.init(file, [ours])
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.allclose(theirs.eval()(x), ours.eval()(x)[0], atol=1e-5)
     teacher = backbone_of(read_checkpoint(tmp_path / "a"), "teacher")
     assert not differences(teacher, ours.state_dict())
-    assert "only copy, all 150 tensors; not used: none" in capsys.readouterr().out
+    assert "only copy, all 42 tensors; not used: none" in capsys.readouterr().out
 
     train_tiny(tmp_path / "b", *VIT, "--init", file)  # its only step has learning rate 0
-    assert "all 150 tensors; not used: none" in capsys.readouterr().out
+    assert "all 42 tensors; not used: none" in capsys.readouterr().out
     ckpt = read_checkpoint(tmp_path / "b")
     for network in ("student", "teacher"):
         assert not differences(teacher, backbone_of(ckpt, network))
@@ -144,18 +144,27 @@ def test_init_refuses_what_computes_something_else(tmp_path, added, removed, say
     assert re.search(f"x.pth does not fit --arch vit_nano: .*{says}", sentence)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(init_values=1e-5), dict(reg_tokens=4), dict(qk_norm=True), dict(qkv_bias=False),
-    dict(class_token=False, global_pool="avg"), dict(global_pool="avg"), dict(pre_norm=True),
-    dict(depth=11), dict(depth=13), dict(patch_size=16), dict(in_chans=1), dict(img_size=(32, 64)),
-    dict(mlp_ratio=2), dict(embed_dim=96)])
-def test_init_refuses_timms_other_transformers(tmp_path, settings):
+@pytest.mark.parametrize("settings, says", [
+    (dict(init_values=1e-5), "blocks.0.ls1.gamma too many"),
+    (dict(reg_tokens=4), "reg_token too many"),
+    (dict(qk_norm=True), "blocks.0.attn.q_norm.weight too many"),
+    (dict(qkv_bias=False), "no blocks.0.attn.qkv.bias"),
+    (dict(class_token=False, global_pool="avg"), "no cls_token"),
+    (dict(global_pool="avg"), "no norm.weight, .*fc_norm.weight too many"),
+    (dict(pre_norm=True), "no patch_embed.proj.bias, norm_pre.weight too many"),
+    (dict(depth=2), "no blocks.2.norm1.weight"),
+    (dict(depth=4), "blocks.3.norm1.weight too many"),
+    (dict(patch_size=16), r"patch_embed.proj.weight \(96, 3, 16, 16\) for \(96, 3, 8, 8\)"),
+    (dict(in_chans=1), r"patch_embed.proj.weight \(96, 1, 8, 8\) for \(96, 3, 8, 8\)"),
+    (dict(img_size=(32, 64)), r"pos_embed \(1, 33, 96\) for \(1, 17, 96\)"),
+    (dict(mlp_ratio=2), r"blocks.0.mlp.fc1.bias \(192,\) for \(384,\)"),
+    (dict(embed_dim=48), r"pos_embed \(1, 17, 48\) for \(1, 17, 96\)")])
+def test_init_refuses_timms_other_transformers(tmp_path, settings, says):
     timm = pytest.importorskip("timm")
-    plain = dict(img_size=32, patch_size=8, embed_dim=192, depth=12, num_heads=3, num_classes=0)
-    other = timm.models.vision_transformer.VisionTransformer(**{**plain, **settings})
+    other = timm.models.vision_transformer.VisionTransformer(**{**IN_TIMM, **settings})
     torch.save(other.state_dict(), tmp_path / "x.pth")
-    with pytest.raises(ValueError, match="x.pth does not fit --arch vit_tiny: "):
-        export.init(tmp_path / "x.pth", [models.build("vit_tiny", **NANO)])
+    with pytest.raises(ValueError, match=f"x.pth does not fit --arch vit_micro: .*{says}"):
+        export.init(tmp_path / "x.pth", [models.build("vit_micro", **NANO)])
 
 
 def test_init_refuses_another_stem_of_a_resnet(tmp_path):
