@@ -659,17 +659,17 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, capsys
 # ---- broken images -----------------------------------------------------------------------------
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_broken_images(tmp_path, monkeypatch, capsys, in_memory):
-    """Half a percent of them are named, and the run goes on; 2 % end it."""
+    """One of 40 is named, and the run goes on; four end it. The share itself is in test_data.py."""
     if not in_memory:
         monkeypatch.setattr(data, "IN_MEMORY", 0)
-    flags = ["--steps", "22", "--eval-every", "22"]  # every training image once
-    half_percent = make_folder(tmp_path / "half", 200, broken=1, size=16)
-    train_tiny(tmp_path / "out", *flags, "--data", half_percent)
+    flags = ["--batch-size", "6", "--steps", "6"]  # every image of the 36 for training once
+    one = make_folder(tmp_path / "one", 40, broken=1, size=16)
+    train_tiny(tmp_path / "out", *flags, "--data", one)
     printed = capsys.readouterr().err
     assert re.search(r"a/5.png cannot be read \(.+\); a neighbour stands in for it", printed)
-    two_percent = make_folder(tmp_path / "two", 200, broken=4, size=16)
-    sentence = sentence_of_refusal(capsys, tmp_path / "other", *flags, "--data", two_percent)
-    assert re.search(r"of 1\d\d images of two cannot be read, more than 1 %: \S+\.png cannot be "
+    four = make_folder(tmp_path / "four", 40, broken=4, size=16)
+    sentence = sentence_of_refusal(capsys, tmp_path / "other", *flags, "--data", four)
+    assert re.search(r"of 36 images of four cannot be read, more than 1 %: \S+\.png cannot be "
                      r"read \(.+\)", sentence)
 
 
