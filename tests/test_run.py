@@ -23,7 +23,7 @@ import models
 import train
 import views
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
-                      sentence_of_refusal, train_tiny)
+                      sentence_of_refusal, train_tiny, use_small_network, use_small_shapes)
 from support import ddp, files, runs
 from support.log import Log
 from support.optim import CheckedStep
@@ -41,8 +41,28 @@ def at_steps(monkeypatch, change, *steps):
     monkeypatch.setattr(losses.CARPLoss, "forward", changed)
 
 
+@contextlib.contextmanager
+def case(*of_a_loop):
+    """What fails in it says in which case."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        raise AssertionError(f"in the case {of_a_loop}") from error
+
+
 def with_nan(terms):
     return {**terms, "entropy": terms["entropy"] * float("nan")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed, which tests read and leave as it is."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_shapes(patch)
+        use_small_network(patch)
+        train_tiny(out)
+    return out
 
 
 # ---- exact resume ------------------------------------------------------------------------------
@@ -102,8 +122,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut short", "empty", "altered"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, how):
-    train_tiny(tmp_path / "whole")
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, whole, how):
     out = tmp_path / "damaged"
     train_tiny(out, "--stop-at", "4", "--save-every", "1", "--keep-every", "2")
     steps = {"ckpt-2.pt": 2, "ckpt-4.pt": 4, "ckpt.prev.pt": 3, "ckpt.pt": 4}
@@ -118,8 +137,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, how
     assert re.search(r"not used: \S+ckpt.pt: ", printed)
     assert "ckpt.prev.pt at step 3" in printed
     assert os.path.exists(out / "ckpt.damaged.pt")  # it never took the place of the good one
-    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(out))
-    assert read_log(tmp_path / "whole") == read_log(out)
+    assert not differences(read_checkpoint(whole), read_checkpoint(out))
+    assert read_log(whole) == read_log(out)
 
 
 def test_a_newer_kept_checkpoint_wins_over_the_previous(tmp_path, capsys):
@@ -158,9 +177,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_says_why(tmp_path, capsys
     assert "not a checkpoint of ours" in refusal()
 
 
-def test_a_checkpoint_that_names_no_script_goes_on(tmp_path):
+def test_a_checkpoint_that_names_no_script_goes_on(tmp_path, whole):
     """Older runs do not say which script made them, in their checkpoint or in args.json."""
-    train_tiny(tmp_path / "whole")
     out = tmp_path / "parts"
     train_tiny(out, "--stop-at", "3")
     ckpt = read_checkpoint(out)
@@ -170,8 +188,8 @@ def test_a_checkpoint_that_names_no_script_goes_on(tmp_path):
     del about["script"]
     (out / "args.json").write_text(json.dumps(about))
     train_tiny(out, "--resume")
-    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(out))
-    assert read_log(tmp_path / "whole") == read_log(out)
+    assert not differences(read_checkpoint(whole), read_checkpoint(out))
+    assert read_log(whole) == read_log(out)
     assert read_checkpoint(out)["args"]["script"] == "train.py"
 
 
@@ -242,14 +260,16 @@ def test_resume_refuses_when_passes_would_be_longer(tmp_path, capsys):
     assert "images 22 -> 40" in (said := capsys.readouterr().err) and "steps 6 -> 15" in said
 
 
-@pytest.mark.parametrize("key, value", [
-    ("gmm", None), ("prototypes", None), ("prototypes", {"teacher": {}}), ("args", ["x"]),
-    ("step", "3"), ("step", float("nan")), ("teacher", []), ("trail", "x"), ("optimizer", None)])
-def test_a_checkpoint_with_parts_of_other_types_is_one_sentence(tmp_path, capsys, key, value):
+def test_a_checkpoint_with_parts_of_other_types_is_one_sentence(tmp_path, capsys):
     train_tiny(tmp_path, "--stop-at", "2", "--data", "shapes")
-    torch.save(read_checkpoint(tmp_path) | {key: value}, tmp_path / "ckpt.pt")
-    sentence = sentence_of_refusal(capsys, tmp_path, "--resume")
-    assert f"ckpt.pt: not a checkpoint of ours, or a damaged one: {key}" in sentence
+    good = read_checkpoint(tmp_path)
+    for key, value in (("gmm", None), ("prototypes", None), ("prototypes", {"teacher": {}}),
+                       ("args", ["x"]), ("step", "3"), ("step", float("nan")), ("teacher", []),
+                       ("trail", "x"), ("optimizer", None)):
+        torch.save(good | {key: value}, tmp_path / "ckpt.pt")
+        with case(key, value):
+            sentence = sentence_of_refusal(capsys, tmp_path, "--resume")
+            assert f"ckpt.pt: not a checkpoint of ours, or a damaged one: {key}" in sentence
 
 
 def test_resume_names_the_flag_that_changes_the_number_of_steps(tmp_path, capsys):
@@ -332,13 +352,12 @@ def test_no_space_left_while_a_row_is_written(tmp_path, capsys, monkeypatch):
     assert f"{tmp_path}/log.csv: No space left on device" in sentence
 
 
-def test_a_row_cut_short_by_a_kill_is_dropped(tmp_path):
-    train_tiny(tmp_path / "whole")
-    train_tiny(tmp_path / "parts", "--stop-at", "4")
-    with open(tmp_path / "parts" / "log.csv", "a") as file:
+def test_a_row_cut_short_by_a_kill_is_dropped(tmp_path, whole):
+    train_tiny(tmp_path, "--stop-at", "4")
+    with open(tmp_path / "log.csv", "a") as file:
         file.write("4,0.1,9.")
-    train_tiny(tmp_path / "parts", "--resume")
-    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+    train_tiny(tmp_path, "--resume")
+    assert read_log(tmp_path) == read_log(whole)
 
 
 def test_out_that_cannot_be_written(tmp_path, capsys, monkeypatch):
@@ -417,18 +436,20 @@ def test_a_full_disk_leaves_no_lock_that_belongs_to_nobody(tmp_path, monkeypatch
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    lambda text: text.replace(b"step,", b"stop,", 1), lambda text: text.replace(b"\n2,", b"\nx,"),
-    lambda text: text.replace(b"\n2,", b"\n2,\xff"), lambda text: text.replace(b"\n2,", b"\n2,x"),
-    lambda text: text.replace(b"\n2,", b"\n2" + 99 * b",1")])
-def test_a_damaged_log_is_named_and_stays(change, tmp_path, capsys):
+def test_a_damaged_log_is_named_and_stays(tmp_path, capsys):
     train_tiny(tmp_path, "--stop-at", "4")
-    damaged = change((tmp_path / "log.csv").read_bytes())
-    (tmp_path / "log.csv").write_bytes(damaged)
-    sentence = sentence_of_refusal(capsys, tmp_path, "--resume")
-    assert f"{tmp_path / 'log.csv'} is damaged; move it away" in sentence
-    assert (tmp_path / "log.csv").read_bytes() == damaged
-    os.remove(tmp_path / "log.csv")
+    log = tmp_path / "log.csv"
+    good = log.read_bytes()
+    for old, new in ((b"step,", b"stop,"), (b"\n2,", b"\nx,"), (b"\n2,", b"\n2,\xff"),
+                     (b"\n2,", b"\n2,x"), (b"\n2,", b"\n2" + 99 * b",1")):
+        damaged = good.replace(old, new, 1)
+        log.write_bytes(damaged)
+        with case(old, new):
+            assert damaged != good
+            sentence = sentence_of_refusal(capsys, tmp_path, "--resume")
+            assert f"{log} is damaged; move it away" in sentence
+            assert log.read_bytes() == damaged
+    os.remove(log)
     train_tiny(tmp_path, "--resume")
     assert read_log(tmp_path)[-1]["step"] == "6"
 
@@ -473,11 +494,10 @@ def test_the_lock_is_there_while_the_run_is(tmp_path, monkeypatch):
 
 # ---- signals -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number, code):
+def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, whole, number, code):
     def send(terms):
         signal.raise_signal(number)
         return terms
-    train_tiny(tmp_path / "whole")
     handler = signal.getsignal(number)
     out = tmp_path / "parts"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
@@ -488,8 +508,8 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, monkeypatch, number, cod
     assert read_checkpoint(out)["step"] == 3
     assert not os.path.exists(out / "lock")
     train_tiny(out, "--resume")
-    assert not differences(read_checkpoint(tmp_path / "whole"), read_checkpoint(out))
-    assert read_log(tmp_path / "whole") == read_log(out)
+    assert not differences(read_checkpoint(whole), read_checkpoint(out))
+    assert read_log(whole) == read_log(out)
 
 
 SCRIPT = """
