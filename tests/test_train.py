@@ -161,7 +161,8 @@ def test_a_resnet_and_a_folder_without_labels(tmp_path):
     for i in range(24):
         save_image(torch.rand(3, 32, 32), tmp_path / "images" / f"{i}.png")
     metrics = train_tiny(tmp_path / "out", *THREE_STEPS, "--data", tmp_path / "images",
-                         "--arch", "resnet18", "--steps", "2")
+                         "--arch", "resnet18", "--steps", "2", "--img-size", "16",
+                         "--local-size", "8")
     assert metrics["knn"] is None
     assert "unique" in metrics
 
