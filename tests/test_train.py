@@ -29,6 +29,9 @@ THREE_STEPS = ["--steps", "3", "--log-every", "1", "--eval-every", "3"]
 METHODS_AND_PROTOTYPES = [(method, prototypes) for method in ("carp", "carl", "dino")
                           for prototypes in ("joint", "kp", "frozen", "decoupled", "live")]
 METHODS_AND_PROTOTYPES += [("dino", "vmf"), ("dino", "clustered")]
+# carl is carp with one block of all prototypes: what it keeps for a resume is the same
+RESUMED = [(method, prototypes) for method, prototypes in METHODS_AND_PROTOTYPES
+           if method != "carl" or prototypes == "joint"]
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ def test_accumulation_gives_the_mixture_the_whole_batch(tmp_path):
     assert loss_1 == pytest.approx(loss_4, rel=1e-5)
 
 
-@pytest.mark.parametrize("method, prototypes", METHODS_AND_PROTOTYPES)
+@pytest.mark.parametrize("method, prototypes", RESUMED)
 def test_six_steps_are_three_and_three_resumed_to_the_bit(tmp_path, method, prototypes):
     flags = [*THREE_STEPS, "--steps", "6", "--method", method, "--prototypes", prototypes]
     train_tiny(tmp_path / "whole", *flags)
