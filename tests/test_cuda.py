@@ -130,9 +130,13 @@ def test_the_files_of_fast(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "MOST_LOGITS", 0)
     monkeypatch.setattr(eval_knn, "PLAIN_UP_TO", 0)
     monkeypatch.setattr(collapse, "PLAIN_UP_TO", 0)
-    monkeypatch.setattr(heads, "OnlineGMM", FastGMM)
+    updated, update = [], FastGMM.update
+    monkeypatch.setattr(heads.Decoupled, "Mixture", FastGMM)
+    monkeypatch.setattr(FastGMM, "update", lambda gmm, h, *others: (
+        updated.append(h.device.type), update(gmm, h, *others))[1])
     for flags in (["--method", "carp"], ["--method", "dino", "--prototypes", "vmf"]):
         same_logs(tmp_path / flags[1], train_tiny, *TWO_STEPS, *flags)
+    assert updated == ["cpu", "cuda"]  # in the second step of the first two runs
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
