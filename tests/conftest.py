@@ -17,6 +17,7 @@ from torchvision.utils import save_image
 import data
 import forked
 import heads
+import models
 from support import optim, shapes
 from support.pixels import IGNORED
 
@@ -38,14 +39,30 @@ def small_sets():
     return data.subset(images, torch.arange(100)), data.subset(images, torch.arange(100, 150))
 
 
-@pytest.fixture
-def small_shapes(monkeypatch):
-    """The built-in set has 150 images instead of 12,000: these tests learn nothing anyway."""
+def use_small_shapes(patch):
     load = data.load
 
     def load_small(name, **settings):
         return small_sets() if name == "shapes" else load(name, **settings)
-    monkeypatch.setattr(data, "load", load_small)
+    patch.setattr(data, "load", load_small)
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """The built-in set has 150 images instead of 12,000: these tests learn nothing anyway."""
+    use_small_shapes(monkeypatch)
+
+
+def use_small_network(patch):
+    for arch in ("vit_nano", "vit_micro"):
+        patch.setitem(models.VITS, arch, (32, 2, 2))  # depth 2, as one block alone has drop-path 0
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """A backbone of 2 blocks of width 32 under the names of ours: these tests are about runs, not
+    networks."""
+    use_small_network(monkeypatch)
 
 
 def make_folder(path, images=24, broken=0, size=32):
@@ -112,8 +129,10 @@ def sentence_of_refusal(capsys, out, *flags):
 TWO = """
 import sys
 sys.path.insert(0, {root!r})
+import models
 from support import ddp
 from zoo import {script}
+models.VITS.update({networks!r})  # those of the one process
 {prepare}
 leave_group = ddp.cleanup
 ddp.cleanup = lambda: None  # one group for all runs
@@ -135,7 +154,8 @@ def compare_one_process_with_two(script, kinds, flags, terms, folder, prepare=""
         return [[*flags, *kind, "--log-every", "1", "--data", images,
                  "--out", str(folder / f"{i}-{processes}")] for i, kind in enumerate(kinds)]
     both = folder / "two.py"
-    both.write_text(TWO.format(root=ROOT, script=script, prepare=prepare, runs=commands(2)))
+    both.write_text(TWO.format(root=ROOT, script=script, networks=models.VITS,
+                               prepare=prepare, runs=commands(2)))
     done = forked.run_two([sys.executable, both])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
     threads = torch.get_num_threads()

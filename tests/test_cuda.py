@@ -28,15 +28,16 @@ import heads
 import losses
 import train
 import views
-from conftest import TINY, make_folder, read_log, small_sets, train_tiny
+from conftest import (TINY, make_folder, read_log, small_sets, train_tiny, use_small_network,
+                      use_small_shapes)
 from fast.gmm import FastGMM
 from lab import eval_dense
-from pretended_gpu import CUDA, GPU, PretendedGPU
+from pretended_gpu import CUDA, PretendedGPU
 from support import optim, shapes
 from zoo import capi, ibot, msn, sop
 
 pytestmark = [
-    pytest.mark.usefixtures("small_shapes"),
+    pytest.mark.usefixtures("small_shapes", "small_network"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: none is pretended")]
 TWO_STEPS = ["--steps", "2", "--log-every", "1", "--eval-every", "2", "--eval-bank", "20",
              "--eval-queries", "10"]
@@ -129,9 +130,13 @@ def test_the_files_of_fast(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "MOST_LOGITS", 0)
     monkeypatch.setattr(eval_knn, "PLAIN_UP_TO", 0)
     monkeypatch.setattr(collapse, "PLAIN_UP_TO", 0)
-    monkeypatch.setattr(heads, "OnlineGMM", FastGMM)
+    updated, update = [], FastGMM.update
+    monkeypatch.setattr(heads.Decoupled, "Mixture", FastGMM)
+    monkeypatch.setattr(FastGMM, "update", lambda gmm, h, *others: (
+        updated.append(h.device.type), update(gmm, h, *others))[1])
     for flags in (["--method", "carp"], ["--method", "dino", "--prototypes", "vmf"]):
         same_logs(tmp_path / flags[1], train_tiny, *TWO_STEPS, *flags)
+    assert updated == ["cpu", "cuda"]  # in the second step of the first two runs
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
@@ -204,7 +209,8 @@ def trained(tmp_path_factory):
     """The folder of a run, on the CPU."""
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda name, **settings: small_sets())
+        use_small_shapes(patch)
+        use_small_network(patch)
         train_tiny(out, *TWO_STEPS)
     return str(out)
 

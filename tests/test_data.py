@@ -851,11 +851,11 @@ def test_batches_refuse_what_cannot_work(some):
             views.batches(some, TINY, seed=0, start=0, stop=1, **flags)
 
 
-def test_files_give_the_same_pixels_with_any_number_of_workers(some):
-    if isinstance(some, data.Files):
-        inline, two = run(some, 3, 6), run(some, 3, 6, workers=2)
-        assert len(inline) == len(two) == 3 and all(same(a, b) for a, b in zip(inline, two))
-        assert not same(inline[0], inline[1])
+def test_the_pixels_are_the_same_with_any_number_of_workers(some):
+    """Images in memory need none, and take no notice of the number."""
+    inline, two = run(some, 3, 6), run(some, 3, 6, workers=2)
+    assert len(inline) == len(two) == 3 and all(same(a, b) for a, b in zip(inline, two))
+    assert not same(inline[0], inline[1])
 
 
 def test_files_and_memory_agree_on_the_statistics(tmp_path):

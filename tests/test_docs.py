@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 import config
-from lab import ablate, bench
+from lab import bench
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WIDTH = 100  # columns of a line of prose or a row of a table

@@ -17,7 +17,7 @@ from losses import DINOLoss
 from zoo import ibot, masks
 
 CENTRE = ["--targets", "center", "--num-patch-prototypes", "16"]  # iBOT's, and not our default
-pytestmark = pytest.mark.usefixtures("small_shapes")
+pytestmark = pytest.mark.usefixtures("small_shapes", "small_network")
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

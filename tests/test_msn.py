@@ -13,7 +13,7 @@ from conftest import (TINY, compare_one_process_with_two, differences, half_cosi
                       read_log, watch_schedules)
 from zoo import msn
 
-pytestmark = pytest.mark.usefixtures("small_shapes")
+pytestmark = pytest.mark.usefixtures("small_shapes", "small_network")
 
 
 def randn(*shape, seed=0):
@@ -107,8 +107,8 @@ def test_a_dropped_patch_is_as_if_it_were_not_there_and_the_class_token_stays():
 
 
 def test_the_students_vectors_are_those_of_each_view_alone():
-    net = models.MultiCrop(models.build("vit_nano", patch_size=8, img_size=32),
-                           heads.Head(96, 16, 8, bn=True, norm=True)).eval()
+    backbone = models.build("vit_nano", patch_size=8, img_size=32)
+    net = models.MultiCrop(backbone, heads.Head(backbone.dim, 16, 8, bn=True, norm=True)).eval()
     crops = [randn(2, 3, 32, 32, seed=1), randn(2, 3, 16, 16, seed=2), randn(2, 3, 16, 16, seed=3)]
     h = msn.student_vectors(net, crops, torch.arange(16))
     assert h.shape == (3, 2, 8)

@@ -11,7 +11,7 @@ from conftest import TINY, compare_one_process_with_two, differences, read_check
 from zoo import ibot, sop
 from zoo.bank import Bank
 
-pytestmark = pytest.mark.usefixtures("small_shapes")
+pytestmark = pytest.mark.usefixtures("small_shapes", "small_network")
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
