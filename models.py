@@ -301,6 +301,7 @@ class MultiCrop(nn.Module):
     def forward(self, views):
         if not len(views):
             raise ValueError("MultiCrop got an empty list of views")
-        same_size = groupby(views, lambda view: view.shape[-2:])  # runs of views of one size
-        cls = [self.backbone(torch.cat(tuple(run)))[0] for _, run in same_size]  # (run * B, dim)
+        same_size = groupby(views, lambda view: view.shape[-2:])
+        cls = [self.backbone(torch.cat(tuple(group)))[0]  # (views of the group * B, dim)
+               for _, group in same_size]
         return self.head(torch.cat(cls))  # (V*B, D)

@@ -174,7 +174,7 @@ def check(args):
         SCRIPT)
     if not issubclass(heads.prototype_class(args.prototypes), heads.Decoupled):
         check_not_read(args, flags, ["patch_rows"],
-                              f"{SCRIPT} with --prototypes {args.prototypes}")
+                       f"{SCRIPT} with --prototypes {args.prototypes}")
     for name in ("blur", "solarize"):
         if any(getattr(args, name)[1:]):
             raise ValueError(f"--{name} {' '.join(map(str, getattr(args, name)))}: a step has one "

@@ -205,8 +205,9 @@ def check(args):
     check_not_read(args, flags, ["uniformity", "queue"], SCRIPT)
     check_patches(args)
     if not (args.place_mean or follows_the_teacher(args.patch_prototypes)):
-        check_not_read(args, flags, ["patch_rows"], f"{SCRIPT} with --patch-prototypes "
-                              f"{args.patch_prototypes} and without --place-mean")
+        check_not_read(args, flags, ["patch_rows"],
+                       f"{SCRIPT} with --patch-prototypes {args.patch_prototypes} and without "
+                       "--place-mean")
     for name in ("num_prototypes", "num_patch_prototypes"):
         if getattr(args, name) < 2:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} leaves nothing to "

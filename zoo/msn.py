@@ -106,8 +106,8 @@ def check(args):
                          "log-normaliser, and its teacher sees one view")
     if kind.bias is not heads.Frozen.bias:
         raise ValueError(f"--prototypes {args.prototypes} has a `bias`, which MSN does not read")
-    check_not_read(args, flags, NOT_READ, "MSN, whose targets are those of --student-temp, "
-                          "--sharpen and --balance")
+    check_not_read(args, flags, NOT_READ,
+                   "MSN, whose targets are those of --student-temp, --sharpen and --balance")
     if args.num_prototypes < 2:
         raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
                          "or more")
