@@ -31,18 +31,19 @@ def one_sentence(script, out=None):
 
     write_escapes()
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+            sys.stdout.flush()
+        except (OSError, EOFError) as error:
+            # torch's own error of this kind may come at any moment, also while we look: so there
+            # is one place below that takes both
+            if is_of_decoding(error):
+                raise RuntimeError("DataLoader worker has gone") from error
+            raise
     except ValueError as error:
         leave(error, 2)
     except OSError as error:
-        if is_of_decoding(error):
-            leave(DECODING, 1)
         leave(sentence_of(error, out), 2)
-    except EOFError as error:
-        if is_of_decoding(error):
-            leave(DECODING, 1)
-        raise
     except MemoryError:
         leave("there is not enough memory", 2)
     except RuntimeError as error:
@@ -104,8 +105,8 @@ def is_of_decoding(error):
     whatever line runs, and what this line leaves unfinished can raise another error on top. If
     tensors of that process were just on their way, the connection to it breaks first."""
     broken = isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError))
-    if broken and any("torch/utils/data/" in frame.filename.replace(os.sep, "/")
-                      for frame in traceback.extract_tb(error.__traceback__)):
+    if broken and any("torch/utils/data/" in frame.f_code.co_filename.replace(os.sep, "/")
+                      for frame, _ in traceback.walk_tb(error.__traceback__)):
         return True
     while error and not str(error).startswith("DataLoader worker"):
         error = error.__context__

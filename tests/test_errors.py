@@ -259,6 +259,22 @@ def test_a_decoding_process_that_goes_while_it_sends_is_named_too(capsys, error)
         assert leave(type(error)(*error.args)) == 2
 
 
+def test_torchs_own_word_may_come_while_a_broken_connection_is_looked_at(capsys, monkeypatch):
+    """It comes from a handler of signals, at any line."""
+    asked, ask = [], errors.is_of_decoding
+
+    def interrupted(error):
+        asked.append(error)
+        if len(asked) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        return ask(error)
+    monkeypatch.setattr(errors, "is_of_decoding", interrupted)
+    with pytest.raises(SystemExit) as stop, errors.one_sentence("train.py"):
+        raise ConnectionResetError(104, "Connection reset by peer")
+    assert stop.value.code == 1 and len(asked) == 2
+    assert "a process that decodes images (--workers) was ended" in capsys.readouterr().err
+
+
 def test_a_bug_of_ours_stays_a_traceback():
     for error in (EOFError(), RuntimeError("shapes do not fit"), TypeError("x"), KeyError("y")):
         with pytest.raises(type(error)), errors.one_sentence("tool"):
