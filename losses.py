@@ -40,7 +40,8 @@ def carp(z_s, z_t, partition_size, perm=None, mean_over_ranks=None):
     if K % P:
         raise ValueError(f"the number of prototypes ({K}) must be a multiple of the partition size "
                          f"({P})")
-    if perm is not None:  # as z[..., perm], whose gradient takes five times as long
+    if perm is not None:
+        # this is z[..., perm]; on a CPU its gradient takes a fifth of the time by gather
         z_s, z_t = (z.gather(-1, perm.expand_as(z)) for z in (z_s, z_t))
     p = z_s.float().reshape(V, B, K // P, P).softmax(-1)  # (V, B, K/P, P)
     q = z_t.detach().float().reshape(2, B, K // P, P).softmax(-1)  # (2, B, K/P, P)

@@ -518,6 +518,12 @@ def test_a_term_that_comes_or_goes_with_the_step_is_one_sentence(tmp_path, capsy
         capsys, tmp_path / "b", "--resume")
 
 
+def test_a_law_that_is_added_to_its_table_can_be_chosen(monkeypatch):
+    monkeypatch.setitem(data.LAWS, "flat", lambda c, C: 0.0)
+    args = config.parse(["--imbalance", "2", "--imbalance-law", "flat"])
+    assert args.imbalance_law == "flat"
+
+
 def test_folders_without_images_or_with_one_class(capsys, tmp_path):
     out = tmp_path / "out"
     os.makedirs(tmp_path / "empty")
