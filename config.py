@@ -383,8 +383,14 @@ def complete(args):
     default("teacher_temp", list(loss.teacher_temp))
     default("targets", protos.targets_of_dino)
     default("kp_weight", protos.kp_weight)
-    default("gmm_start", protos.gmm_start)
-    default("gmm_start", 0.75 if args.gmm_init == "features" else 0.0)
+    default("gmm_start", start_of(protos, args.gmm_init))
+
+
+def start_of(protos, gmm_init):
+    """The default of --gmm-start for a class of prototypes and a value of --gmm-init."""
+    if protos.gmm_start is not None:
+        return protos.gmm_start
+    return 0.75 if gmm_init == "features" else 0.0
 
 
 # What each loss and each prototype set reads, of the flags that not all of them read. One that is

@@ -131,8 +131,9 @@ def attentive(backbone, train, y, test, labels, flags):
     x = gather(patch_batches(backbone, data.subset(train, fit), flags), len(fit))  # (N, n, D)
     heads = probes.attentive(x, y[fit], len(labels), steps=flags.steps, seed=flags.seed,
                              device=flags.device, progress=True)
-    seen = probes.attentive_predict(patch_batches(backbone, data.subset(train, val), flags), heads)
-    score = 100 * (seen == y[val]).double().mean(1)  # (H,)
+    predicted = probes.attentive_predict(patch_batches(backbone, data.subset(train, val), flags),
+                                         heads)  # (H, images)
+    score = 100 * (predicted == y[val]).double().mean(1)  # (H,)
     best, note = best_head(score, len(val))
     head = probes.Attentive(*(part[best:best + 1] for part in heads))
     predicted, = probes.attentive_predict(patch_batches(backbone, test, flags), head)  # (M,)

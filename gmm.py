@@ -131,9 +131,10 @@ class OnlineGMM(nn.Module):
             rounds = [torch.randperm(len(h), generator=generator) for _ in range(0, self.K, len(h))]
             picks = torch.cat(rounds)[:self.K].to(h.device)  # (K,)
             mu, var = h[picks], pooled  # (K, D) ()
-            for ks in self.blocks() if len(h) < self.K else ():
-                noise = torch.randn(mu[ks].shape, generator=generator).to(h.device)  # (|ks|, D)
-                mu[ks] += 0.5 * pooled.sqrt().float() * noise
+            if len(h) < self.K:
+                for ks in self.blocks():
+                    noise = torch.randn(mu[ks].shape, generator=generator).to(h.device)  # (|ks|, D)
+                    mu[ks] += 0.5 * pooled.sqrt().float() * noise
         elif how == "random":
             mu = self.random_directions(self.K).to(h.device) * rms.float()  # (K, D)
             var = rms ** 2 / self.D  # one component then covers all vectors
@@ -294,7 +295,7 @@ class OnlineGMM(nn.Module):
         pi = self.weights()
         order = pi.argsort(descending=True, stable=True)
         k, j = order[:most], order[-most:].flip(0)  # (n,) each: heaviest, lightest; n = most
-        # rms is 0 where `checked` discarded the step
+        # of a discarded step all vectors are 0 (see `checked`), so rms is 0 and nothing is split
         heavy = (pi[k] > self.resurrect) & (pi[j] < self.resurrect) & (rms > 0)  # (n,)
         mu = self.mean(k)  # (n, D)
         var = self.variance(k, mu)  # (n, D)

@@ -74,9 +74,9 @@ class Frozen(nn.Module):
     """Random unit directions that never move: the control that every other set has to beat.
 
     It is the base class of all sets: each of its methods does the plain thing, or nothing.
-    scale: factor on all logits, an inverse temperature. Sets start from the same directions, for
-    one seed, until a mixture draws or takes its own. `start` (K, D) is where a set began; its drift
-    is measured from there.
+    scale: factor on all logits, an inverse temperature. With one seed all sets start from the same
+    directions; a mixture replaces them when it starts. `start` (K, D) is where a set began; its
+    drift is measured from there.
     `origin` is the point that h is measured from: 0 for all sets of the paper.
 
     A set may also say what a flag is where nobody types it: `kp_weight` for --kp-weight,
@@ -128,6 +128,11 @@ class Frozen(nn.Module):
     def step(self, h, step, beta=0.5):
         """Returns {column of log.csv: number}; a row has those of its own step."""
         return {}
+
+    @classmethod
+    def follows_the_teacher(cls):
+        """Whether `step` takes in vectors: that of this class does not."""
+        return cls.step is not Frozen.step
 
     def penalty(self):
         return self.start.new_zeros(())

@@ -74,8 +74,9 @@ def sinkhorn(z, tau, iters=3, all_reduce=None):
     """Balanced assignments of teacher logits z (N, ..., K) of this process; rows sum to 1 (SwAV).
 
     Each round scales every prototype to the same total over the N vectors of all processes, and
-    then every vector to 1; what lies between the two dimensions is balanced on its own.
-    all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the processes.
+    then every vector to 1. Dimensions between the first and the last, such as CAPI's places, are
+    balanced each on its own. What all logits of a prototype have in common makes no difference,
+    such as the log-normaliser of vMF. all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the processes.
     """
     reduce = all_reduce or (lambda x, op: x)
     log_q = z.float() / tau  # (N, ..., K); in the log domain, where no vector is lost to rounding
@@ -112,7 +113,8 @@ def koleo(C, block=2 ** 26):
 
 # ---- as the loop calls them --------------------------------------------------------------------
 class Loss(nn.Module):
-    """What the training loop calls. A loss defines two methods, and with arguments `from_args` too:
+    """What the training loop calls. A loss defines two methods, and `from_args` if its constructor
+    has arguments:
 
     targets(h_t, protos_t, step)
         once a step: teacher vectors (2, B, D) -> what the student has to agree with, a tensor whose
@@ -158,9 +160,9 @@ def fast_losses(K, h_s, protos_s, protos_t):
         if not protos.logits_are_products():
             name = type(protos).__name__
             ddp.print_once(f"{name} overrides `logits`, or trains its scale: the plain loss runs, "
-                           f"with all {V * B * K} logits of a step in memory")
+                           f"with all {V * B * K} logits of a micro-batch")
             return None
-    ddp.print_once("a step has more than 2^24 logits: fast/losses.py computes the loss, from "
+    ddp.print_once("more than 2^24 logits in a micro-batch: fast/losses.py computes the loss, from "
                    "blocks of prototypes. What you change in losses.dino or Frozen.logits has to "
                    "be changed there too; what you change in losses.carp counts within a block")
     from fast import losses
@@ -244,19 +246,22 @@ class DINOLoss(Loss):
     def targets(self, h_t, protos_t, step):
         """Teacher vectors (2, B, D) -> p_t (2, B, K)."""
         tau = self.temperature(step)
-        z = protos_t.logits(h_t)  # (2, B, K)
-        z_tau = z / tau + protos_t.bias(tau)  # (2, B, K)
+        z = protos_t.logits(h_t).flatten(0, -2)  # (N, K), N = 2B vectors
+        z_tau = z / tau + protos_t.bias(tau)  # (N, K)
         if self.how == "sinkhorn":
-            return sinkhorn(z_tau.flatten(0, 1), 1.0, all_reduce=ddp.all_reduce).view_as(z)
-        p_t = (z_tau - self.centre_at(tau)).softmax(-1)  # (2, B, K)
-        # the centre moves after it has served, as in the official code
-        if self.how == "prob":
-            mean = ddp.mean_over_ranks(z_tau.softmax(-1).mean((0, 1)))  # (K,)
-            now = mean.clamp_min(torch.finfo(z.dtype).tiny).log()  # (K,)
+            p_t = sinkhorn(z_tau, 1.0, all_reduce=ddp.all_reduce)  # (N, K)
         else:
-            now = ddp.mean_over_ranks(z.mean((0, 1)))  # (K,)
+            p_t = (z_tau - self.centre_at(tau)).softmax(-1)  # (N, K)
+            # the centre moves after it has served, as in the official code
+            self.move_centre(z_tau.softmax(-1) if self.how == "prob" else z)
+        return p_t.view(*h_t.shape[:-1], z.shape[1])  # (2, B, K)
+
+    def move_centre(self, x):
+        """x (N, K): logits, or with "prob" probabilities, of the vectors of this process."""
+        now = ddp.mean_over_ranks(x.mean(0))  # (K,)
+        if self.how == "prob":
+            now = now.clamp_min(torch.finfo(x.dtype).tiny).log()
         self.centre.lerp_(now, 1 - self.momentum)
-        return p_t
 
     def forward(self, h_s, p_t, protos_s, protos_t, step):
         # fast/losses.py has no gradient for a temperature that a fork trains

@@ -106,7 +106,7 @@ def attention(q, k, v):
     T, d = q.shape[2:]
     if T <= MOST_TOKENS:
         return (q @ k.transpose(2, 3) / d ** 0.5).softmax(-1) @ v  # (N, heads, T, d)
-    # the same without T x T numbers in memory; of few tokens it takes a CPU twice as long
+    # the same without T x T numbers in memory; slower on a CPU for few tokens (docs/speed.md)
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -68,20 +68,22 @@ class FastGMM(OnlineGMM):
         blocks, parts = self.blocks(), x.split(max(1, self.keep // self.K))
         size = blocks[0].stop
         sums = [None] * len(blocks)
-        memory = self.block_memory(x)
+        memory = x.new_empty(2, size, self.D)  # what log2_joint computes of a block
         table = x.new_empty(len(blocks), size, len(parts[0]))  # (blocks, |ks|, n)
         table[-1] = -math.inf  # the last block may be shorter, and what it lacks must win nothing
-        for part, x in enumerate(parts, 1):
-            d = x[:, :self.D].T  # (D, n)
+        for part, rows in enumerate(parts, 1):
+            d = rows[:, :self.D].T  # (D, n)
             d = torch.stack([d, d * d])  # (2, D, n)
-            tiles = [rows[:ks.stop - ks.start, :len(x)] for rows, ks in zip(table, blocks)]
-            share = self.fill(table[..., :len(x)], tiles, d, c, beta, memory, used)  # (blocks, n)
+            n = len(rows)
+            tiles = [block[:ks.stop - ks.start, :n] for block, ks in zip(table, blocks)]
+            share = self.fill(table[..., :n], tiles, d, c, beta, memory, used)  # (blocks, n)
             for i, (ks, tile) in enumerate(zip(blocks, tiles)):
-                gamma = tile.mul_(share[i])  # (|ks|, n), A.1
+                # gamma is tile * share[i] (A.1), and A.2 needs only its products with 1 and x
+                weighted = share[i][:, None] * rows  # (n, 2D)
                 if part == 1:
-                    sums[i] = gamma.sum(1), gamma @ x  # (|ks|,) (|ks|, 2D), A.2
+                    sums[i] = tile @ share[i], tile @ weighted  # (|ks|,) (|ks|, 2D), A.2
                 else:
-                    sums[i] = sums[i][0] + gamma.sum(1), sums[i][1].addmm_(gamma, x)
+                    sums[i] = sums[i][0] + tile @ share[i], sums[i][1].addmm_(tile, weighted)
                 if part == len(parts):
                     yield ks, *sums[i]
                     sums[i] = None
@@ -112,23 +114,21 @@ class FastGMM(OnlineGMM):
     def log2_joint(self, d, c, ks, beta, memory, out):
         """log2[ pi_k P(h_i | k)^beta ] (|ks|, n), up to a term that all k share, into `out`.
 
-        d (2, D, n): h - c and its square; memory: block_memory().
+        d (2, D, n): h - c and its square. memory (2, >= |ks|, D): used again for each block.
         """
-        beta, log2 = beta / math.log(2), 1 / math.log(2)
-        mu, precision, slope = memory[:, :ks.stop - ks.start]  # (|ks|, D) each
+        to_log2 = 1 / math.log(2)
+        power = beta * to_log2  # log2 of P^beta is power * log P
+        slope, precision = memory[:, :ks.stop - ks.start]  # (|ks|, D) each
         mean = self.mean(ks)  # (|ks|, D), float64
         var = self.variance(ks, mean)  # (|ks|, D)
         # sum_d log Sigma: float64 holds the product of 16 variances, and log(a b) = log a + log b
         log_det = var.unflatten(1, (-1, math.gcd(self.D, 16))).prod(2).log_().sum(1)  # (|ks|,)
-        mu.copy_(mean.sub_(c))
-        precision.copy_(var.reciprocal_())
-        torch.mul(mu, precision, out=slope)
-        square = mean.mul_(slope).sum(1)  # (|ks|,), mu^2 / Sigma
-        const = log2 * self.log_pi[ks] - beta / 2 * (log_det + square)  # (|ks|,)
+        mean_c = mean.sub_(c)  # (|ks|, D), mu - c
+        inverse = var.reciprocal_()  # (|ks|, D), 1 / Sigma
+        precision.copy_(inverse)
+        slope.copy_(mean_c).mul_(precision)
+        square = mean_c.square_().mul_(inverse).sum(1)  # (|ks|,), (mu - c)^2 / Sigma
+        const = to_log2 * self.log_pi[ks] - power / 2 * (log_det + square)  # (|ks|,)
         # two products over D and not one over [slope, precision]: short rows cross no cache line
-        torch.addmm(const.float()[:, None], slope, d[0], alpha=beta, out=out)
-        return out.addmm_(precision, d[1], alpha=-beta / 2)
-
-    def block_memory(self, like):
-        """(3, |ks|, D) float32, the same for all blocks."""
-        return like.new_empty(3, min(self.chunk, self.K), self.D)
+        torch.addmm(const.float()[:, None], slope, d[0], alpha=power, out=out)
+        return out.addmm_(precision, d[1], alpha=-power / 2)

@@ -48,7 +48,7 @@ def args_of(*flags):
 @pytest.mark.parametrize("grid, hidden, visible, predicted", [
     (16, 166, 90, 8), (14, 127, 69, 6), (8, 41, 23, 2), (6, 23, 13, 1), (4, 10, 6, 1)])
 def test_every_image_has_the_same_numbers_of_patches(grid, hidden, visible, predicted):
-    seen, asked = capi_masks(range(20), grid, grid, seed=0, step=3)
+    seen, asked = capi_masks(range(20), grid, grid, 0, 3, hidden_share=0.65, predicted_share=0.05)
     assert seen.shape == (20, visible) and asked.shape == (20, predicted)
     assert hidden + visible == grid ** 2
     for a, b in zip(seen.tolist(), asked.tolist()):
@@ -57,16 +57,16 @@ def test_every_image_has_the_same_numbers_of_patches(grid, hidden, visible, pred
 
 
 def test_masks_and_guessed_places_are_those_of_the_image_in_the_batch():
-    whole = capi_masks(range(8), 8, 8, seed=1, step=5, predicted_share=0.25)
-    part = capi_masks(range(4, 8), 8, 8, seed=1, step=5, predicted_share=0.25)
+    whole = capi_masks(range(8), 8, 8, 1, 5, 0.65, 0.25)
+    part = capi_masks(range(4, 8), 8, 8, 1, 5, 0.65, 0.25)
     for a, b in zip(whole, part):
         assert torch.equal(a[4:], b)
-    other = capi_masks(range(8), 8, 8, seed=1, step=6, predicted_share=0.25)
+    other = capi_masks(range(8), 8, 8, 1, 6, 0.65, 0.25)
     assert not torch.equal(whole[0], other[0])
 
 
 def test_hidden_places_are_guessed_equally_often():
-    _, asked = capi_masks(range(3000), 8, 8, seed=0, step=0, predicted_share=0.25)
+    _, asked = capi_masks(range(3000), 8, 8, 0, 0, 0.65, 0.25)
     share = torch.bincount(asked.flatten(), minlength=64) / 3000  # 10 of 64 places an image
     assert (share - 10 / 64).abs().max() < 0.03
 
@@ -482,11 +482,11 @@ def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
 def test_more_clusters_than_patches_can_fill_are_named(tmp_path, capsys):
     run(tmp_path / "many", "--num-prototypes", "64", "--stop-at", "1")
     printed = capsys.readouterr().out
-    assert ("warning: CA.2 shares 8 patches among --num-prototypes 64, so the entropy of a target "
-            "is about 2.1 nats or more; at most 32 prototypes are better" in printed)
+    assert ("warning: Sinkhorn-Knopp shares about 8 patches among --num-prototypes 64, so the "
+            "entropy of a target is about 2.1 nats or more; at most 32 prototypes are better" in printed)
     run(tmp_path / "few", "--num-prototypes", "32", "--stop-at", "1")
     run(tmp_path / "all", "--num-prototypes", "64", "--sinkhorn", "all", "--stop-at", "1")
-    assert "warning: CA.2" not in capsys.readouterr().out
+    assert "warning: Sinkhorn-Knopp" not in capsys.readouterr().out
 
 
 def test_an_added_term_and_a_penalty_reach_the_gradient(tmp_path, monkeypatch):

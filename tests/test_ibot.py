@@ -14,6 +14,7 @@ from conftest import (TINY, compare_one_process_with_two, differences, half_cosi
                       read_log, watch_schedules)
 from fast.gmm import FastGMM
 from losses import DINOLoss
+from support.monitor import Monitor
 from zoo import ibot, masks
 
 CENTRE = ["--targets", "center", "--num-patch-prototypes", "16"]  # iBOT's, and not our default
@@ -296,7 +297,7 @@ def test_masks_change_no_crop(tmp_path, monkeypatch):
         return crops
     monkeypatch.setattr(ibot.Clock, "next", remember)
     run(tmp_path / "masks", "--stop-at", "2")
-    run(tmp_path / "none", "--stop-at", "2", "--mask-share", "0")
+    run(tmp_path / "none", "--stop-at", "2", "--mask-share", "0", "--patch-weight", "0")
     assert seen[:2] == seen[2:]
 
 
@@ -417,6 +418,10 @@ def test_without_the_patch_stream_the_class_stream_is_that_of_dino(tmp_path):
     (["--queue", "9"], "--queue has no effect in zoo/ibot.py; got 9"),
     (["--mask-share", "2"], "--mask-share must lie in [0, 1], got 2.0"),
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio needs 0 <= LO <= HI <= 1, got 0.5 0.1"),
+    (["--mask-ratio", "0", "0.01"], "--mask-ratio 0.0 0.01 of 16 patches hides less than one"),
+    (["--mask-share", "0"], "--mask-share 0 hides no patch, and --patch-weight 0.1 then changes"),
+    (["--prototypes", "frozen", "--patch-prototypes", "kp", "--kp-weight", "0.2",
+      "--patch-kp-weight", "0.3"], "--kp-weight 0.2 changes nothing with --prototypes frozen"),
     (["--patch-rows", "0"], "--patch-rows must be at least 1, got 0"),
     (["--patch-rows", "3"],
      "--patch-rows has no effect in zoo/ibot.py with --patch-prototypes joint and without"),
@@ -445,6 +450,7 @@ def test_the_temperature_of_patches_may_rise_alone():
 @pytest.mark.parametrize("flags, start", [
     ("", 0), ("--prototypes live", 0.5), ("--patch-prototypes live", 0.5),
     ("--prototypes live --patch-prototypes decoupled --patch-targets sinkhorn", 0.5),
+    ("--prototypes live --patch-prototypes decoupled --gmm-init features", 0.75),
     ("--patch-prototypes live --gmm-start 0.25", 0.25)])
 def test_a_start_that_nobody_names_is_the_later_one_of_the_two_kinds(flags, start):
     assert ibot.parse(["--data", "shapes", *flags.split()]).gmm_start == start
@@ -490,6 +496,37 @@ def test_the_default_is_balanced_with_more_prototypes_for_patches():
     assert (args.num_prototypes, args.num_patch_prototypes) == (64, 256)
     args = ibot.parse(["--device", "cpu", "--out", "nowhere", "--shared-prototypes"])
     assert args.num_patch_prototypes == 64
+
+
+@pytest.mark.parametrize("flags, of_class, of_patches", [
+    ("--prototypes vmf", "prob", "prob"), ("--prototypes vmf --targets sinkhorn", *["sinkhorn"] * 2),
+    ("--prototypes vmf --patch-prototypes decoupled", "prob", "sinkhorn"),
+    ("--patch-prototypes vmf", "sinkhorn", "sinkhorn"), ("--targets center", *["center"] * 2)])
+def test_targets_that_nobody_types_go_with_the_prototypes(flags, of_class, of_patches):
+    args = ibot.parse(["--data", "shapes", *flags.split()])
+    assert (args.targets, args.patch_targets) == (of_class, of_patches)
+
+
+def test_more_prototypes_than_hidden_patches_can_fill_are_named(capsys):
+    def made(K):
+        ibot.streams(ibot.parse(["--data", "shapes", "--num-patch-prototypes", K]), 1, 0,
+                     torch.device("cpu"))
+        return capsys.readouterr().out
+    # 64 crops, half of them masked, 0.3 of 64 patches in the mean
+    assert ("Sinkhorn-Knopp shares about 614 patches among --num-patch-prototypes 4096, so the "
+            "entropy of a target is about 1.9 nats or more") in made("4096")
+    assert "warning" not in made("2048")
+
+
+def test_a_collapse_of_the_patches_prototypes_is_named_once():
+    monitor = Monitor(8)
+    row = {"patch_unique_0.025": 1.0, "patch_unique_0.5": 0.29}
+    first, = monitor.new(ibot.patch_troubles(row))
+    assert "29 % of its prototypes are unique at eps 0.5" in first
+    assert not monitor.new(ibot.patch_troubles(row | {"patch_unique_0.5": 0.1}))
+    assert not ibot.patch_troubles(row | {"patch_mixture_used": 5})  # as unique as the data
+    assert ibot.patch_troubles({"patch_unique_0.025": 0.4, "patch_mixture_used": 5})
+    assert not ibot.patch_troubles({"loss": 1.0})  # a row without an evaluation
 
 
 @pytest.mark.parametrize("preset, arch", [("paper-ibot-vits", "vit_small"),

@@ -11,6 +11,8 @@ from conftest import TINY
 from zoo import ibot, masks
 from zoo.masks import block_mask, ibot_masks, inverse_block_mask
 
+RATIO = (0.1, 0.5)  # of --mask-ratio
+
 
 @pytest.mark.parametrize("side, mean, corner, centre, count", [
     (14, 0.295, 0.033, 0.54, 3000), (8, 0.290, 0.090, 0.49, 3000), (4, 0.266, 0.181, 0.36, 3000)])
@@ -47,19 +49,20 @@ def test_a_share_of_nothing_hides_nothing_and_no_rectangle_spans_a_side():
 
 
 def test_half_of_the_crops_are_masked_each_by_a_coin_of_its_own():
-    masks = ibot_masks(range(2000), 4, 4, seed=0, step=0, view=0)
+    masks = ibot_masks(range(2000), 4, 4, seed=0, step=0, view=0, ratio=RATIO, share=0.5)
     assert float(masks.any(1).float().mean()) == pytest.approx(0.5, abs=0.04)
-    assert not ibot_masks(range(50), 4, 4, 0, 0, 0, share=0).any()
-    assert ibot_masks(range(50), 8, 8, 0, 0, 0, share=1).any(1).all()
+    assert not ibot_masks(range(50), 4, 4, 0, 0, 0, RATIO, share=0).any()
+    assert ibot_masks(range(50), 8, 8, 0, 0, 0, RATIO, share=1).any(1).all()
 
 
 def test_a_mask_depends_on_seed_step_view_and_position_alone():
-    whole = ibot_masks(range(8), 8, 8, seed=3, step=5, view=1)
-    parts = [ibot_masks(range(4 * rank, 4 * rank + 4), 8, 8, 3, 5, 1) for rank in range(2)]
+    def masks(positions, seed=3, step=5, view=1):
+        return ibot_masks(positions, 8, 8, seed, step, view, RATIO, share=0.5)
+    whole = masks(range(8))
+    parts = [masks(range(4 * rank, 4 * rank + 4)) for rank in range(2)]
     assert torch.equal(whole, torch.cat(parts))
-    for other in (dict(seed=4, step=5, view=1), dict(seed=3, step=6, view=1),
-                  dict(seed=3, step=5, view=0)):
-        assert not torch.equal(whole, ibot_masks(range(8), 8, 8, **other))
+    for other in (dict(seed=4), dict(step=6), dict(view=0)):
+        assert not torch.equal(whole, masks(range(8), **other))
 
 
 @pytest.mark.parametrize("side, hidden, share", [(16, 166, 0.65), (14, 127, 0.65), (8, 41, 0.64),

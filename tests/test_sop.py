@@ -287,7 +287,7 @@ def test_two_processes_equal_one_and_fill_their_memories_in_its_order(tmp_path):
 
 
 def test_a_run_in_which_nothing_is_hidden_fills_its_memory_all_the_same(tmp_path):
-    run(tmp_path, "--mask-share", "0")
+    run(tmp_path, "--mask-share", "0", "--patch-weight", "0")
     log = read_log(tmp_path)
     assert [float(row["patch"]) for row in log[1:]] == [0, 0, 0]
     assert float(log[-1]["skipped"]) == 0 and "patch_over_ln_k" not in log[-1]
@@ -339,7 +339,7 @@ def test_the_monitor_knows_that_shares_are_of_the_memory_and_not_of_the_anchors(
     (["--targets", "sinkhorn"], "--targets changes nothing with --method sop"),
     (["--teacher-temp-epochs", "2"], "--teacher-temp-epochs changes nothing with --method sop"),
     (["--teacher-temp", "0.04", "0.07"], "--teacher-temp 0.04 0.07: START counts only with"),
-    (["--student-prototypes", "joint"], "--student-prototypes joint"),
+    (["--student-prototypes", "joint"], "argument --student-prototypes: invalid choice"),
     (["--arch", "vit_nano", "--patch-size", "8"], "see 39 of the 64 pixels of a hidden patch"),
     (["--prototypes", "joint"], "--prototypes"), (["--method", "dino"], "--method")])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
@@ -353,7 +353,7 @@ def test_ibot_names_the_script_for_a_bank_of_patches(tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
         ibot.main([*TINY, "--out", str(tmp_path / "run"), "--patch-prototypes", "bank"])
     assert refusal.value.code == 2
-    assert "--patch-prototypes bank belongs to python -m zoo.sop" in capsys.readouterr().err
+    assert "--patch-prototypes bank works with --method sop alone" in capsys.readouterr().err
 
 
 def test_the_preset_holds_the_numbers_of_the_paper_and_the_defaults_its_ratios():

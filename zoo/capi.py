@@ -37,9 +37,10 @@ the rise, and c is --ema-per-lr.
 
 Equation 5 of CAPI's paper has target and guess the other way round; its code is as here.
 
-The loop has the shape of train.py's; a comment `differs from train.py` stands where it does
-something else. The clusters move last, as in CAPI's code, so the targets of a step come from
-clusters that last moved in the step before.
+The loop has the shape of train.py's. Its phases 1 and 3 work on patch tokens, without a head, and
+phase 5 is new; other differences are marked. The clusters move last, as in CAPI's code, so the
+targets of a step come from clusters that last moved in the step before. b drops out of CA.2, which
+takes off whatever all logits of a cluster have in common: CA.3 and the measures alone see it.
 
     B images on this process; n patches of an image, v of them visible, q to be guessed; R registers
     D dimensions of a token; K prototypes
@@ -65,7 +66,7 @@ from support.log import Clock, Log, due, joined, of_set
 from support.log import peak_memory, printed
 from support.monitor import Monitor
 from train import amp, cosine, start
-from zoo.flags import check_not_read, narrow
+from zoo.flags import check_not_read, narrow, warn_of_flat_targets
 from zoo.masks import capi_places, place_measures, visible_and_predicted
 from zoo.rope_vit import Backbone, Predictor, take
 
@@ -145,6 +146,7 @@ NOT_READ = """init export compile accum local_size local_crops local_scale head_
     logit_scale proto_norm student_temp teacher_temp teacher_temp_epochs targets live_eta
     live_patience live_apart queue memory neighbours optimizer warmup_epochs momentum
     momentum_end""".split()
+HELP |= dict.fromkeys(NOT_READ, "not to be chosen in this script")
 
 
 def parse(argv=None):
@@ -167,13 +169,12 @@ RANGES = [
 
 def check(args):
     """ValueError for values that cannot run, and for flags that would change nothing."""
-    # parse sets these two after this check, and --resume reads them back as if typed
+    # what parse sets after this check may be typed too, as --resume does
     own = {"bottleneck_dim": ENCODERS[args.arch][0], "logit_scale": ENCODERS[args.arch][0] ** 0.5}
-    check_not_read(args, flags, [
-        name for name in NOT_READ if not (args.resume and getattr(args, name) == own.get(name))],
-        SCRIPT)
+    check_not_read(args, flags, [name for name in NOT_READ if getattr(args, name) != own.get(name)],
+                   SCRIPT)
     if not issubclass(heads.prototype_class(args.prototypes), heads.Decoupled):
-        check_not_read(args, flags, ["patch_rows"],
+        check_not_read(args, flags, ["patch_rows", "gmm_start"],
                        f"{SCRIPT} with --prototypes {args.prototypes}")
     for name in ("blur", "solarize"):
         if any(getattr(args, name)[1:]):
@@ -198,16 +199,6 @@ def check(args):
     if not 0 < math.floor(args.hidden_share * n) < n:
         raise ValueError(f"--hidden-share {args.hidden_share} of {n} patches hides none or all of "
                          "them")
-
-
-def warn_of_flat_targets(args, rows):
-    """rows: patches that CA.2 balances together. They are shared among K clusters: with many more
-    clusters than patches, the target of a patch is spread over many of them."""
-    if args.num_prototypes > 4 * rows:
-        ddp.print0(f"warning: CA.2 shares {rows} patches among --num-prototypes "
-                   f"{args.num_prototypes}, so the entropy of a target is about "
-                   f"{math.log(args.num_prototypes / rows):.1f} nats or more; at most {4 * rows} "
-                   "prototypes are better")
 
 
 # ---- networks ----------------------------------------------------------------------------------
@@ -413,7 +404,7 @@ def train(args, device, stop_request):
     metrics = {}  # of the last evaluation
     monitor = Monitor(args.num_prototypes)
     ddp.print0(config.describe(args, images, student, total, lr_peak, device))
-    warn_of_flat_targets(args, rows)
+    warn_of_flat_targets("num-prototypes", args.num_prototypes, rows)
     if start == 0 and ddp.RANK == 0:
         log.row(0, measures.controls(bank, queries, args, teacher, device))
     batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=start,
@@ -463,7 +454,7 @@ def train(args, device, stop_request):
         record.add(terms | of_targets, 1.0)
         # If a value is not finite, `taken` is 0 and all processes keep weights and buffers as they
         # were. What phase 5 does to a mixture is done all the same
-        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms,) ()
+        values, taken = take_step(record.take(), step, lr, weight_decay)  # (terms + 1,) ()
 
         # ---- 4. teacher: phi = m phi + (1 - m) theta
         # after the optimiser's step, as in train.py
@@ -475,9 +466,11 @@ def train(args, device, stop_request):
         # paper about collapse)
         if trained_clusters:  # skipped where the student's step was: the sum is then not finite
             take_cluster_step(values.sum()[None], step, CLUSTER_RATE * lr, CLUSTER_DECAY)
-        places = capi_places(args, step, n).to(device).chunk(ddp.WORLD)[ddp.RANK]  # (B, S)
-        vectors = ddp.all_gather(take(x, places))  # (batch_size, S, D)
-        report = clusters.step(vectors.flatten(0, 1), step, beta)
+        report = {}
+        if clusters.follows_the_teacher():
+            places = capi_places(args, step, n).to(device).chunk(ddp.WORLD)[ddp.RANK]  # (B, S)
+            vectors = ddp.all_gather(take(x, places))  # (batch_size, S, D)
+            report = clusters.step(vectors.flatten(0, 1), step, beta)
 
         # ---- 6. everything below is logging, evaluation, saving ---------------------------------
         done = step + 1

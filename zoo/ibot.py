@@ -1,7 +1,8 @@
 """iBOT (Zhou et al. 2022): train.py with a second stream, in which hidden patches are guessed.
 
     python -m zoo.ibot                                             iBOT
-    python -m zoo.ibot --prototypes vmf --targets prob             iBOT-vMF; kp: with KoLeo
+    python -m zoo.ibot --prototypes vmf                            iBOT-vMF
+    python -m zoo.ibot --prototypes vmf --kp-weight 0.1            iBOT-vMF + KP (Table C.2)
     python -m zoo.ibot --patch-prototypes decoupled                the paper's mixture for patches
     python -m zoo.ibot --patch-weight 0 --mask-share 0             DINO on the same network
 
@@ -28,8 +29,8 @@ recipes share one (--shared-prototypes). And iBOT's official code puts all patch
 and drops those that are not hidden. Here they are left out before the head, as in DINOv2, so the
 centre of the patch stream is a mean over hidden patches alone.
 
-The loop is that of train.py; what differs from it is marked. zoo/sop.py runs it too, with streams
-of its own.
+The phases are those of train.py, each done for two streams; what differs besides is marked.
+zoo/sop.py runs this loop too, with streams of its own.
 
     V views of B images on this process, 2 of them global; n patches of a global crop; D dimensions
     of h; K prototypes. A row (crop, place) names one patch: m rows of hidden patches in a step, R
@@ -51,7 +52,7 @@ import heads
 import models
 import presets
 import views
-from losses import DINOLoss, sinkhorn
+from losses import DINOLoss
 from support import checkpoint, checkpoints, ddp, measures, optim, runs
 from support.errors import one_sentence
 from support.flags import check_values
@@ -59,7 +60,7 @@ from support.log import Clock, Log, due, joined, of_set
 from support.log import peak_memory, printed
 from support.monitor import Monitor
 from train import amp, cosine, start
-from zoo.flags import check_not_read, narrow
+from zoo.flags import check_not_read, narrow, warn_of_flat_targets
 from zoo.kmeans import KMeans
 from zoo.masks import hidden_patches, ibot_places, place_measures, rows_at
 
@@ -110,16 +111,18 @@ def flags(parser):
     flag("--shared-prototypes", action=argparse.BooleanOptionalAction, default=False,
          help="one set of prototypes for class tokens and patches, as in iBOT's recipes")
     flag("--patch-targets", choices=["center", "prob", "sinkhorn"],
-         help="--targets of the patches; None: as --targets, but center if that is prob, which is "
-         "made for vmf, and the patches' kind is neither vmf nor that of class tokens")
+         help="--targets of the patches; None: as --targets, but sinkhorn if that is prob, which "
+         "is made for vmf, and the patches' kind is neither vmf nor that of class tokens")
     flag("--patch-temp", type=float, nargs=2, metavar=("START", "END"),
          help="--teacher-temp of the patches; None: that of --teacher-temp")
     flag("--patch-kp-weight", type=float,
-         help="--kp-weight of the patches; None: the same where their kind is kp or that of "
-         "--prototypes (none typed: 0.1 with kp), else 0")
+         help="--kp-weight of the patches; None: --kp-weight if patches are kp or of the kind of "
+         "class tokens, else 0; if --kp-weight is not typed either, kp has 0.1")
     parser.complete = complete
-    narrow(parser, PRESETS, {"method": ["ibot"]})
-    parser.set_defaults(prototypes="joint", targets="sinkhorn", num_prototypes=64,
+    narrow(parser, PRESETS, {"method": ["ibot"], "student_prototypes": ["same"]},
+           {"targets": "what keeps the teacher's vectors from all falling on one prototype; None: "
+                       "prob for vmf, else sinkhorn"})
+    parser.set_defaults(prototypes="joint", num_prototypes=64,
                         arch="vit_micro", patch_size=4, head_bn=False, head_norm=True, epochs=8.0,
                         batch_size=32, lr=0.004, momentum=0.99, eval_every=312,
                         patch_weight=0.1)
@@ -129,11 +132,13 @@ def complete(args):
     """As config.complete; what nobody says of the patches is what class tokens have, or goes with
     their kind. Of the two kinds' defaults for --gmm-start, the later one counts for both."""
     typed_kp_weight, typed_start = args.kp_weight, args.gmm_start
-    config.complete(args)
 
     def default(name, value):
         if getattr(args, name) is None:
             setattr(args, name, value)
+    of_kind = heads.prototype_class(args.prototypes).targets_of_dino
+    default("targets", "sinkhorn" if of_kind == "center" else of_kind)
+    config.complete(args)
     default("patch_prototypes", args.prototypes)
     default("num_patch_prototypes", args.num_prototypes * (1 if args.shared_prototypes else 4))
     default("patch_temp", args.teacher_temp)
@@ -141,12 +146,12 @@ def complete(args):
     kind = heads.prototype_class(args.patch_prototypes)
     # the targets of vMF are for vMF alone, unless somebody types them
     prob_of_vmf_alone = args.targets == "prob" and not same_kind and kind.targets_of_dino != "prob"
-    default("patch_targets", "center" if prob_of_vmf_alone else args.targets)
+    default("patch_targets", "sinkhorn" if prob_of_vmf_alone else args.targets)
     if kind.kp_weight and not same_kind:
         default("patch_kp_weight", kind.kp_weight if typed_kp_weight is None else typed_kp_weight)
     default("patch_kp_weight", args.kp_weight if same_kind else 0.0)
     if typed_start is None:
-        args.gmm_start = max(args.gmm_start, kind.gmm_start or 0.0)
+        args.gmm_start = max(args.gmm_start, config.start_of(kind, args.gmm_init))
 
 
 def parse(argv=None):
@@ -172,6 +177,9 @@ def check_patches(args):
     lo, hi = args.mask_ratio
     if not 0 <= lo <= hi <= 1:
         raise ValueError(f"--mask-ratio needs 0 <= LO <= HI <= 1, got {lo} {hi}")
+    if not args.mask_share and args.patch_weight:
+        raise ValueError(f"--mask-share 0 hides no patch, and --patch-weight {args.patch_weight:g} "
+                         "then changes nothing; type --patch-weight 0 too")
     if args.arch == "vit_nano":
         raise ValueError("--arch vit_nano has a convolutional stem, through which its neighbours "
                          "see 39 of the 64 pixels of a hidden patch; use vit_micro, whose patches "
@@ -181,11 +189,12 @@ def check_patches(args):
     if args.img_size // args.patch_size < 4:
         raise ValueError(f"--img-size {args.img_size} in patches of {args.patch_size} is a grid of "
                          "fewer than 4 x 4, too coarse to hide blocks of it")
+    n = (args.img_size // args.patch_size) ** 2
+    if args.mask_share and hi * n < 1:
+        raise ValueError(f"--mask-ratio {lo} {hi} of {n} patches hides less than one")
     if args.head_bn and not args.shared_head:
         raise ValueError("--head-bn with --no-shared-head: the patches' head would normalise over "
                          "the hidden patches of a batch, and there may be a single one")
-    if args.student_prototypes != "same":
-        raise ValueError("--student-prototypes is for train.py; both streams have one kind here")
 
 
 def check_trained(weight_flag, weight, kind_flag, kind):
@@ -195,16 +204,12 @@ def check_trained(weight_flag, weight, kind_flag, kind):
                          "which no loss trains")
 
 
-def follows_the_teacher(kind):
-    """Whether the prototypes of this name take in vectors in phase 2."""
-    return heads.prototype_class(kind).step is not heads.Frozen.step
-
-
 def check(args):
     """ValueError for values that cannot run."""
     check_not_read(args, flags, ["uniformity", "queue"], SCRIPT)
     check_patches(args)
-    if not (args.place_mean or follows_the_teacher(args.patch_prototypes)):
+    of_patches = heads.prototype_class(args.patch_prototypes)
+    if not (args.place_mean or of_patches.follows_the_teacher()):
         check_not_read(args, flags, ["patch_rows"],
                        f"{SCRIPT} with --patch-prototypes {args.patch_prototypes} and without "
                        "--place-mean")
@@ -214,7 +219,7 @@ def check(args):
                              "guess; use 2 or more")
     check_values(args, [("be positive", lambda v: v > 0, ["patch_temp"]),
                         ("not be negative", lambda v: v >= 0, ["patch_kp_weight"])])
-    if args.kp_weight and not heads.prototype_class(args.patch_prototypes).kp_weight:
+    if args.kp_weight != args.patch_kp_weight:
         check_trained("kp-weight", args.kp_weight, "prototypes", args.prototypes)
     check_trained("patch-kp-weight", args.patch_kp_weight, "patch-prototypes",
                   args.patch_prototypes)
@@ -230,15 +235,16 @@ def check(args):
     for stream, kind, targets in (("", args.prototypes, args.targets),
                                   ("patch-", args.patch_prototypes, args.patch_targets)):
         cls = heads.prototype_class(kind)
-        if cls.only_with == "sop":
-            raise ValueError(f"--{stream}prototypes {kind} belongs to python -m zoo.sop")
+        if cls.only_with:
+            raise ValueError(f"--{stream}prototypes {kind} works with --method {cls.only_with} "
+                             "alone; with sop, python -m zoo.sop has patches too")
         if issubclass(cls, KMeans) and (stream or args.shared_prototypes):
             raise ValueError(f"--{stream}prototypes {kind} holds vectors of images, and patches "
                              "are none")
         if issubclass(cls, heads.Decoupled) and targets != "sinkhorn":
             raise ValueError(f"--{stream}prototypes {kind} under a centre: in Table C.3 of the "
-                             "paper this costs DINO 41 points of k-NN; use "
-                             f"--{stream}targets sinkhorn")
+                             "paper this costs DINO 41 points of k-NN with the mixture of Appendix "
+                             f"A; use --{stream}targets sinkhorn")
     if args.targets == "sinkhorn" and args.num_prototypes > 2 * args.batch_size:
         raise ValueError(f"--targets sinkhorn shares {2 * args.batch_size} class tokens among "
                          f"--num-prototypes {args.num_prototypes}: no prototype gets a whole one; "
@@ -289,25 +295,14 @@ def network(args, drop_path=0.0, student=False):
 
 # ---- the patch stream --------------------------------------------------------------------------
 class PatchLoss(DINOLoss):
-    """I.2 for hidden patches; their number may differ between processes, and be zero."""
+    """I.2 for hidden patches. Targets are those of DINOLoss, of vectors (m, D); their number m may
+    differ between processes, and be zero."""
 
-    @torch.no_grad()
-    def targets(self, h_t, protos_t, step):
-        """Teacher vectors (m, D) -> p_t (m, K)."""
-        tau = self.temperature(step)
-        z = protos_t.logits(h_t)  # (m, K)
-        z_tau = z / tau + protos_t.bias(tau)  # (m, K)
-        if self.how == "sinkhorn":
-            return sinkhorn(z_tau, 1.0, all_reduce=ddp.all_reduce)
-        p_t = (z_tau - self.centre_at(tau)).softmax(-1)  # (m, K)
+    def move_centre(self, x):
         # a mean over the patches of all processes, which may have different numbers of them
-        seen = z_tau.softmax(-1) if self.how == "prob" else z  # (m, K)
-        total = ddp.all_reduce(torch.cat([seen.sum(0), seen.new_tensor([len(seen)])]))  # (K + 1,)
+        total = ddp.all_reduce(torch.cat([x.sum(0), x.new_tensor([len(x)])]))  # (K + 1,)
         if total[-1] > 0:
-            now = total[:-1] / total[-1]  # (K,)
-            now = now.clamp_min(torch.finfo(z.dtype).tiny).log() if self.how == "prob" else now
-            self.centre.lerp_(now, 1 - self.momentum)
-        return p_t
+            super().move_centre(total[None, :-1] / total[-1])
 
     def forward(self, h_s, p_t, weights, protos_s):
         """h_s (m, D), p_t (m, K), weights (m,): how much each patch counts -> a scalar."""
@@ -364,18 +359,22 @@ class Stream:
 
 def streams(args, steps_per_epoch, gmm_start, device):
     """(class stream, patch stream); with --shared-prototypes they hold the same sets."""
+    if args.patch_targets == "sinkhorn":
+        n = (args.img_size // args.patch_size) ** 2
+        hidden = args.batch_size * args.mask_share * sum(args.mask_ratio) * n  # about, in a step
+        warn_of_flat_targets("num-patch-prototypes", args.num_patch_prototypes, hidden)
     # a set that both streams share takes in the vectors of both
     of_class = of_more_vectors(args, 1 + args.patch_rows) if args.shared_prototypes else args
     cls = Stream(heads.prototypes(of_class, gmm_start).to(device),
                  DINOLoss.from_args(args, steps_per_epoch).to(device))
-    patch = copy.copy(cls)
-    if not args.shared_prototypes:
-        protos = heads.prototypes(args_of_patches(args), gmm_start)
-        patch = Stream(protos.to(device), None)
-    temps, K = args.patch_temp, args.num_patch_prototypes
-    patch.loss = PatchLoss(K, steps_per_epoch, args.patch_targets, temps,
-                           args.teacher_temp_epochs, args.student_temp).to(device)
-    return cls, patch
+    patch_loss = PatchLoss(args.num_patch_prototypes, steps_per_epoch, args.patch_targets,
+                           args.patch_temp, args.teacher_temp_epochs, args.student_temp).to(device)
+    if args.shared_prototypes:
+        patch = copy.copy(cls)
+        patch.loss = patch_loss
+        return cls, patch
+    protos = heads.prototypes(args_of_patches(args), gmm_start).to(device)
+    return cls, Stream(protos, patch_loss)
 
 
 def args_of_patches(args):
@@ -573,7 +572,8 @@ def train(args, device, stop_request, make_streams):
                 tqdm.write(printed(done, total, row, "cross_entropy"))
                 if now.evaluation:
                     tqdm.write(printed_patches(row))
-                for sentence in monitor.warnings(row | {"progress": done / total}):
+                troubles = monitor.warnings(row | {"progress": done / total})
+                for sentence in troubles + monitor.new(patch_troubles(row)):
                     tqdm.write(f"warning, step {done}: {sentence}")
                 for sentence in monitor.remarks(row):
                     tqdm.write(f"remark, step {done}: {sentence}")
@@ -616,6 +616,22 @@ def patch_measures(patch, h, places, beta, seed):
     found = {name: found[name] for name in names} | place_measures(
         patch.teacher, patch.loss, h, places, beta, seed)
     return {f"patch_{name}": value for name, value in found.items()}
+
+
+def patch_troubles(row):
+    """{kind: sentence} of what goes wrong with the patches' prototypes, for a row of the log; see
+    Monitor.new."""
+    names = ["patch_unique_0.025"]
+    if row.get("patch_mixture_used") is None:  # means on the data are as unique as the data
+        names.append("patch_unique_0.5")
+    for name in names:
+        share = row.get(name)
+        if share is not None and share < 0.5:
+            return {"patch collapse": (
+                f"partial prototype collapse of the patches' set: {100 * share:.0f} % of its "
+                f"prototypes are unique at eps {name.removeprefix('patch_unique_')}. "
+                "--patch-prototypes frozen keeps them apart, as a control")}
+    return {}
 
 
 def printed_patches(row):

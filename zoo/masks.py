@@ -17,8 +17,8 @@ import torch
 from support import ddp
 from views import generator, seed_of
 
-# Every seed of masks starts with the first of these numbers, and every seed of random places with
-# one of the others; other files use others
+# The first number of a seed says what is drawn, so that no two purposes share random numbers: these
+# three here, and 1, 2, 3 and 7 in views.py
 MASKS, IBOT_PLACES, CAPI_PLACES = 4, 5, 6
 
 
@@ -64,7 +64,7 @@ def block_mask(H, W, most, rng):
     return torch.from_numpy(mask)
 
 
-def ibot_masks(positions, H, W, seed, step, view, ratio=(0.1, 0.5), share=0.5):
+def ibot_masks(positions, H, W, seed, step, view, ratio, share):
     """(B, n) bool, the masks of a view for these `positions` in the global batch.
 
     share: the probability that a crop is masked at all, drawn for each crop. ratio: a masked crop
@@ -118,7 +118,7 @@ def inverse_block_mask(H, W, visible, rng):
     return ~shown
 
 
-def capi_masks(positions, H, W, seed, step, hidden_share=0.65, predicted_share=0.05):
+def capi_masks(positions, H, W, seed, step, hidden_share, predicted_share):
     """(visible (B, v), predicted (B, q)) int64: places for these `positions` in the global batch.
 
     visible: the patches that the student sees, in row-major order. predicted: those of the hidden

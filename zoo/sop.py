@@ -64,7 +64,8 @@ def flags(parser):
          help="vectors next to an anchor that form a self-organising prototype with it; 0: it "
          "alone")
     parser.complete = complete
-    narrow(parser, PRESETS, {"method": ["sop"], "prototypes": ["bank"]})
+    narrow(parser, PRESETS, {"method": ["sop"], "prototypes": ["bank"],
+                             "student_prototypes": ["same"]})
     parser.set_defaults(num_prototypes=128, patch_rows=1, arch="vit_micro", patch_size=4,
                         head_bn=False, batch_size=32, momentum=0.99)
 
