@@ -169,8 +169,9 @@ def usage(P):
     hits = total = 0
     for p in [P] if torch.is_tensor(P) else P:
         if p.ndim != 2 or not len(p) or not (p.min() >= 0 and (p.sum(1) - 1).abs().max() < 1e-2):
-            raise ValueError(f"usage needs probabilities (N, K), rows that sum to 1, not this "
-                             f"{tuple(p.shape)} tensor")
+            raise ValueError("usage needs for each vector (`assign` of a prototype set) K shares "
+                             "that are not negative and sum to 1, not this tensor of shape "
+                             f"{tuple(p.shape)}, which may hold nan")
         hits = hits + torch.bincount(p.argmax(1), minlength=p.shape[1])  # (K,)
         total = total + p.double().sum(0)  # (K,)
     if not torch.is_tensor(hits):

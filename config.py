@@ -15,7 +15,8 @@ import losses
 import models
 import views
 from presets import PRESETS
-from support import ddp, rules
+from support import ddp, optim, rules
+from support.flags import Help
 
 # Flags that may differ between a run and its continuation: where it runs, what is printed and kept,
 # and how numbers are rounded (amp, compile)
@@ -28,7 +29,7 @@ FREE = {"out", "device", "resume", "stop_at", "workers", "log_every", "eval_ever
 def parser(add_flags=None):
     """The command line of train.py; add_flags(parser): what a script adds to it, or changes."""
     p = argparse.ArgumentParser(
-        "train.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "train.py", allow_abbrev=False, formatter_class=Help,
         description="Self-supervised learning with prototypes: "
                     f"{', '.join(losses.LOSSES)} x {', '.join(heads.PROTOTYPES)}.")
     on_off = argparse.BooleanOptionalAction
@@ -139,7 +140,7 @@ def parser(add_flags=None):
     flag("--num-prototypes", type=int, default=1024, metavar="K",
          help="prototypes (65536 in the papers)")
     flag("--partition-size", type=int, default=128, metavar="P",
-         help="prototypes per softmax of CARP (512 in its official code)")
+         help="prototypes per softmax of CARP (512 in its official code); carl has one of K")
     flag("--logit-scale", type=float, default=1.0,
          help="factor on all logits, an inverse temperature (1 in CARP)")
     flag("--proto-norm", default="unit", choices=["unit", "raw"],
@@ -206,7 +207,7 @@ def parser(add_flags=None):
     flag("--accum", type=int, default=1,
          help="micro-batches per step: less memory, but batch norms, and CARP's entropy, see one "
          "micro-batch at a time")
-    flag("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"],
+    flag("--optimizer", default="adamw", choices=list(optim.OPTIMIZERS),
          help="lars and sgd: the papers' ResNets")
     flag("--lr", type=float, default=0.018,
          help="peak learning rate for 256 images; a run uses it times batch-size / 256")
@@ -258,7 +259,7 @@ def parse(argv=None, script="train.py", add_flags=None):
     early.add_argument("--preset", default="tiny")
     early.add_argument("--resume", action="store_true")
     typed = early.parse_known_args(argv)[0]
-    p.set_defaults(**p.presets.get(typed.preset, {}))
+    p.set_defaults(**preset(typed.preset, p))
     if typed.resume:
         try:
             p.set_defaults(**flags_of_run(folder(p.parse_args(argv)), p))
@@ -277,6 +278,19 @@ def parse(argv=None, script="train.py", add_flags=None):
     args.script = script
     args.data_version = data.VERSIONS.get(args.data)  # None: images that are not made here
     return args
+
+
+def preset(name, parser):
+    """{flag: value} of a preset; a value that its flag cannot have ends with exit code 2."""
+    values = {flag: list(value) if isinstance(value, tuple) else value
+              for flag, value in parser.presets.get(name, {}).items()}
+    actions = {action.dest: action for action in parser._actions}
+    for flag, value in values.items():
+        if flag not in actions:
+            parser.error(f"--preset {name}: there is no flag {flag!r}")
+        if not could_be(value, actions[flag]):
+            parser.error(f"--preset {name}: {flag} cannot be {value!r}")
+    return values
 
 
 def folder(args):
@@ -308,6 +322,9 @@ def lengths(args, n):
     if has_mixture and total <= args.gmm_start >= 1:
         raise ValueError(f"--gmm-start {args.gmm_start:g} lies beyond the {total} steps of this "
                          "run: the prototypes would never move")
+    if args.freeze_prototypes * steps_per_epoch >= total:
+        raise ValueError(f"--freeze-prototypes {args.freeze_prototypes:g} lasts for all {total} "
+                         "steps of this run: the prototypes would never move")
     return steps_per_epoch, total, min(args.stop_at or total, total)
 
 
@@ -347,13 +364,30 @@ def flags_of_run(out, parser):
         raise ValueError(f"--resume: {path} does not hold the flags of a run; remove it, and type "
                          "them again")
     here = ("help", "out", "device", "resume", "stop_at", "export")
+    check_script(path, old, parser.prog)
     actions = [a for a in parser._actions if a.dest not in here and a.dest in old]
     for action in actions:
         value = old[action.dest]
-        if not could_be(value, action):
-            raise ValueError(f"--resume: {path} says {action.dest} = {value!r}, which cannot be; "
-                             "remove it, and type the flags again")
+        if could_be(value, action):
+            continue
+        flag = action.option_strings[0]
+        if isinstance(value, str) and action.choices:
+            raise ValueError(f"--resume: {path} says {flag} {value}, and this code has no such "
+                             "choice: use the code that made the run")
+        raise ValueError(f"--resume: {path} says {action.dest} = {value!r}, which cannot be; "
+                         "remove it, and type the flags again")
     return {a.dest: old[a.dest] for a in actions}
+
+
+def check_script(path, old, script):
+    """ValueError where a run is of another script than the one that resumes it; old: the flags that
+    the file at `path` holds."""
+    of_run = old.get("script", "train.py")
+    if of_run != script:
+        module = of_run.removesuffix(".py").replace("/", ".").replace(os.sep, ".")
+        by = "python train.py" if of_run == "train.py" else f"python -m {module}"
+        raise ValueError(f"--resume: {path} is of a run of {of_run}, not of {script}: go on with "
+                         f"{by} --resume")
 
 
 def could_be(value, action):
@@ -449,6 +483,8 @@ def check_idle(args, parser):
             ("epochs", f"--steps {args.steps}", args.steps),
             ("imbalance_law", "--imbalance 1", args.imbalance == 1),
             ("local_scale", "--local-crops 0", args.local_crops == 0),
+            *((name, "--local-crops 0 in its third number", args.local_crops == 0)
+              for name in ("blur", "solarize") if getattr(args, name)[2]),
             ("local_size", "--local-crops 0", args.local_crops == 0),
             ("patch_size", f"--arch {args.arch}", args.arch in models.RESNETS),
             ("jitter", "--jitter-p 0", args.jitter_p == 0),

@@ -57,6 +57,13 @@ class Images:
         if y is not None and not (torch.is_tensor(y) and len(y) == len(x)):
             raise ValueError(f"the labels of {self.name} must be None or a tensor with one entry "
                              f"for each of the {len(x)} images, got {kind_of(y)}")
+        if y is not None and y.dtype != torch.int64:
+            raise ValueError(f"the labels of {self.name} must be int64, got {y.dtype}")
+        if y is not None and y.ndim == 1 and len(y) and not (
+                0 <= int(y.min()) and int(y.max()) < len(self.classes)):
+            raise ValueError(f"the labels of {self.name} must lie in 0..{len(self.classes) - 1}, "
+                             f"one for each of its {len(self.classes)} classes, got {int(y.min())} "
+                             f"to {int(y.max())}")
 
     def __len__(self):
         return len(self.x)
@@ -132,7 +139,14 @@ def load(data, *, root="data", seed=0, img_size=32, imbalance=1.0, imbalance_law
         raise ValueError(f"--imbalance {imbalance} must be at least 1 (1 leaves the set as it is)")
     path = os.path.expanduser(data)
     if data in SETS:
-        train, test = loaded(SETS[data])(root)
+        splits = loaded(SETS[data])(root)
+        if not isinstance(splits, (tuple, list)) or len(splits) != 2:
+            raise ValueError(f"the function of --data {data} must return two splits, for training "
+                             "and for the test")
+        train, test = splits
+        if test is not None and (train.y is None) != (test.y is None):
+            raise ValueError(f"the function of --data {data} must return labels for both splits, "
+                             "or for none")
     elif os.path.isdir(path):
         train, test = folder(path, img_size)
     else:

@@ -89,9 +89,10 @@ def check_votes(ks, T):
     if min(ks) < 1:
         raise ValueError(f"k must be at least 1, got {min(ks)}")
     # k votes are at most k exp(1 / T), and float32 ends at exp(88.7)
-    if not T > 0 or 1 / T + math.log(max(ks)) > 88:
-        raise ValueError(f"T must be above 0 and large enough that {max(ks)} votes of exp(1 / T) "
-                         f"do not overflow float32, got {T}")
+    least = 1 / (88 - math.log(max(ks)))
+    if not T >= least:
+        raise ValueError(f"T must be at least {least:.3g}, or {max(ks)} votes of up to exp(1 / T) "
+                         f"overflow float32; got {T}")
 
 
 def check_bank(train_x, train_y, test_x):
@@ -196,8 +197,9 @@ def winners(path, images, device="cpu"):
 def parser():
     from support import evaluation
     from support.features import POOLS
+    from support.flags import Help
     p = argparse.ArgumentParser(
-        "eval_knn.py", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "eval_knn.py", allow_abbrev=False, formatter_class=Help,
         description="Weighted k-NN accuracy of a run's frozen features (DINO's protocol).")
     evaluation.add_common_flags(p)
     add = p.add_argument

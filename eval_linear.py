@@ -31,6 +31,7 @@ from support import probes
 from support import transfer
 from support.errors import one_sentence
 from support.features import POOLS, embed
+from support.flags import Help
 from views import Recipe, batches, indices
 
 VERSION = "linear-2"  # printed with every number; raise it with every change that changes a number
@@ -257,7 +258,7 @@ def percent(metric, out, y):
 def parser():
     p = argparse.ArgumentParser(
         "eval_linear.py", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         description="Probes of frozen features.")
     evaluation.add_common_flags(p)
     add = p.add_argument

@@ -76,7 +76,8 @@ def sinkhorn(z, tau, iters=3, all_reduce=None):
     Each round scales every prototype to the same total over the N vectors of all processes, and
     then every vector to 1. Dimensions between the first and the last, such as CAPI's places, are
     balanced each on its own. What all logits of a prototype have in common makes no difference,
-    such as the log-normaliser of vMF. all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the processes.
+    such as the log-normaliser of vMF.
+    all_reduce(x, op): sums ("sum") or takes the maximum ("max") over the processes.
     """
     reduce = all_reduce or (lambda x, op: x)
     log_q = z.float() / tau  # (N, ..., K); in the log domain, where no vector is lost to rounding
@@ -123,10 +124,11 @@ class Loss(nn.Module):
         once a micro-batch: student vectors (V, B, D) -> {name: scalar}. The sum is minimised, and
         each name is a column of log.csv
 
-    It may also say
+    Its constructor may set
     uniform   value of its first term while the student's output is uniform: the log then shows how
               far below that the term is
-    tau       temperature of the student's softmax
+    tau       temperature of the student's softmax (--student-temp, where it reads that)
+    and the class may say
     only_with the name of the only prototypes it works with
     and what a flag is where nobody types it:
     unit_h              --head-norm: h of length one

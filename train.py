@@ -119,7 +119,7 @@ def train(args, device, stop_request):
 
         # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of the optimiser    Eq. 4
         targets = loss_fn.targets(h_t, protos_t, step).chunk(args.accum, dim=1)
-        for part, target in zip(micro_batches, targets):
+        for part, target in zip(micro_batches, targets, strict=True):
             with amp(args, device):
                 h_s = student(part).view(len(part), -1, args.bottleneck_dim)  # (V, B/accum, D)
             terms = loss_fn(h_s, target, protos_s, protos_t, step)

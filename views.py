@@ -45,7 +45,8 @@ class View(NamedTuple):
 class Recipe:
     """The views of an image: 2 global and n_local local crops, as in DINO and CARP.
 
-    The scales are those of CARP, Table B.1.
+    The scales are those of CARP, Table B.1. Training gives all of these numbers but flip_p from its
+    flags, so the defaults here do not count there (config.recipe).
     """
     global_size: int = 224  # pixels
     local_size: int = 96

@@ -248,6 +248,8 @@ def ablate(args, extra):
         if row not in names:
             raise ValueError(f"--rows {row!r} is not a row of {args.table}; there are: "
                              f"{', '.join(names)}")
+    if os.path.realpath(os.getcwd()) != os.path.realpath(ROOT):  # the runs start there
+        args.runs = os.path.abspath(args.runs)
     file = os.path.join(args.results, f"{args.table}.csv")
     block = shlex.join(extra)
     todo = [run for run in runs(args.table, args.seeds, extra)
@@ -255,6 +257,7 @@ def ablate(args, extra):
     results = read_results(args.table, file)
     if args.dry_run:
         for run in todo:
+            refuse_another_run(run, folder(args, run, block))
             print(shlex.join(["python", *command_line(run, folder(args, run, block))]))
         return results
     if not args.show:

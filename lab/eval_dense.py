@@ -41,6 +41,7 @@ from eval_knn import largest
 from support import backbones, evaluation, plots, probes, segmented
 from support.errors import one_sentence
 from support.features import patch_batches
+from support.flags import Help
 from support.pixels import IGNORED
 
 # Printed with every number; raise it when anything that changes a number changes.
@@ -238,7 +239,7 @@ def choose_and_refit(name, train, test, C, seed=0, device="cpu"):
 def parser():
     p = argparse.ArgumentParser(
         "lab.eval_dense", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         description="Segmentation by k-NN and a linear probe of frozen patch features.")
     evaluation.add_network_flags(p, batch_size=64, results=RESULTS)
     add = p.add_argument

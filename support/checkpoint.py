@@ -164,6 +164,7 @@ def resume(args, paths, parts, protos_s, protos_t):
     path = ddp.from_rank0(path)  # one process chooses, whatever the others see
     ckpt = ckpt or load(path)
     check_version(path, ckpt)
+    config.check_script(path, ckpt["args"], args.script)
     check_data_version(path, ckpt["args"], args)
     from support import checkpoints
     script = checkpoints.module_of(args.script)  # which may have flags of its own

@@ -10,6 +10,7 @@ import torch
 
 from support import ddp
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DECODING = ("a process that decodes images (--workers) was ended from outside, for lack of memory "
             "for instance; the last checkpoint is whole, go on with --resume")
 
@@ -41,7 +42,7 @@ def one_sentence(script, out=None):
                 raise RuntimeError("DataLoader worker has gone") from error
             raise
     except ValueError as error:
-        leave(error, 2)
+        leave(f"{error}{place_of(error)}", 2)
     except OSError as error:
         leave(sentence_of(error, out), 2)
     except MemoryError:
@@ -64,6 +65,17 @@ def one_sentence(script, out=None):
         end_child_processes(sys.exc_info()[1])
         ddp.cleanup()
         drop_unwritten_output()
+
+
+def place_of(error):
+    """" (FILE, line N)" of this project, where an error came up without a `raise` of ours, whose
+    words are for users: those of Python and torch are for who changes the code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if os.path.dirname(frame.filename).startswith(ROOT)
+            and "site-packages" not in frame.filename]
+    if not ours or ours[-1] is frames[-1] and ours[-1].line.startswith("raise"):
+        return ""
+    return f" ({os.path.relpath(ours[-1].filename, ROOT)}, line {ours[-1].lineno})"
 
 
 def write_escapes():

@@ -25,7 +25,7 @@ RANGES = [("be at least 1", lambda v: v >= 1, ["batch_size"]),
           ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mean"]),
           ("be positive", lambda v: v > 0, ["std"])]
 # the same of add_common_flags
-COMMON_RANGES = [("be at least 1", lambda v: v >= 1, ["img_size"]),
+COMMON_RANGES = [("be at least 2", lambda v: v >= 2, ["img_size"]),
                  ("not be negative", lambda v: v >= 0, ["head", "tail"])]
 
 

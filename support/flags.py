@@ -1,10 +1,18 @@
 """What the flags of a command may be: its numbers by a table of ranges, and the files it writes."""
+import argparse
 import os
 import re
 
 # The largest number that any flag takes. Its square fits into float32, and a million times it into
 # int64.
 MOST = 2 ** 32 - 1
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults stand in --help, but for None: there the text says what it means."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def check_values(flags, ranges):

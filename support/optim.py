@@ -11,13 +11,8 @@ def make(args, params):
     decays, class tokens, position embeddings and the gains (K, 1) of prototypes included. The loop
     sets lr and weight decay.
     """
-    groups = [{"params": [p for p in params if p.dim() > 1]},
-              {"params": [p for p in params if p.dim() < 2]}]
-    return {
-        "adamw": lambda: torch.optim.AdamW(groups, lr=0.0, fused=True),
-        "sgd": lambda: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
-        "lars": lambda: LARS(groups),
-    }[args.optimizer]()
+    return OPTIMIZERS[args.optimizer]([{"params": [p for p in params if p.dim() > 1]},
+                                       {"params": [p for p in params if p.dim() < 2]}])
 
 
 class LARS(torch.optim.Optimizer):
@@ -28,7 +23,7 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=0.0, momentum=0.9, trust=0.001):
-        defaults = dict(lr=lr, weight_decay=0.0, momentum=momentum, trust=trust, fused=False)
+        defaults = dict(lr=lr, weight_decay=0.0, momentum=momentum, trust=trust)
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -46,6 +41,14 @@ class LARS(torch.optim.Optimizer):
                 mu = self.state[p].setdefault("mu", torch.zeros_like(p))
                 mu.mul_(group["momentum"]).add_(u)
                 p.sub_(group["lr"] * mu)
+
+
+# name of --optimizer: what makes it of two groups of parameters
+OPTIMIZERS = {
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.0, fused=True),
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.0, momentum=0.9),
+    "lars": LARS,
+}
 
 
 class CheckedStep:
@@ -82,7 +85,7 @@ class CheckedStep:
         if step < self.still_steps:  # after the clipping, as in DINO's code
             for p in self.still:
                 p.grad = None
-        if self.optimizer.defaults["fused"]:
+        if self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = (~finite).float()  # 1: fused AdamW changes nothing
             self.optimizer.step()
         elif finite:  # waits for the device

@@ -4,6 +4,7 @@ import torch
 import heads
 import losses
 import models
+from gmm import eta_at
 from support import ddp
 from support.flags import check_values
 
@@ -11,9 +12,10 @@ from support.flags import check_values
 RANGES = [
     ("be at least 1", lambda v: v >= 1,
      ["num_prototypes", "partition_size", "batch_size", "bottleneck_dim", "head_hidden",
-      "patch_size", "img_size", "local_size", "accum", "log_every", "eval_every", "eval_bank",
+      "patch_size", "local_size", "accum", "log_every", "eval_every", "eval_bank",
       "eval_queries", "steps", "stop_at", "save_every", "keep_every", "memory", "neighbours",
       "timeout"]),
+    ("be at least 2", lambda v: v >= 2, ["img_size"]),
     ("be positive", lambda v: v > 0,
      ["epochs", "lr", "logit_scale", "var_floor", "student_temp", "teacher_temp", "live_patience",
       "std"]),
@@ -52,6 +54,8 @@ def check(args, error):
               f"{args.bottleneck_dim}")
     if args.prototypes == "live" and K < 2:
         error(f"--prototypes live needs --num-prototypes 2 or more, got {K}")
+    if not 0 < eta_at(0, args.eta_a, args.eta_c) < 1:
+        error(f"--eta-c {args.eta_c} is so small that the forgetting factor of the first step is 0")
     if loss.only_with and not issubclass(protos, heads.prototype_class(loss.only_with)):
         error(f"--method {args.method} takes its targets from --prototypes {loss.only_with}; got "
               f"--prototypes {args.prototypes}")

@@ -53,18 +53,31 @@ def test_every_row_of_every_table_is_a_command_of_train(name, capsys):
     assert frozen  # no table without the control
 
 
+def test_commands_that_cannot_run_are_not_printed(capsys):
+    with pytest.raises(SystemExit) as refusal:
+        ablate.main(["main", "--dry-run", "--results", "nowhere", "--", "--bogus", "3"])
+    assert refusal.value.code == 2
+    assert "--bogus" in capsys.readouterr().err
+
+
+def test_runs_lie_in_the_folder_from_which_the_table_was_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ablate.main(["main", "--dry-run", "--seeds", "0", "--rows", "CARP, joint"])
+    assert f"--out {tmp_path}/runs/main/CARP-joint-s0" in capsys.readouterr().out
+
+
 def test_a_row_can_name_a_script_of_the_zoo(monkeypatch, capsys):
     monkeypatch.setitem(tables.TABLES, "main", ("a test", [
-        ("one", "--lr 1"), ("two", "zoo/some_script.py --lr 2"), ("three", "zoo/plain.py")]))
+        ("one", "--lr 1"), ("two", "zoo/msn.py --lr 2"), ("three", "zoo/capi.py")]))
     one, two, three = ablate.runs("main", [5], ["--steps", "9"])
     assert (one.script, one.flags) == ("train.py", "--lr 1 --steps 9 --seed 5".split())
-    assert (two.script, two.flags) == ("zoo/some_script.py", "--lr 2 --steps 9 --seed 5".split())
-    assert (three.script, three.flags) == ("zoo/plain.py", "--steps 9 --seed 5".split())
+    assert (two.script, two.flags) == ("zoo/msn.py", "--lr 2 --steps 9 --seed 5".split())
+    assert (three.script, three.flags) == ("zoo/capi.py", "--steps 9 --seed 5".split())
     ablate.main(["main", "--dry-run", "--seeds", "5", "--results", "nowhere"])
     assert capsys.readouterr().out.splitlines() == [
         "python train.py --lr 1 --seed 5 --out runs/main/one-s5",
-        "python -m zoo.some_script --lr 2 --seed 5 --out runs/main/two-s5",
-        "python -m zoo.plain --seed 5 --out runs/main/three-s5"]
+        "python -m zoo.msn --lr 2 --seed 5 --out runs/main/two-s5",
+        "python -m zoo.capi --seed 5 --out runs/main/three-s5"]
 
 
 # ---- runs --------------------------------------------------------------------------------------

@@ -483,7 +483,8 @@ def test_more_clusters_than_patches_can_fill_are_named(tmp_path, capsys):
     run(tmp_path / "many", "--num-prototypes", "64", "--stop-at", "1")
     printed = capsys.readouterr().out
     assert ("warning: Sinkhorn-Knopp shares about 8 patches among --num-prototypes 64, so the "
-            "entropy of a target is about 2.1 nats or more; at most 32 prototypes are better" in printed)
+            "entropy of a target is about 2.1 nats or more; at most 32 prototypes are better"
+            in printed)
     run(tmp_path / "few", "--num-prototypes", "32", "--stop-at", "1")
     run(tmp_path / "all", "--num-prototypes", "64", "--sinkhorn", "all", "--stop-at", "1")
     assert "warning: Sinkhorn-Knopp" not in capsys.readouterr().out

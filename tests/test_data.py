@@ -837,10 +837,25 @@ def test_every_view_has_its_own_size_and_scale():
     (np.zeros((4, 3, 8, 8), np.uint8), None, r"got a ndarray \(4, 3, 8, 8\) of uint8"),
     ([1, 2], None, "the images of mine must be .* got a list"),
     (noise(4), [0, 1, 0, 1], "the labels of mine must be None or a tensor .* got a list"),
-    (noise(4), torch.zeros(3), r"each of the 4 images, got a Tensor \(3,\)")])
+    (noise(4), torch.zeros(3), r"each of the 4 images, got a Tensor \(3,\)"),
+    (noise(4), torch.zeros(4), "the labels of mine must be int64, got torch.float32"),
+    (noise(4), torch.ones(4).byte(), "the labels of mine must be int64, got torch.uint8"),
+    (noise(4), torch.tensor([1, 2, 1, 2]), "must lie in 0..1, one for each of its 2 .*got 1 to 2"),
+    (noise(4), torch.tensor([0, -1, 1, 0]), "must lie in 0..1, .* got -1 to 1")])
 def test_images_of_another_kind_are_one_sentence(x, y, words):
     with pytest.raises(ValueError, match=words):
         data.Images(x, y, ["a", "b"], "mine")
+
+
+@pytest.mark.parametrize("splits, words", [
+    (data.Images(noise(4), None, [], "mine"), "must return two splits"),
+    ((data.Images(noise(4), None, [], "mine"),), "must return two splits"),
+    ((data.Images(noise(4), torch.zeros(4, dtype=torch.int64), ["a"], "mine"),
+      data.Images(noise(4), None, [], "mine")), "labels for both splits, or for none")])
+def test_a_set_of_another_kind_is_one_sentence(splits, words, monkeypatch):
+    monkeypatch.setitem(data.SETS, "mine", lambda root: splits)
+    with pytest.raises(ValueError, match=f"the function of --data mine .*{words}"):
+        data.load("mine")
 
 
 def test_batches_refuse_what_cannot_work(some):

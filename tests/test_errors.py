@@ -132,6 +132,10 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch, capsys):
     ("--init=", "--init must not be empty"),
     ("--device=", "--device must not be empty"),
     ("--device cpu:x", "--device cpu:x does not work here"),
+    ("--img-size 1 --arch resnet18", "--img-size must be at least 2, got 1"),
+    ("--eta-c 1e-30 --eta-a 0", "--eta-c 1e-30 is so small that the forgetting factor of the"),
+    ("--local-crops 0 --blur 0 0 1", "--blur changes nothing with --local-crops 0 in its third"),
+    ("--prototypes joint --freeze-prototypes 5", "--freeze-prototypes 5 lasts for all 6 steps"),
 ])
 def test_train_refuses_numbers_and_texts_that_cannot_be(given, sentence, capsys, tmp_path):
     assert sentence in sentence_of_refusal(capsys, tmp_path / "out", *given.split())
@@ -194,6 +198,32 @@ def test_a_value_that_a_flag_cannot_have_differs_from_any(value):
     assert config.differences(new, new) == []
 
 
+@pytest.mark.parametrize("values, sentence", [
+    ({"learning_rate": 9.0}, "--preset mine: there is no flag 'learning_rate'"),
+    ({"num-prototypes": 32}, "--preset mine: there is no flag 'num-prototypes'"),
+    ({"save_every": 2.0}, "--preset mine: save_every cannot be 2.0"),
+    ({"prototypes": "foo"}, "--preset mine: prototypes cannot be 'foo'"),
+    ({"blur": [0.5]}, "--preset mine: blur cannot be [0.5]"),
+    ({"teacher_temp": 0.04}, "--preset mine: teacher_temp cannot be 0.04"),
+    ({"head_bn": "no"}, "--preset mine: head_bn cannot be 'no'")])
+def test_a_preset_that_cannot_be_is_one_sentence(values, sentence, capsys, monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "mine", values)
+    with pytest.raises(SystemExit) as refusal:
+        config.parse(["--preset", "mine"])
+    assert refusal.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_a_preset_may_have_tuples(monkeypatch):
+    """As a run keeps lists, it could not be resumed otherwise."""
+    monkeypatch.setitem(config.PRESETS, "mine", {"global_scale": (0.3, 1.0)})
+    assert config.parse(["--preset", "mine"]).global_scale == [0.3, 1.0]
+
+
+def test_help_says_no_default_of_none():
+    text = config.parser().format_help()
+    assert "(default: None)" not in text and "(default: 1024)" in text
+
+
 # ---- errors ------------------------------------------------------------------------------------
 def leave(error, out=None):
     """The exit code of a command in which this error happens."""
@@ -212,6 +242,18 @@ def leave(error, out=None):
 def test_an_error_is_one_line(error, sentence, capsys):
     assert leave(error, "OUT") == 2
     assert capsys.readouterr().err == f"tool: error: {sentence}\n"
+
+
+def test_words_of_python_and_torch_come_with_the_line_of_ours(capsys, tmp_path, monkeypatch):
+    """A forker needs it; a sentence that we raise is for who types flags."""
+    monkeypatch.setattr(errors, "ROOT", str(tmp_path))
+    source = "import torch\ndef mend(x):\n    B, D = x.shape\n    torch.zeros(2).view(3, B)\n"
+    (tmp_path / "fork.py").write_text(source)
+    namespace = {}
+    exec(compile(source, str(tmp_path / "fork.py"), "exec"), namespace)
+    with pytest.raises(SystemExit), errors.one_sentence("tool"):
+        namespace["mend"](torch.zeros(2, 3, 4))
+    assert capsys.readouterr().err.endswith("(expected 2) (fork.py, line 3)\n")
 
 
 @pytest.mark.parametrize("sizes", [(2 ** 50,), (2 ** 32, 2 ** 32), (2 ** 62, 2)])

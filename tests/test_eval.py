@@ -144,10 +144,10 @@ def test_zero_feature_has_cosine_zero():
 
 @pytest.mark.parametrize("change, words", [
     (dict(k=0), "k must be at least 1, got 0"),
-    (dict(T=0.0), "T must be above 0.*0.0"),
-    (dict(T=-1.0), "T must be above 0.*-1.0"),
+    (dict(T=0.0), "T must be at least 0.0118.*got 0.0"),
+    (dict(T=-1.0), "T must be at least 0.*got -1.0"),
     (dict(T=0.01), "overflow.*0.01"),
-    (dict(T=float("nan")), "T must be above 0.*nan"),
+    (dict(T=float("nan")), "T must be at least 0.*got nan"),
     (dict(num_classes=3), "0 to 4.*num_classes = 3"),
     (dict(train_y=torch.full((50,), -1)), "-1"),
     (dict(train_y=torch.zeros(49, dtype=torch.long)), r"50 images.*\(49,\)"),
@@ -765,7 +765,7 @@ def test_command_line_gives_the_data_what_the_run_had(tmp_path, monkeypatch):
     (["--data", "{tmp}/loose"], "loose.*no labels"),
     (["--data", "{tmp}/nowhere"], "nowhere"),
     (["--k", "0"], "k must be at least 1, got 0"),
-    (["--T", "0"], "T must be above 0"),
+    (["--T", "0"], "T must be at least 0.0121, or 200 votes"),
     (["--batch-size", "0"], "--batch-size.*0"),
     (["--dump", "{tmp}/no/such/f.pt"], "--dump .*no/such"),
     (["--dump", "{tmp}"], "--dump"),

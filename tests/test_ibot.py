@@ -418,7 +418,7 @@ def test_without_the_patch_stream_the_class_stream_is_that_of_dino(tmp_path):
     (["--queue", "9"], "--queue has no effect in zoo/ibot.py; got 9"),
     (["--mask-share", "2"], "--mask-share must lie in [0, 1], got 2.0"),
     (["--mask-ratio", "0.5", "0.1"], "--mask-ratio needs 0 <= LO <= HI <= 1, got 0.5 0.1"),
-    (["--mask-ratio", "0", "0.01"], "--mask-ratio 0.0 0.01 of 16 patches hides less than one"),
+    (["--mask-ratio", "0", "0.01"], "--mask-ratio 0.0 0.01 of 64 patches hides less than one"),
     (["--mask-share", "0"], "--mask-share 0 hides no patch, and --patch-weight 0.1 then changes"),
     (["--prototypes", "frozen", "--patch-prototypes", "kp", "--kp-weight", "0.2",
       "--patch-kp-weight", "0.3"], "--kp-weight 0.2 changes nothing with --prototypes frozen"),
@@ -499,7 +499,8 @@ def test_the_default_is_balanced_with_more_prototypes_for_patches():
 
 
 @pytest.mark.parametrize("flags, of_class, of_patches", [
-    ("--prototypes vmf", "prob", "prob"), ("--prototypes vmf --targets sinkhorn", *["sinkhorn"] * 2),
+    ("--prototypes vmf", "prob", "prob"),
+    ("--prototypes vmf --targets sinkhorn", "sinkhorn", "sinkhorn"),
     ("--prototypes vmf --patch-prototypes decoupled", "prob", "sinkhorn"),
     ("--patch-prototypes vmf", "sinkhorn", "sinkhorn"), ("--targets center", *["center"] * 2)])
 def test_targets_that_nobody_types_go_with_the_prototypes(flags, of_class, of_patches):

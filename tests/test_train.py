@@ -21,7 +21,7 @@ import presets
 import train
 from conftest import (ROOT, TINY, differences, make_folder, read_checkpoint, read_log,
                       sentence_of_refusal, train_tiny)
-from support import assign, ddp, runs
+from support import assign, ddp, optim, runs
 
 pytestmark = pytest.mark.usefixtures("small_shapes", "small_network")
 CPU = torch.device("cpu")
@@ -571,7 +571,7 @@ def test_resume_finds_the_flags_of_a_run_in_the_folder_that_nobody_typed(tmp_pat
 
 @pytest.mark.parametrize("text, sentence", [
     ("[1]", "does not hold the flags of a run"),
-    ('{"method": "foo"}', "says method = 'foo', which cannot be"),
+    ('{"method": "foo"}', "says --method foo, and this code has no such choice"),
     ('{"lr": null}', "says lr = None, which cannot be"),
     ('{"beta": 3}', "says beta = 3, which cannot be"),
 ])
@@ -581,6 +581,38 @@ def test_resume_refuses_an_args_json_that_train_did_not_write(capsys, tmp_path, 
     (tmp_path / "args.json").write_text(text)
     assert sentence in sentence_of_refusal(capsys, tmp_path, "--resume")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_resume_goes_on_with_the_script_of_the_run_alone(capsys, tmp_path):
+    """Another script's phases would mix with those of the run."""
+    train_tiny(tmp_path, *THREE_STEPS, "--stop-at", "2")
+    ckpt = read_checkpoint(tmp_path)
+    ckpt["args"]["script"] = "zoo/mine.py"
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    words = "is of a run of zoo/mine.py, not of train.py: go on with python -m zoo.mine --resume"
+    assert words in sentence_of_refusal(capsys, tmp_path, *THREE_STEPS, "--resume")
+    args = json.loads((tmp_path / "args.json").read_text()) | {"script": "zoo/mine.py"}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    assert f"args.json {words}" in sentence_of_refusal(capsys, tmp_path, "--resume")
+
+
+def test_targets_that_accumulation_cannot_share_out_are_refused(capsys, tmp_path, monkeypatch):
+    """Micro-batches without targets would not count, and nobody would see it."""
+    class Broadcasts(losses.Loss):
+        def targets(self, h_t, protos_t, step):
+            return h_t.mean(1, keepdim=True)  # (2, 1, D)
+
+        def forward(self, h_s, targets, protos_s, protos_t, step):
+            return {"distance": (h_s - targets.mean(0)).square().mean()}
+    monkeypatch.setitem(losses.LOSSES, "carp", Broadcasts)
+    sentence = sentence_of_refusal(capsys, tmp_path, *THREE_STEPS, "--accum", "4")
+    assert "zip() argument 2 is shorter than argument 1 (train.py, line " in sentence
+
+
+def test_any_optimiser_may_stand_in_the_table(tmp_path, monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "rmsprop", torch.optim.RMSprop)
+    train_tiny(tmp_path, *THREE_STEPS, "--optimizer", "rmsprop")
+    assert read_checkpoint(tmp_path)["step"] == 3
 
 
 # ---- trouble in training -----------------------------------------------------------------------

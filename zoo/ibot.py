@@ -518,8 +518,8 @@ def train(args, device, stop_request, make_streams):
         # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of the optimiser
         targets = cls.loss.targets(h_t, cls.teacher, step).chunk(args.accum, dim=1)
         patch_targets = patch.loss.targets(patch_t, patch.teacher, step).split(counts)
-        for part, target, patch_target, hide, rows in zip(micro_batches, targets, patch_targets,
-                                                          hidden_parts, rows_parts):
+        for part, target, patch_target, hide, rows in zip(
+                micro_batches, targets, patch_targets, hidden_parts, rows_parts, strict=True):
             with amp(args, device):
                 h_s, patch_s = student(part, hide, rows)
             h_s = h_s.view(len(part), -1, args.bottleneck_dim)  # (V, B/accum, D)

@@ -252,7 +252,7 @@ def train(args, device, stop_request):
 
         # ---- 3. encoder: differs from train.py: it never sees the teacher's view
         targets = loss_fn.targets(h_t, protos).chunk(args.accum)
-        for part, q in zip(micro_batches, targets):
+        for part, q in zip(micro_batches, targets, strict=True):
             with amp(args, device):
                 h_s = student_vectors(student, part[1:], keep)  # (V-1, B/accum, D)
             terms = loss_fn(h_s, q, protos)
