@@ -322,9 +322,6 @@ def lengths(args, n):
     if has_mixture and total <= args.gmm_start >= 1:
         raise ValueError(f"--gmm-start {args.gmm_start:g} lies beyond the {total} steps of this "
                          "run: the prototypes would never move")
-    if args.freeze_prototypes * steps_per_epoch >= total:
-        raise ValueError(f"--freeze-prototypes {args.freeze_prototypes:g} lasts for all {total} "
-                         "steps of this run: the prototypes would never move")
     return steps_per_epoch, total, min(args.stop_at or total, total)
 
 
@@ -483,8 +480,6 @@ def check_idle(args, parser):
             ("epochs", f"--steps {args.steps}", args.steps),
             ("imbalance_law", "--imbalance 1", args.imbalance == 1),
             ("local_scale", "--local-crops 0", args.local_crops == 0),
-            *((name, "--local-crops 0 in its third number", args.local_crops == 0)
-              for name in ("blur", "solarize") if getattr(args, name)[2]),
             ("local_size", "--local-crops 0", args.local_crops == 0),
             ("patch_size", f"--arch {args.arch}", args.arch in models.RESNETS),
             ("jitter", "--jitter-p 0", args.jitter_p == 0),

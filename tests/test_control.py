@@ -124,7 +124,8 @@ def test_supervised_meets_the_labels_of_the_images_of_the_step(monkeypatch):
     # every image is its own number: the crops of a step say which images it holds
     x = (torch.arange(50) * 5).to(torch.uint8).view(50, 1, 1, 1).expand(50, 3, 32, 32)
     recipe = views.Recipe(32, 16, 0, jitter_p=0, gray_p=0, blur_p=(0, 0, 0), solarize_p=(0, 0, 0))
-    steps = views.batches(data.Images(x, y, [], "x"), recipe, batch_size=8, seed=4, start=5, stop=9)
+    images = data.Images(x, y, ["a", "b", "c"], "x")
+    steps = views.batches(images, recipe, batch_size=8, seed=4, start=5, stop=9)
     for step, crops in enumerate(steps, 5):
         grey = crops[0][:, 0].mean((1, 2)) * views.STD[0] + views.MEAN[0]
         shown = (grey * 255 / 5).round().long()

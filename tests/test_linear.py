@@ -1262,7 +1262,7 @@ def test_transfer_data_sets_bring_their_own_splits_and_measure(tmp_path, monkeyp
     (["--layers", "0"], "--layers must be at least 1, got 0"),
     (["--layers", "2", "--pool", "mean"], "--pool mean takes the patches of .* got --layers 2"),
     (["--img-size", "33"], "--img-size 33"),
-    (["--img-size", "0"], "--img-size must be at least 1, got 0"),
+    (["--img-size", "0"], "--img-size must be at least 2, got 0"),
     (["--data", ""], "--data must not be empty, got an empty text"),
     (["--results", "no/such/results.csv"], "--results no/such/results.csv must be a file in"),
     (["--arch", "resnet18"], "fits --arch resnet18"),

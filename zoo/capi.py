@@ -174,7 +174,7 @@ def check(args):
     check_not_read(args, flags, [name for name in NOT_READ if getattr(args, name) != own.get(name)],
                    SCRIPT)
     if not issubclass(heads.prototype_class(args.prototypes), heads.Decoupled):
-        check_not_read(args, flags, ["patch_rows", "gmm_start"],
+        check_not_read(args, flags, ["patch_rows"],
                        f"{SCRIPT} with --prototypes {args.prototypes}")
     for name in ("blur", "solarize"):
         if any(getattr(args, name)[1:]):
