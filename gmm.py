@@ -62,6 +62,11 @@ def spread(h):
 class OnlineGMM(nn.Module):
     """K Gaussians in D dimensions with diagonal covariances, updated once per training step.
 
+        mixture = OnlineGMM(K, D)
+        mixture.init_from(h, "random")  # h (N, D): teacher vectors of the first step
+        mixture.update(h, beta=0.1, eta=eta_at(t))  # at every step t = 0, 1, 2, ...
+        C = mixture.mu  # (K, D), the prototypes
+
     chunk       components in a block
     forgetting  "responsibility": eta to the power of g (A.3);
                 "plain": eta itself (Table A.1, row 1: components without vectors starve)
