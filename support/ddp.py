@@ -14,6 +14,7 @@ import re
 import socket
 import struct
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,9 @@ def interface_towards(address):
 
 def cleanup():
     if dist.is_initialized():
+        # A thread of gloo may still be letting go of the last tensors, for which it needs Python's
+        # lock; torch 2.6 waits for that thread while it holds the lock. So give it up for a moment
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
