@@ -353,7 +353,7 @@ def test_ibot_names_the_script_for_a_bank_of_patches(tmp_path, capsys):
     with pytest.raises(SystemExit) as refusal:
         ibot.main([*TINY, "--out", str(tmp_path / "run"), "--patch-prototypes", "bank"])
     assert refusal.value.code == 2
-    assert "--patch-prototypes bank works with --method sop alone" in capsys.readouterr().err
+    assert "--patch-prototypes bank belongs to python -m zoo.sop" in capsys.readouterr().err
 
 
 def test_the_preset_holds_the_numbers_of_the_paper_and_the_defaults_its_ratios():

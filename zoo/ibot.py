@@ -236,8 +236,8 @@ def check(args):
                                   ("patch-", args.patch_prototypes, args.patch_targets)):
         cls = heads.prototype_class(kind)
         if cls.only_with:
-            raise ValueError(f"--{stream}prototypes {kind} works with --method {cls.only_with} "
-                             "alone; with sop, python -m zoo.sop has patches too")
+            owner = "python -m zoo.sop" if cls.only_with == "sop" else f"--method {cls.only_with}"
+            raise ValueError(f"--{stream}prototypes {kind} belongs to {owner}")
         if issubclass(cls, KMeans) and (stream or args.shared_prototypes):
             raise ValueError(f"--{stream}prototypes {kind} holds vectors of images, and patches "
                              "are none")
