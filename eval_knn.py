@@ -48,7 +48,7 @@ def largest(sim, k):
     """(values, indices), (q, k) each: the k largest of each row of sim (q, N) in order, of equal
     ones the one with the smaller index first."""
     values, index = sim.topk(min(k + 1, sim.shape[1]))  # in order; of equal ones torch takes any
-    # Rows where that matters, be it only at the k-th place.
+    # Rows in which two of the k + 1 largest are equal, which topk may have swapped
     tied = (values[:, 1:] == values[:, :-1]).any(1)  # (q,)
     values, index = values[:, :k], index[:, :k]
     if tied.any():

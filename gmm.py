@@ -22,11 +22,11 @@ Its means are the prototypes.
 gamma^_k is the paper's gamma with a hat, S~ its S with a tilde; eta^g is eta to the power of g. The
 mixture keeps S; mu and var follow from it (A.5) and are computed when they are asked for. S is
 float64: with K = 65,536 the mean g is 1/K, and a late step (eta near 0.99) then changes S by about
-1e-7 of itself, which float32 would round away. Components are handled in blocks, so that what is
-computed on the way from S to S has (|ks|, D) numbers and not (K, D); that changes no more than
-rounding. A.1 holds three tensors (N, K), and for very large N K fast/gmm.py computes the same. The
-paper leaves some things open and misprints others; each choice of ours is a line that starts with
-`# differs:`.
+1e-7 of itself, which is as little as float32 can add. Components are handled in blocks, so that
+what is computed on the way from S to S has (|ks|, D) numbers and not (K, D); that changes no more
+than rounding. A.1 holds three tensors (N, K), and for very large N K fast/gmm.py computes the same.
+The paper leaves some things open and misprints others; each choice of ours is a line that starts
+with `# differs:`.
 """
 import math
 
@@ -71,7 +71,7 @@ class OnlineGMM(nn.Module):
     forgetting  "responsibility": eta to the power of g (A.3);
                 "plain": eta itself (Table A.1, row 1: components without vectors starve)
     resurrect   weight above which a component is split (0.3 in B.1); None: never
-    rescale     shrink the mean of a component above that weight (A.6)
+    rescale     shrink the mean of a component that is split (A.6)
     var_floor   smallest variance, as a share of the pooled variance of the step
     seed        of the random directions
     Raises ValueError for another `forgetting`, or a `resurrect` outside (0, 1).
@@ -191,8 +191,8 @@ class OnlineGMM(nn.Module):
 
         Returns 0-dim tensors: used (components that are the most responsible one of some vector),
         pi_max (largest weight afterwards) and resurrected (components that restarted). If a value
-        of h is not finite, the step is discarded: only t goes on, and `used` says nothing. Raises
-        ValueError for beta or eta out of range.
+        of h is not finite, the step is discarded: it counts in t alone, and `used` says nothing.
+        Raises ValueError for beta or eta out of range.
         """
         h, eta = self.checked(h, beta, eta)
         c, pooled, rms = spread(h)  # (D,) () ()
@@ -301,6 +301,7 @@ class OnlineGMM(nn.Module):
         order = pi.argsort(descending=True, stable=True)
         k, j = order[:most], order[-most:].flip(0)  # (n,) each: heaviest, lightest; n = most
         # of a discarded step all vectors are 0 (see `checked`), so rms is 0 and nothing is split
+        # differs: where even the lightest is above the limit, nothing is split or shrunk
         heavy = (pi[k] > self.resurrect) & (pi[j] < self.resurrect) & (rms > 0)  # (n,)
         mu = self.mean(k)  # (n, D)
         var = self.variance(k, mu)  # (n, D)
@@ -316,7 +317,7 @@ class OnlineGMM(nn.Module):
         fresh = rms * self.random_directions(most).to(rms.device, non_blocking=True)  # (n, D)
         # differs: everything is written back into S, or the next A.5 would undo it
         split = statistics(half, mu, var)
-        restarted = statistics(half, fresh, pooled.clamp_min(1e-8).expand_as(fresh))
+        restarted = statistics(half, fresh, pooled.clamp_min(1e-8))
         for S, of_k, of_j in zip((self.S_pi, self.S_mu, self.S_sig), split, restarted):
             mask = heavy.view(-1, *[1] * (S.dim() - 1))  # (n,) for S (K,), (n, 1) for S (K, D)
             S[k] = torch.where(mask, of_k, S[k])

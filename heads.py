@@ -32,7 +32,7 @@ from support import ddp
 from support.entries import loaded
 
 
-# added to a run's seed for its second set of prototypes, which so starts at other directions
+# added to a run's seed for its second set of prototypes, so that it starts at other directions
 SEED_OF_SECOND_SET = 1_000_003
 
 
@@ -225,7 +225,8 @@ def vmf_log_normalizer(kappa, dim):
         raise ValueError(f"vmf_log_normalizer needs at least 3 dimensions, got {dim}")
     nu, k = dim / 2 - 1, kappa.double()
     s = (nu * nu + k * k).sqrt()
-    # log I_nu(k) = s + nu log(k / (nu + s)) - log(2 pi s) / 2 + log(1 + u1 / nu + u2 / nu^2 + ...)
+    # log I_nu(k) = s + nu log(k / (nu + s)) - log(2 pi s) / 2 + log(1 + u1 + u2 + ...)
+    # with Debye's first two terms, of the order of 1 / nu and 1 / nu^2
     u1 = (3 / s - 5 * nu ** 2 / s ** 3) / 24
     u2 = (81 / s ** 2 - 462 * nu ** 2 / s ** 4 + 385 * nu ** 4 / s ** 6) / 1152
     log_c = nu * (nu + s).log() - s + 0.5 * s.log() - torch.log1p(u1 + u2)
@@ -350,7 +351,7 @@ PROTOTYPES = {
 
 
 def prototype_class(name):
-    """The class that the table has under a name; Frozen for a name that only other code has."""
+    """The class that the table has under a name; Frozen for a name that is not in the table."""
     return loaded(PROTOTYPES.get(str(name), Frozen))
 
 

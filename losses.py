@@ -226,13 +226,13 @@ class DINOLoss(Loss):
 
     def centre_at(self, tau):
         """(K,), what the teacher takes off logits / tau."""
-        # the centre of "prob" is a log-probability: no temperature divides it. That of "sinkhorn"
-        # stays 0
+        # the centre of "prob" is the logarithm of a probability, so no temperature divides it; that
+        # of "sinkhorn" is always 0
         return self.centre if self.how == "prob" else self.centre / tau
 
     def tau_and_centre(self):
-        # the teacher's softmax, as at the end of the run; the targets of "sinkhorn" are no softmax,
-        # and there the student's is taken
+        # the teacher's softmax with its last temperature; Sinkhorn-Knopp is no softmax, and there
+        # the student's temperature is taken
         tau = self.tau if self.how == "sinkhorn" else self.temps[1]
         return tau, self.centre_at(tau)
 
@@ -288,7 +288,7 @@ LOSSES = {
 
 
 def loss_class(name):
-    """The class that the table has under a name; Loss for a loss of a script's own."""
+    """The class that the table has under a name; Loss for a name that is not in the table."""
     return loaded(LOSSES.get(str(name), Loss))
 
 

@@ -69,16 +69,6 @@ def build(arch, *, patch_size=16, img_size=224, drop_path=0.0, in_small=False):
     return ViT(arch, patch_size, img_size, drop_path)
 
 
-def build_rope_vit(arch, **sizes):
-    """A freshly initialised encoder of CAPI as a backbone, under the name `arch`; see
-    zoo/rope_vit.py for the sizes. forward(x) as above, cls being the mean of the patches.
-
-    It stands here because support/ imports nothing of zoo/.
-    """
-    from zoo.rope_vit import Backbone
-    return Backbone(arch, **sizes)
-
-
 # ---- ViT -----------------------------------------------------------------------------------------
 
 class PatchEmbed(nn.Module):

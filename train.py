@@ -33,14 +33,14 @@ SCRIPT = os.path.relpath(os.path.abspath(__file__), ROOT)  # args.json names the
 
 def main(argv=None):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
-    return start(config.parse(argv, SCRIPT), SCRIPT, train)
+    return start(config.parse(argv, SCRIPT), train)
 
 
-def start(args, script, train):
+def start(args, train):
     """Returns train(args, device, stop_request), in a folder that is this run's alone; or writes
     what --export asks for. An error becomes one sentence. The scripts of zoo/ start here too."""
     keep_freed_memory()
-    with one_sentence(script, args.out):
+    with one_sentence(args.script, args.out):
         device = ddp.setup(args.device, args.timeout)
         if args.export:
             from support.export import export
@@ -81,8 +81,8 @@ def train(args, device, stop_request):
     lr_peak = args.lr * args.batch_size / 256
     warmup = min(args.warmup_epochs * steps_per_epoch, total / 10)  # steps
 
-    # If the checkpoint holds steps that no regular row has averaged yet, a row of its very step is
-    # there only because the run stopped: the next row counts these steps again, so it is dropped
+    # A run may stop between two regular rows of its log. `record` then holds the steps that the
+    # next regular row has to average, and the row that was written at the stop is dropped
     log = Log(args, start, drop_last=bool(record.rows))
     metrics = {}  # of the last evaluation
     monitor = Monitor(len(protos_t.vectors()), args.prototypes)
@@ -115,7 +115,7 @@ def train(args, device, stop_request):
             h_t = torch.cat(h_t, dim=1)  # (2, B, D)
 
         # ---- 2. prototypes: C^t = argmin L_C(C^{t-1}, h_t), one step of online EM       Eq. 3
-        report = protos_t.step(ddp.gather_views(h_t), step, beta)  # of h (2 B processes, D)
+        report = protos_t.step(ddp.gather_views(h_t), step, beta)  # h (N, D), 2 B per process
 
         # ---- 3. encoder: theta = argmin L_f(h_theta, C^t), one step of the optimiser    Eq. 4
         targets = loss_fn.targets(h_t, protos_t, step).chunk(args.accum, dim=1)

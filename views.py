@@ -136,7 +136,7 @@ def from_memory(images, recipe, batch_size, seed, steps, rank_slice, device):
         # consecutive views of one size and scale, their first two fields, are made together
         for _, alike in itertools.groupby(range(len(views)), lambda v: views[v][:2]):
             alike = list(alike)
-            numbers = torch.stack([u[v] for v in alike])  # (V of them, B, 32)
+            numbers = torch.stack([u[v] for v in alike])  # (views alike, B, 32)
             crops += augment(x, numbers, recipe, [views[v] for v in alike])
         yield crops
 
@@ -316,6 +316,7 @@ class Crops(torch.utils.data.Dataset):
 
 
 def transform(recipe, view):
+    # differs: blur is a true Gaussian; PIL's, in the papers' code, is three box filters
     return v2.Compose([
         v2.RandomResizedCrop(view.size, view.scale, interpolation=InterpolationMode.BICUBIC,
                              antialias=True),

@@ -57,11 +57,9 @@ def carp(plain, h_s, h_t, protos_s, protos_t, partition_size, perm, mean_over_ra
     plain: losses.carp itself, which computes each block; what is changed there is changed here.
     Both terms are means over partitions, so a block of whole partitions gives its share of them.
     A partition that alone has more logits than a block should have (CARL) is a block all the same.
-    ValueError as there.
+    ValueError as there, of the block that is no multiple of the partition size.
     """
     (V, B, _), K, P = h_s.shape, len(perm), partition_size
-    if K % P:
-        raise ValueError(f"{K} prototypes are not a multiple of the partition size {P}")
     with torch.autocast(h_s.device.type, enabled=False):
         h_s, h_t = h_s.float() - protos_s.origin, (h_t.float() - protos_t.origin).detach()
         C_s = protos_s.directions()  # (K, D)

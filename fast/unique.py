@@ -152,9 +152,9 @@ class GreedySearch:
     """The greedy search, which reads the rows of A block by block.
 
     cover  {eps: (M,)}  for the rows read so far: the row that covers each
-    X, Y                unit rows and sketches. The first n rows of both are overwritten with those
-                        rows read so far that are representatives at one eps or more, packed;
-                        n never exceeds the rows read
+    X, Y                unit rows of A and their sketches. Of the rows read so far only those that
+                        are representatives at some eps are needed again: they are moved to the
+                        first n places of both
     index (M,)          which row of A each of the n is
     leads (E, M)        whether each of the n is a representative at each eps
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models import ARCHS, build, build_rope_vit
+from models import ARCHS, build
 from support import capi, checkpoints
 from support.checkpoints import AVERAGE, STUDENT, TEACHER, UNNAMED
 from support.features import features, width
@@ -147,7 +147,7 @@ def untrained(backbone, args, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if hasattr(backbone, "sizes"):
-            return build_rope_vit(backbone.arch, **backbone.sizes)
+            return type(backbone)(backbone.arch, **backbone.sizes)
         return build(backbone.arch, patch_size=getattr(backbone, "patch_size", 16),
                      img_size=args["img_size"], in_small=small_stem(backbone.state_dict()))
 

@@ -23,7 +23,7 @@ import re
 
 import torch
 
-from models import build_rope_vit
+from support.entries import loaded
 
 LANDMARK = "encoder.blocks.0.residual1.fn.q_proj.weight"  # every encoder has it once
 FREQUENCIES = "encoder.blocks.0.residual1.fn.rope.freqs"
@@ -55,7 +55,7 @@ def build(path, theirs):
         if name.endswith(".rope.freqs") and not torch.equal(tensors.pop(name), tensors["freqs"]):
             raise ValueError(f"{misfit}: {name} differs from the frequencies of the first block")
     try:
-        backbone = build_rope_vit(
+        backbone = loaded("zoo.rope_vit.Backbone")(
             "capi", dim=dim, depth=depth, heads=heads, patch_size=patch,
             img_size=max(1, SIDE // patch) * patch, registers=registers, positions="released")
     except ValueError as error:

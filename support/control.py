@@ -18,7 +18,7 @@ from presets import PRESETS
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def computed(args):
+def flags_of_control(args):
     """{flag: value} of what decides the results of a run's control, apart from the seed."""
     free = config.FREE - {"data"} | {"preset", "prototypes", "seed"}
     free |= {"epochs" if args.steps else "steps"}  # --steps wins over --epochs
@@ -30,8 +30,8 @@ def computed(args):
 
 @functools.cache  # a table holds the same command more than once, and a test asks again and again
 def interpret(*words):
-    """The args of a command line, unchecked: it need not be able to run here and now. Not to be
-    changed, as the next one to ask gets the same."""
+    """The args of a command line, unchecked: it need not be able to run here and now. Do not
+    change them: the next caller gets the same object."""
     p = config.parser()
     preset = p.parse_args(words).preset
     p.set_defaults(**PRESETS[preset])
@@ -43,9 +43,10 @@ def interpret(*words):
 def typed(args):
     """[words] of a command line that gives the args that decide the results of a control."""
     words = [] if args.preset == "tiny" else ["--preset", args.preset]
-    # defaults follow the method, so it is given here; it is typed where the preset has another one
+    # defaults depend on the method, so they are those of this run's; the method itself is typed
+    # where the preset has another one
     base = dict(vars(interpret(*words, "--method", args.method)))
-    wanted = computed(args).keys() | {"seed", "data_root"}
+    wanted = flags_of_control(args).keys() | {"seed", "data_root"}
     base["method"] = interpret(*words).method
     for action in config.parser()._actions:
         name, value = action.dest, vars(args).get(action.dest)
@@ -62,7 +63,7 @@ def typed(args):
 def has_own_flags(args):
     """Whether the script of a run has flags that train.py lacks, so that its command line cannot be
     read or written here."""
-    return not computed(args).keys() <= vars(config.parser().parse_args([])).keys()
+    return not flags_of_control(args).keys() <= vars(config.parser().parse_args([])).keys()
 
 
 def command(args):
@@ -105,7 +106,7 @@ def is_control(row, args):
     except SystemExit:  # a flag that is no longer there
         return False
     same_images = row.get("data_version", "") == str(args.data_version or "")
-    return same_images and computed(other) == computed(args)
+    return same_images and flags_of_control(other) == flags_of_control(args)
 
 
 def sentence(args, folder=os.path.join(ROOT, "results")):

@@ -228,15 +228,6 @@ def mean_over_ranks(x):
     return x if WORLD == 1 else _Mean.apply(x)
 
 
-def gather_with_gradient(x):
-    """x (n, ...) of this rank -> (n ranks, ...) of all of them in turn. Differentiable."""
-    if WORLD == 1:
-        return x
-    blocks = x.new_zeros(WORLD, *x.shape)  # (ranks, n, ...), all 0 but for this rank's
-    blocks[RANK] = WORLD * x
-    return mean_over_ranks(blocks).flatten(0, 1)
-
-
 def average_gradients(params, values):
     """Mean over the processes: of the gradients, in place, and of values (n,), returned.
 

@@ -21,8 +21,8 @@ def of_coming_batches(compute, teacher, images, recipe, step, args, device, auto
 
     compute(crops, step) -> a tuple of tensors, for the crops of a step on this process. Returns one
     tensor for each of the tuple, joined over the steps (at least one) and then over the processes.
-    The crops are made as training makes them, batch norm on batch statistics included: a mixture
-    knows no others.
+    The crops are made as in training, and batch norm takes the statistics of a batch as there,
+    because a mixture was fed such vectors.
     """
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     recipe = replace(recipe, n_local=0)

@@ -8,9 +8,12 @@ import math
 
 
 class Monitor:
-    """Says each kind of thing once in a process. K: vectors of the prototype set, which are more
-    than --num-prototypes in a set that is a memory. prototypes: the set's name, which no sentence
-    advises."""
+    """Says each kind of thing once in a process.
+
+    K: vectors of the prototype set, which are more than --num-prototypes in a set that is a memory.
+    prototypes: name of the set, which no sentence then advises to try. A row of the log is {column
+    of log.csv: number or None}.
+    """
 
     def __init__(self, K, prototypes=""):
         self.K, self.prototypes = K, prototypes
@@ -25,10 +28,7 @@ class Monitor:
         return self.new(states(row, self.K))
 
     def new(self, sentences):
-        """[sentence] of those in {kind: sentence} whose kind has not been said in this run.
-
-        A row of the log is {column of log.csv: number or None}.
-        """
+        """[sentence] of those in {kind: sentence} whose kind has not been said in this run."""
         fresh = {kind: s for kind, s in sentences.items() if kind not in self.kinds_said}
         self.kinds_said |= fresh.keys()
         return list(fresh.values())

@@ -22,9 +22,8 @@ class LARS(torch.optim.Optimizer):
     dimensions, with its weight decay, is scaled to trust times the length of the tensor.
     """
 
-    def __init__(self, params, lr=0.0, momentum=0.9, trust=0.001):
-        defaults = dict(lr=lr, weight_decay=0.0, momentum=momentum, trust=trust)
-        super().__init__(params, defaults)
+    def __init__(self, params):
+        super().__init__(params, dict(lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001))
 
     @torch.no_grad()
     def step(self):

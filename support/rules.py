@@ -11,11 +11,11 @@ from support.flags import check_values
 # (what a value must be, test, flags); see support/flags.py
 RANGES = [
     ("be at least 1", lambda v: v >= 1,
-     ["num_prototypes", "partition_size", "batch_size", "bottleneck_dim", "head_hidden",
+     ["partition_size", "batch_size", "bottleneck_dim", "head_hidden",
       "patch_size", "local_size", "accum", "log_every", "eval_every", "eval_bank",
       "eval_queries", "steps", "stop_at", "save_every", "keep_every", "memory", "neighbours",
       "timeout"]),
-    ("be at least 2", lambda v: v >= 2, ["img_size"]),
+    ("be at least 2", lambda v: v >= 2, ["img_size", "num_prototypes"]),
     ("be positive", lambda v: v > 0,
      ["epochs", "lr", "logit_scale", "var_floor", "student_temp", "teacher_temp", "live_patience",
       "std"]),
@@ -52,8 +52,6 @@ def check(args, error):
     if issubclass(protos, heads.VMF) and args.bottleneck_dim < 3:
         error(f"--prototypes {args.prototypes} needs --bottleneck-dim 3 or more, got "
               f"{args.bottleneck_dim}")
-    if args.prototypes == "live" and K < 2:
-        error(f"--prototypes live needs --num-prototypes 2 or more, got {K}")
     if not 0 < eta_at(0, args.eta_a, args.eta_c) < 1:
         error(f"--eta-c {args.eta_c} is so small that the forgetting factor of the first step is 0")
     if loss.only_with and not issubclass(protos, heads.prototype_class(loss.only_with)):

@@ -460,7 +460,7 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path, monkeypatch):
     (["--hidden-share", "0"], "--hidden-share must lie in (0, 1], got 0"),
     (["--hidden-share", "1"], "--hidden-share 1.0 of 64 patches hides none or all of them"),
     (["--registers", "6"], "--registers must be a multiple of 4"),
-    (["--num-prototypes", "1"], "--num-prototypes 1 leaves nothing to guess"),
+    (["--num-prototypes", "1"], "--num-prototypes must be at least 2, got 1"),
     (["--local-scale", "0.1", "0.2"],
      "--local-scale changes nothing with --local-crops 0"),
     (["--min-lr", "1"], "CA.7 would give the teacher a negative momentum"),

@@ -66,7 +66,7 @@ def test_the_command_of_a_control_gives_the_same_run_with_frozen_prototypes(tmp_
     assert words[:2] == ["python", "train.py"]
     again = args(*words[2:])
     assert again.prototypes == "frozen" and again.seed == run.seed
-    assert control.computed(again) == control.computed(run)
+    assert control.flags_of_control(again) == control.flags_of_control(run)
     assert again.data_root == run.data_root
 
 

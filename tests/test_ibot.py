@@ -429,8 +429,8 @@ def test_without_the_patch_stream_the_class_stream_is_that_of_dino(tmp_path):
     (["--teacher-temp-epochs", "2"], "--teacher-temp-epochs changes nothing with --teacher-temp"),
     (["--mask-share", "0", "--mask-ratio", "0.2", "0.3"],
      "--mask-ratio changes nothing with --mask-share 0; got [0.2, 0.3]"),
-    (["--num-prototypes", "1"], "--num-prototypes 1 leaves nothing to guess"),
-    (["--num-patch-prototypes", "1"], "--num-patch-prototypes 1 leaves nothing to guess"),
+    (["--num-prototypes", "1"], "--num-prototypes must be at least 2, got 1"),
+    (["--num-patch-prototypes", "1"], "--num-patch-prototypes must be at least 2, got 1"),
     (["--head-bn", "--no-shared-head"], "--head-bn with --no-shared-head"),
     (["--method", "dino"], "--method")])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):

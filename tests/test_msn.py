@@ -191,7 +191,7 @@ def test_the_backbones_of_student_and_teacher_are_compiled(tmp_path, monkeypatch
      "--student-prototypes has no effect in MSN"),
     (["--prototypes", "vmf"], "--prototypes vmf does not work here"),
     (["--prototypes", "kmeans"], "--prototypes kmeans does not work here"),
-    (["--num-prototypes", "1"], "--num-prototypes 1 leaves nothing to guess"),
+    (["--num-prototypes", "1"], "--num-prototypes must be at least 2, got 1"),
     (["--method", "dino"], "--method")])
 def test_bad_flags_are_one_sentence(tmp_path, capsys, flags, sentence):
     with pytest.raises(SystemExit) as refusal:

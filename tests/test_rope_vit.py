@@ -8,7 +8,6 @@ import torch
 import data
 import eval_knn
 import eval_linear
-import models
 from support import backbones, features
 from zoo import rope_vit
 from zoo.rope_vit import Backbone, Encoder, Predictor
@@ -434,8 +433,8 @@ def test_other_networks_are_refused_in_one_sentence(tmp_path, change, words):
 def test_a_backbone_is_an_encoder_with_the_mean_of_its_patches():
     torch.manual_seed(0)
     sizes = dict(dim=96, depth=1, heads=3, patch_size=4, img_size=32, registers=4)
-    net = models.build_rope_vit("mine", **sizes)
-    assert isinstance(net, Backbone) and net.arch == "mine" and net.sizes == sizes
+    net = Backbone("mine", **sizes)
+    assert net.arch == "mine" and net.sizes == sizes
     net.load_state_dict(Encoder(**sizes).state_dict())  # the same names
     x = torch.randn(2, 3, 32, 32)
     cls, patches = net(x)

@@ -330,7 +330,7 @@ def test_the_monitor_knows_that_shares_are_of_the_memory_and_not_of_the_anchors(
     (["--patch-memory", "15"],
      "--patch-memory 15 is too small for --num-patch-prototypes 16 anchors and --patch-neighbours "
      "0 others"),
-    (["--num-patch-prototypes", "1"], "--num-patch-prototypes 1: S.3 shares a member among"),
+    (["--num-patch-prototypes", "1"], "--num-patch-prototypes must be at least 2, got 1"),
     (["--memory", "20"], "--memory 20 is too small for --num-prototypes 16 anchors"),
     (["--patch-neighbours", "-1"], "--patch-neighbours must not be negative, got -1"),
     (["--patch-memory", "0"], "--patch-memory must be at least 1, got 0"),

@@ -251,7 +251,7 @@ def test_collapse_counts_both_sets(tmp_path, capsys):
     (["--method", "deepcluster"],
      "--method deepcluster takes its targets from --prototypes kmeans; got --prototypes decoupled"),
     (["--method", "sop", "--prototypes", "bank", "--num-prototypes", "1"],
-     "--num-prototypes 1: S.3 shares a member among at least 2 anchors"),
+     "--num-prototypes must be at least 2, got 1"),
     (["--method", "sop", "--prototypes", "bank", "--memory", "20"],
      "--memory 20 is too small for --num-prototypes 16 anchors and --neighbours 8 others")])
 def test_what_does_not_belong_together_is_refused(tmp_path, capsys, flags, sentence):

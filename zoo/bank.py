@@ -9,8 +9,9 @@ nearest to it is one self-organising prototype (SOP):
     S.1  memory      unit teacher vectors of the second global crop, first in, first out. The
                      vectors of a step enter it after the step has used it
     S.2  members     K vectors of the memory are drawn at random as anchors. Each takes its k
-                     nearest among the other vectors. These k and the anchor are the members of its
-                     SOP. Member m has the similarity s_m = <member, anchor>; the anchor has 0.9
+                     nearest among the vectors that are no anchors. These k and the anchor are the
+                     members of its SOP. Member m has the similarity s_m = <member, anchor>; the
+                     anchor has 0.9
     S.3  share       member m counts s_m for its own SOP and (1 - s_m) / (K - 1) for each other one:
                      these are the rows of Y, and each sums to 1
     S.4  P(u) = softmax_m(scale <u, member_m> / tau) Y   (K,), for a unit vector u; --logit-scale is
@@ -41,7 +42,7 @@ class Bank(Frozen):
     k   neighbours of an anchor; 0: an anchor alone is a SOP
     B   vectors of a step that enter the memory, of all processes: one per image, or per patch
     of  "patch-" in a set of patches, whose flags have this in their names
-    Raises ValueError for K below 2, or a memory too small for K anchors and k neighbours.
+    Raises ValueError for a memory too small for K anchors and k neighbours.
     differs: the memory needs not be a multiple of B long; similarities are held in [0, 1], so that
     no share is negative.
     """
@@ -50,9 +51,6 @@ class Bank(Frozen):
     only_with = "sop"
 
     def __init__(self, K, D, scale=1.0, seed=0, *, M, k, B, of=""):
-        if K < 2:
-            raise ValueError(f"--num-{of}prototypes {K}: S.3 shares a member among at least 2 "
-                             "anchors")
         if M < K + k:
             raise ValueError(f"--{of}memory {M} is too small for --num-{of}prototypes {K} anchors "
                              f"and --{of}neighbours {k} others")

@@ -184,9 +184,6 @@ def check(args):
     if args.registers < 0 or args.registers % 4:
         raise ValueError(f"--registers must be a multiple of 4, as equally many stand along each "
                          f"of the four sides of an image, got {args.registers}")
-    if args.num_prototypes < 2:
-        raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
-                         "or more")
     largest_lr = max(args.lr * args.batch_size / 256, args.min_lr)
     if not args.ema_per_lr * largest_lr <= 1:
         raise ValueError(f"--ema-per-lr {args.ema_per_lr} times the largest learning rate "
@@ -351,7 +348,7 @@ class OneView(views.Recipe):
 
 def main(argv=None):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
-    return start(parse(argv), SCRIPT, train)
+    return start(parse(argv), train)
 
 
 def train(args, device, stop_request):

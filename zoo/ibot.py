@@ -164,7 +164,8 @@ def parse(argv=None):
 
 # of patch_flags: (what a value must be, test, flags); see support/flags.py
 RANGES = [
-    ("be at least 1", lambda v: v >= 1, ["patch_rows", "num_patch_prototypes"]),
+    ("be at least 1", lambda v: v >= 1, ["patch_rows"]),
+    ("be at least 2", lambda v: v >= 2, ["num_patch_prototypes"]),
     ("not be negative", lambda v: v >= 0, ["patch_weight"]),
     ("lie in [0, 1]", lambda v: 0 <= v <= 1, ["mask_share"]),
 ]
@@ -213,10 +214,6 @@ def check(args):
         check_not_read(args, flags, ["patch_rows"],
                        f"{SCRIPT} with --patch-prototypes {args.patch_prototypes} and without "
                        "--place-mean")
-    for name in ("num_prototypes", "num_patch_prototypes"):
-        if getattr(args, name) < 2:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} leaves nothing to "
-                             "guess; use 2 or more")
     check_values(args, [("be positive", lambda v: v > 0, ["patch_temp"]),
                         ("not be negative", lambda v: v >= 0, ["patch_kp_weight"])])
     if args.kp_weight != args.patch_kp_weight:
@@ -399,12 +396,12 @@ def of_more_vectors(args, times):
     return new
 
 
-def main(argv=None, script=SCRIPT, parse=parse, make_streams=streams):
+def main(argv=None, parse=parse, make_streams=streams):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2.
 
-    script, parse, make_streams: of a script with streams of its own, as zoo/sop.py.
+    parse, make_streams: of a script with streams of its own, as zoo/sop.py.
     """
-    return start(parse(argv), script, lambda *run: train(*run, make_streams))
+    return start(parse(argv), lambda *run: train(*run, make_streams))
 
 
 def train(args, device, stop_request, make_streams):

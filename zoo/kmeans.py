@@ -62,7 +62,6 @@ class KMeans(Frozen):
     memory is that of the first crop, and the vectors are the teacher's.
     """
 
-
     def __init__(self, K, D, scale=1.0, seed=0, *, n, batch_size):
         super().__init__(K, D, scale, seed)
         self.n, self.batch_size, self.seed = n, batch_size, seed

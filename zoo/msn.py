@@ -108,9 +108,6 @@ def check(args):
         raise ValueError(f"--prototypes {args.prototypes} has a `bias`, which MSN does not read")
     check_not_read(args, flags, NOT_READ,
                    "MSN, whose targets are those of --student-temp, --sharpen and --balance")
-    if args.num_prototypes < 2:
-        raise ValueError(f"--num-prototypes {args.num_prototypes} leaves nothing to guess; use 2 "
-                         "or more")
     if args.arch not in models.VITS:
         raise ValueError(f"--arch {args.arch} has no patches that can be left out: MSN needs a ViT")
 
@@ -170,7 +167,7 @@ def student_vectors(student, crops, keep):
 
 def main(argv=None):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
-    return start(parse(argv), SCRIPT, train)
+    return start(parse(argv), train)
 
 
 def train(args, device, stop_request):

@@ -119,7 +119,7 @@ def streams(args, steps_per_epoch, gmm_start, device):
 
 def main(argv=None):
     """One training run. Returns its final metrics; bad input is one sentence and exit code 2."""
-    return ibot.main(argv, SCRIPT, parse, streams)
+    return ibot.main(argv, parse, streams)
 
 
 def load_run(path):

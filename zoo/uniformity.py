@@ -8,7 +8,7 @@ prototypes do:
 
     U.1  log mean over pairs of images a != b of exp(-2 |u_a - u_b|^2), u = h / |h| of one view
 
-It is 0 if all vectors are one, and lowest if they spread evenly. The term must not be strong: at
+It is 0 if all vectors are equal, and lowest if they spread evenly. The term must not be strong: at
 weight 0.5 the vectors spread, and consistency hardly falls (docs/space.md).
 
     python train.py --method carp-uniform --prototypes live
@@ -34,8 +34,15 @@ class UniformCARP(CARPLoss):
 
     def forward(self, h_s, h_t, protos_s, protos_t, step):
         terms = super().forward(h_s, h_t, protos_s, protos_t, step)
-        spread = sum(uniformity(ddp.gather_with_gradient(h)) for h in h_s[:2]) / 2
+        spread = sum(uniformity(gathered(h)) for h in h_s[:2]) / 2
         return terms | {"uniformity": self.weight * spread}
+
+
+def gathered(h):
+    """h (B, D) of this process -> (B processes, D) of all of them in turn. Differentiable."""
+    blocks = h.new_zeros(ddp.WORLD, *h.shape)  # (processes, B, D), all 0 but for this one's
+    blocks[ddp.RANK] = ddp.WORLD * h
+    return ddp.mean_over_ranks(blocks).flatten(0, 1)
 
 
 def uniformity(h):
