@@ -225,19 +225,21 @@ def describe(C, eps_list, orders=5, seed=0, progress=False):
     nearest, graph = unique.neighbours(A, eps_list, progress)
     if M > 1:
         out["nearest_cosine"] = {q: float(nearest.double().quantile(q)) for q in QUANTILES}
-    # A row without a neighbour is unique in any order: only the other rows need be searched.
+    # A row without a neighbour is unique in any order, so random orders of the others are enough.
+    # The count itself searches all rows where `covering` does, so that a change of it counts
     crowded = A[graph[eps_list[-1]][0]]  # (rows with a neighbour, D)
     alone = M - len(crowded)
+    searched = A if M <= PLAIN_UP_TO else crowded
     groups = {eps: [] for eps in eps_list}  # how many rows each representative covers
     shuffled = {}
-    if len(crowded):
-        for eps, representative in representatives(crowded, eps_list, progress).items():
+    if len(searched):
+        for eps, representative in representatives(searched, eps_list, progress).items():
             groups[eps] = representative.unique(return_counts=True)[1].tolist()
-        if orders:
-            shuffled = random_order_unique(crowded, eps_list, orders, seed)
+    if len(crowded) and orders:
+        shuffled = random_order_unique(crowded, eps_list, orders, seed)
     for eps in eps_list:
         has_neighbour, component = graph[eps]  # (M,), (M,)
-        count = alone + len(groups[eps])
+        count = M - len(searched) + len(groups[eps])
         duplicates = sorted((n for n in groups[eps] if n > 1), reverse=True)
         # where no row has a neighbour, all orders give the same; without orders nobody knows
         mean, sd = shuffled.get(eps, (None, None) if len(crowded) else (0, 0.))

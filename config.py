@@ -380,6 +380,9 @@ def check_script(path, old, script):
     """ValueError where a run is of another script than the one that resumes it; old: the flags that
     the file at `path` holds."""
     of_run = old.get("script", "train.py")
+    if not isinstance(of_run, str):
+        raise ValueError(f"--resume: {path} says script = {of_run!r}, which cannot be; remove it, "
+                         "and type the flags again")
     if of_run != script:
         module = of_run.removesuffix(".py").replace("/", ".").replace(os.sep, ".")
         by = "python train.py" if of_run == "train.py" else f"python -m {module}"
@@ -391,9 +394,11 @@ def could_be(value, action):
     """Whether a value from a file has the form that a flag, an argparse action, has."""
     if value is None:
         return action.default is None
-    if isinstance(action.nargs, int) and action.nargs:
-        return (isinstance(value, list) and len(value) == action.nargs
-                and all(isinstance(v, (int, float)) for v in value))  # all such flags are floats
+    if action.nargs:  # several values: a number of them, or "+" or "*"
+        of_one = argparse.Action([], action.dest, type=action.type, choices=action.choices)
+        numbers = (len(value), "*", "+" if value else None) if isinstance(value, list) else ()
+        return (action.nargs in numbers
+                and all(v is not None and could_be(v, of_one) for v in value))
     kinds = {int: int, float: (int, float), None: str}
     is_switch = isinstance(action.default, bool) or action.nargs == 0
     kind = bool if is_switch else kinds.get(action.type, object)  # a fork may have another type
@@ -462,6 +467,9 @@ def check_changes(args, parser):
                                                 "patch_prototypes")]
     kinds = [kind for kind in dict.fromkeys(kinds) if kind not in (None, "same")]
     for name, choice in not_read(args.method, kinds).items():
+        if not hasattr(args, name):
+            parser.error(f"READ_BY_METHODS or READ_BY_PROTOTYPES in config.py names {name!r}, and "
+                         "there is no such flag")
         value = getattr(args, name)
         if value != parser.get_default(name):
             readers = [reader for table in (READ_BY_METHODS, READ_BY_PROTOTYPES)

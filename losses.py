@@ -130,6 +130,7 @@ class Loss(nn.Module):
     tau       temperature of the student's softmax (--student-temp, where it reads that)
     and the class may say
     only_with the name of the only prototypes it works with
+    reads_bias  whether it adds `bias` of a prototype set to logits over a temperature
     and what a flag is where nobody types it:
     unit_h              --head-norm: h of length one
     teacher_momentum    --momentum and --momentum-end
@@ -139,6 +140,7 @@ class Loss(nn.Module):
     uniform = None
     tau = 1.0
     only_with = None
+    reads_bias = False
     unit_h = False
     teacher_momentum = (0.98, 1.0)
     teacher_temp = (0.025, 0.025)  # ours: DINO's 0.04 learns less on the built-in images
@@ -207,6 +209,7 @@ class DINOLoss(Loss):
     "sinkhorn"  Sinkhorn-Knopp over both views of all images (DINOv2; Table C.3 when decoupled)
     """
 
+    reads_bias = True
     unit_h = True
     # at 0.98 a run on the built-in images fell back to uniform assignments
     teacher_momentum = (0.99, 1.0)

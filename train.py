@@ -159,7 +159,7 @@ def train(args, device, stop_request):
                     if args.student_prototypes != "same":
                         metrics |= measures.student_measures(protos_s, loss_fn, h, beta, args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
-                    row = joined(row, metrics)
+                    row |= metrics
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
             if ddp.RANK == 0:
                 log.row(done, row, terms)

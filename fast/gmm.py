@@ -68,7 +68,8 @@ class FastGMM(OnlineGMM):
         blocks, parts = self.blocks(), x.split(max(1, self.keep // self.K))
         size = blocks[0].stop
         sums = [None] * len(blocks)
-        memory = x.new_empty(2, size, self.D)  # what log2_joint computes of a block
+        # what log2_joint computes of a block
+        memory = x.new_empty(2, size, self.D), x.new_empty(2, size, self.D, dtype=torch.float64)
         table = x.new_empty(len(blocks), size, len(parts[0]))  # (blocks, |ks|, n)
         table[-1] = -math.inf  # the last block may be shorter, and what it lacks must win nothing
         for part, rows in enumerate(parts, 1):
@@ -114,17 +115,19 @@ class FastGMM(OnlineGMM):
     def log2_joint(self, d, c, ks, beta, memory, out):
         """log2[ pi_k P(h_i | k)^beta ] (|ks|, n), up to a term that all k share, into `out`.
 
-        d (2, D, n): h - c and its square. memory (2, >= |ks|, D): used again for each block.
+        d (2, D, n): h - c and its square. memory: (2, >= |ks|, D) float32 and the same in float64,
+        used again for each block.
         """
         to_log2 = 1 / math.log(2)
         power = beta * to_log2  # log2 of P^beta is power * log P
-        slope, precision = memory[:, :ks.stop - ks.start]  # (|ks|, D) each
+        slope, precision = memory[0][:, :ks.stop - ks.start]  # (|ks|, D) each
+        mean_c, inverse = memory[1][:, :ks.stop - ks.start]  # (|ks|, D) each
         mean = self.mean(ks)  # (|ks|, D), float64
         var = self.variance(ks, mean)  # (|ks|, D)
         # sum_d log Sigma: float64 holds the product of 16 variances, and log(a b) = log a + log b
         log_det = var.unflatten(1, (-1, math.gcd(self.D, 16))).prod(2).log_().sum(1)  # (|ks|,)
-        mean_c = mean.sub_(c)  # (|ks|, D), mu - c
-        inverse = var.reciprocal_()  # (|ks|, D), 1 / Sigma
+        torch.sub(mean, c, out=mean_c)  # mu - c
+        torch.reciprocal(var, out=inverse)  # 1 / Sigma
         precision.copy_(inverse)
         slope.copy_(mean_c).mul_(precision)
         square = mean_c.square_().mul_(inverse).sum(1)  # (|ks|,), (mu - c)^2 / Sigma

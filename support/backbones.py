@@ -300,12 +300,12 @@ def hash_of_images(images):
 
 @functools.cache
 def code_of_features():
-    """16 hex digits of the files that make features of weights and images: an edit of them counts.
-    """
+    """16 hex digits of all files that may make features of weights and images: those of the root,
+    support/ and zoo/."""
     root = Path(__file__).parent.parent
-    names = ("data.py", "models.py", "views.py", "support/features.py", "support/pixels.py",
-             "zoo/rope_vit.py")
-    return digest(*((root / name).read_bytes() for name in names))
+    files = [path for folder in (root, root / "support", root / "zoo")
+             for path in sorted(folder.glob("*.py"))]
+    return digest(*((path.name, path.read_bytes()) for path in files))
 
 
 def cached(backbone, images, img_size, folder, *, layers=1, pool="cls", crop=True, mean=MEAN,

@@ -105,7 +105,8 @@ class Log:
 def joined(*parts, **more):
     """One dict of several, each {column of log.csv: value}.
 
-    ValueError for a name in two of them, and for a part that is no dict.
+    ValueError for a name in two of them, for one that an evaluation fills, and for a part that is
+    no dict.
     """
     whole = {}
     for part in (*parts, more):
@@ -114,7 +115,7 @@ def joined(*parts, **more):
                              "set {column of log.csv: number}, {} if it has nothing to report; got "
                              f"a {type(part).__name__}")
         for name in part:
-            if name in ("step", "raw_knn"):
+            if name in ("step", "raw_knn", *MEASURED) or OF_FURTHER_SETS.fullmatch(name):
                 raise ValueError(f"{name!r} is a column of log.csv that the loop fills: a term of "
                                  "the loss, and what a prototype set reports, need other names")
             if name in whole:
@@ -176,7 +177,10 @@ class Record:
                              f"{', '.join(self.names[:-1])}: where a term does not count, return "
                              "0 for it, since each has a column of log.csv")
         self.names = names
-        self.sum = self.sum + share * torch.stack([v.detach() for v in terms.values()])  # (terms,)
+        device = terms["loss"].device
+        values = [torch.as_tensor(v, dtype=torch.float32, device=device).detach()
+                  for v in terms.values()]  # a loss may give 0 for a term that does not count
+        self.sum = self.sum + share * torch.stack(values)  # (terms,)
 
     def take(self):
         """Terms of the step so far (terms,); the next step begins at 0."""

@@ -40,26 +40,27 @@ def of_coming_batches(compute, teacher, images, recipe, step, args, device, auto
 
 def coming_vectors(teacher, images, recipe, step, args, device, autocast):
     """Teacher vectors h (N, D) of all processes, of the global crops of the next steps."""
-    h, = of_coming_batches(lambda crops, _: (teacher(crops),), teacher, images, recipe, step, args,
-                           device, autocast)
+    h, = of_coming_batches(lambda crops, _: (teacher(crops[:2]),), teacher, images, recipe, step,
+                           args, device, autocast)
     return h
 
 
 @torch.no_grad()
-def prototype_measures(protos, loss, h, beta, seed):
+def prototype_measures(protos, loss, h, beta, seed, of_student=False):
     """Unique shares of a prototype set, and the measures that belong beside them.
 
     h (N, D): teacher vectors, for used, perplexity and the ceiling. ValueError if they are not
     finite. A set that is a memory of vectors has None in the place of unique shares. Of the
     vectors: h_norm, median length; h_cosine, mean cosine of two; h_rank, effective rank. z_sd:
     standard deviation of a vector's logits over the prototypes, which says how peaked their softmax
-    is.
+    is. of_student: the set is the student's alone, whose softmax has no centre.
     """
     if not h.isfinite().all():
         raise ValueError("the teacher's vectors are not finite: lower --lr or --weight-decay. The "
                          "last checkpoint is untouched")
     C = protos.vectors()  # (K, D)
-    assigned = (protos.assign(part, beta, *loss.tau_and_centre()) for part in h.split(128))
+    softmax = (loss.tau, 0.0) if of_student else loss.tau_and_centre()
+    assigned = (protos.assign(part, beta, *softmax) for part in h.split(128))
     used, perplexity = collapse.usage(assigned)
     measures = {"used": used, "perplexity": perplexity, "drift": collapse.drift(C, protos.start),
                 "h_norm": float(h.norm(dim=1).median()), "h_cosine": mean_cosine(h),
@@ -84,7 +85,7 @@ def mean_cosine(h):
 
 def student_measures(protos, loss, h, beta, seed):
     """prototype_measures of a set that the student alone has, {student_NAME: value}."""
-    measures = prototype_measures(protos, loss, h, beta, seed)
+    measures = prototype_measures(protos, loss, h, beta, seed, of_student=True)
     own = ("unique_0.025", "unique_0.5", "used", "perplexity", "drift")
     return {f"student_{name}": measures[name] for name in own}
 

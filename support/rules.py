@@ -41,14 +41,14 @@ def check(args, error):
         error(sentence)
     K, batch = args.num_prototypes, args.batch_size
     loss, protos = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
-    # a method that LOSSES lacks is that of a script in zoo/, which has temperatures too
-    has_temperatures = issubclass(loss, losses.DINOLoss) or args.method not in losses.LOSSES
-    if issubclass(protos, heads.VMF) and not has_temperatures:
+    # a method that LOSSES lacks is that of a script in zoo/, all of which read it
+    reads_bias = loss.reads_bias or args.method not in losses.LOSSES
+    if issubclass(protos, heads.VMF) and not reads_bias:
         error(f"--prototypes {args.prototypes} has concentrations in units of DINO's temperatures; "
               f"got --method {args.method}")
-    elif protos.bias is not heads.Frozen.bias and not has_temperatures:
+    elif protos.bias is not heads.Frozen.bias and not reads_bias:
         error(f"--prototypes {args.prototypes} has a `bias`, which --method {args.method} does not "
-              "read: only a softmax with a temperature does")
+              "read (`reads_bias` of its class)")
     if issubclass(protos, heads.VMF) and args.bottleneck_dim < 3:
         error(f"--prototypes {args.prototypes} needs --bottleneck-dim 3 or more, got "
               f"{args.bottleneck_dim}")

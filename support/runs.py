@@ -1,5 +1,6 @@
 """A run that has been trained, in use: its networks, and what its prototypes answer for."""
 import os
+import textwrap
 
 import torch
 
@@ -66,6 +67,6 @@ def load_run(path):
     except (ValueError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a damaged or foreign file can raise
-        reason = type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of a run of ours ({reason})") from error
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+        raise ValueError(f"{path} was made by other code, or is damaged ({reason})") from error
     return net.eval(), protos, loss, vars(args)

@@ -788,6 +788,19 @@ def test_logs_without_checkpoint_and_the_reverse(tmp_path, capsys):
     assert "log.csv: not a table of numbers" in refusal(capsys, a)
 
 
+def test_a_changed_definition_of_duplicates_counts_in_every_table(monkeypatch):
+    """Antipodes as copies, say: 500 of 1,000 prototypes are left, and no two are neighbours."""
+    V = randn(500, 64)
+    C = torch.cat([V, -V])
+
+    def covering(A, eps_list):
+        half = torch.arange(len(A)) % 500
+        return {eps: half.clone() for eps in eps_list}
+    monkeypatch.setattr(collapse, "covering", covering)
+    assert collapse.unique_counts(C, [0.025]) == {0.025: 500}
+    assert collapse.describe(C, [0.025], orders=0)["eps"][0.025]["unique"] == 500
+
+
 @pytest.mark.parametrize("stored", [
     [T], T.numpy(), {"teacher": {"prototypes": T}, "args": FLAGS, "epoch": 3}])
 def test_a_folder_whose_checkpoint_is_no_run(tmp_path, capsys, stored):

@@ -185,6 +185,21 @@ def test_values_of_a_damaged_args_json_have_the_types_of_their_flags(flag, value
     assert config.could_be(value, action) is fits
 
 
+@pytest.mark.parametrize("value, fits", [
+    ([3, 5], True), ([3], True), ([], False), (3, False), ([3.5], False), ([None], False)])
+def test_values_of_a_flag_of_a_fork_that_takes_any_number_of_them(value, fits):
+    p = argparse.ArgumentParser()
+    action = p.add_argument("--milestones", type=int, nargs="+", default=[2, 4])
+    assert config.could_be(value, action) is fits
+
+
+def test_values_of_a_flag_of_a_fork_that_takes_two_names():
+    p = argparse.ArgumentParser()
+    action = p.add_argument("--names", nargs=2, default=["a", "b"])
+    assert config.could_be(["c", "d"], action)
+    assert not config.could_be(["c"], action) and not config.could_be(["c", 1], action)
+
+
 @pytest.mark.parametrize("value", [torch.zeros(0), torch.zeros(2), [torch.zeros(2)], "x", None, {}])
 def test_a_value_that_a_flag_cannot_have_differs_from_any(value):
     new = vars(config.parse(["--device", "cpu"]))

@@ -38,6 +38,30 @@ def test_fast_equals_plain_over_several_steps(chunk, keep, D):
         assert torch.allclose(x.double(), y.double(), rtol=1e-5, atol=1e-6), name
 
 
+class FixedParameters:
+    """A fork whose means and variances stand still: what it returns is its own."""
+
+    def mean(self, ks=slice(None)):
+        return self.own_mean[ks]
+
+    def variance(self, ks=slice(None), mu=None):
+        return self.own_var[ks]
+
+
+def test_what_mean_and_variance_of_a_fork_return_is_only_read():
+    pair = [type("Fork", (FixedParameters, base), {}) for base in (OnlineGMM, FastGMM)]
+    for cls in pair:
+        cls.own_mean = torch.linspace(-1, 1, 40 * 6, dtype=torch.float64).view(40, 6)
+        cls.own_var = torch.full((40, 6), 2.0, dtype=torch.float64)
+    plain, fast, h = both(40, 6, 50, plain=pair[0], fast=pair[1], chunk=16)
+    for t in range(3):
+        plain.update(h, 0.4, eta_at(t))
+        fast.update(h, 0.4, eta_at(t))
+    assert (fast.own_var == 2).all() and torch.equal(fast.own_mean, plain.own_mean)
+    for x, y in zip(plain.buffers(), fast.buffers()):
+        assert torch.allclose(x.double(), y.double(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("forgetting", ["plain", "sample"])
 def test_other_rules_of_forgetting(forgetting):
     if forgetting == "sample":

@@ -700,3 +700,12 @@ def test_parameters_of_a_loss_are_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(ibot, "DINOLoss", Scaled)
     run(tmp_path, "--lr", "1")
     assert read_checkpoint(tmp_path)["loss"]["class.factor"] != 1
+
+
+def test_local_crops_of_a_fork_may_have_several_sizes(tmp_path, small_shapes, small_network,
+                                                      monkeypatch):
+    whole = views.Recipe.views
+    monkeypatch.setattr(views.Recipe, "views", lambda self: [
+        *whole(self), views.View(24, (0.2, 0.6), 0.0, 0.0)])
+    run(tmp_path, "--steps", "2")
+    assert read_checkpoint(tmp_path)["step"] == 2

@@ -692,6 +692,18 @@ class Counting(nn.Module):
         return self.fc(x.mean((2, 3))), None
 
 
+@pytest.mark.parametrize("name", ["models.py", "support/features.py", "zoo/of_a_fork.py"])
+def test_an_edit_of_any_file_that_may_make_features_counts(tmp_path, monkeypatch, name):
+    for folder in ("support", "zoo"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(backbones, "__file__", str(tmp_path / "support/backbones.py"))
+    found = [backbones.code_of_features.__wrapped__()]
+    for text in ("one", "two"):
+        (tmp_path / name).write_text(text)
+        found.append(backbones.code_of_features.__wrapped__())
+    assert len(set(found)) == 3
+
+
 def test_cached_features_are_computed_once_and_belong_to_what_made_them(tmp_path, capsys,
                                                                         monkeypatch):
     net, images = Counting(), pictures([0, 1, 2, 0, 1])

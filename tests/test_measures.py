@@ -81,6 +81,30 @@ def test_an_evaluation_meets_the_global_crops_of_the_steps_to_come():
     assert teacher.calls == 0
 
 
+def test_the_teacher_meets_two_crops_also_where_a_fork_adds_views(monkeypatch):
+    images, args = small_sets()[0], config.parse(TINY)
+    recipe, autocast = config.recipe(args), contextlib.nullcontext()
+    before = measures.coming_vectors(Teacher(), images, recipe, 4, args, "cpu", autocast)
+    whole = views.Recipe.views
+    monkeypatch.setattr(views.Recipe, "views", lambda self: [
+        *whole(self), views.View(24, (0.2, 0.6), 0.0, 0.0)])
+    after = measures.coming_vectors(Teacher(), images, recipe, 4, args, "cpu", autocast)
+    assert len(after) == 32 and torch.equal(after, before[:32])  # of two steps, not of three
+
+
+def test_the_set_of_a_student_is_measured_by_the_softmax_of_the_loss():
+    """Without the centre, which is of the teacher's logits, and at the student's temperature."""
+    protos, h = heads.Frozen(6, 3, scale=2.0, seed=1), randn(150, 3)
+    loss = losses.DINOLoss(6, 10, temps=(0.5, 0.5), tau=0.1)
+    loss.centre += torch.linspace(-2, 2, 6)
+    found = measures.student_measures(protos, loss, h, 0.5, seed=3)
+    P = (2 * h.double() @ protos.start.double().T / 0.1).softmax(1)  # (N, K)
+    mean = P.mean(0)
+    assert found["student_used"] == len(P.argmax(1).unique()) / 6
+    assert found["student_perplexity"] == pytest.approx(
+        float((-(mean * mean.log()).sum()).exp()) / 6)
+
+
 def test_the_controls_beside_the_last_evaluation_are_those_of_row_0(tmp_path, monkeypatch):
     answers = iter([11.0, 22.0, 33.0])  # untrained, raw pixels, trained
     monkeypatch.setattr(measures, "knn", lambda *args: next(answers))

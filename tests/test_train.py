@@ -376,9 +376,47 @@ class Biased(heads.Frozen):
 def test_a_bias_that_the_method_does_not_read_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(heads.PROTOTYPES, "mine", Biased)
     assert sentence_of_refusal(capsys, tmp_path, "--prototypes", "mine").endswith(
-        "--prototypes mine has a `bias`, which --method carp does not read: only a softmax with a "
-        "temperature does")
+        "--prototypes mine has a `bias`, which --method carp does not read (`reads_bias` of its "
+        "class)")
     train_tiny(tmp_path, "--prototypes", "mine", "--method", "dino", "--steps", "1")
+
+
+class ReadsBias(losses.CARPLoss):
+    """A loss that says of itself that it reads a bias; with vMF it is not refused then."""
+    reads_bias = True
+
+
+def test_a_loss_may_say_that_it_reads_a_bias(tmp_path, monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "mine", ReadsBias)
+    train_tiny(tmp_path, "--prototypes", "vmf", "--method", "mine", "--steps", "1")
+
+
+class TermFromStepThree(losses.CARPLoss):
+    def forward(self, h_s, h_t, protos_s, protos_t, step):
+        terms = super().forward(h_s, h_t, protos_s, protos_t, step)
+        return terms | {"late": h_s.square().mean() if step > 2 else 0}
+
+
+def test_a_term_that_does_not_count_yet_may_be_the_number_0(tmp_path, monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "mine", TermFromStepThree)
+    monkeypatch.setattr(heads.Frozen, "penalty", lambda self: 0)
+    train_tiny(tmp_path, "--prototypes", "frozen", "--method", "mine", "--log-every", "1")
+    late = [float(row["late"]) for row in read_log(tmp_path) if row["late"]]
+    assert late[:3] == [0, 0, 0] and min(late[3:]) > 0
+
+
+@pytest.mark.parametrize("name", ["drift", "used", "patch_used"])
+def test_a_set_reports_no_column_that_an_evaluation_fills(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(heads.Frozen, "step", lambda self, h, step, beta=0.5: {name: 0.5})
+    assert f"{name!r} is a column of log.csv that the loop fills" in sentence_of_refusal(
+        capsys, tmp_path, "--prototypes", "frozen", "--log-every", "1")
+    assert len(read_log(tmp_path)) == 1  # the row of the controls: it was the first step
+
+
+def test_a_name_that_no_flag_has_in_the_lists_of_what_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(config.READ_BY_PROTOTYPES, "frozen", "my-flag")
+    assert ("READ_BY_METHODS or READ_BY_PROTOTYPES in config.py names 'my-flag', and there is no "
+            "such flag") in sentence_of_refusal(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("flags, said", [(["--workers", "2"], True), ([], False)])
@@ -417,11 +455,6 @@ class NamedPenalty(losses.CARPLoss):
         return super().forward(*args) | {"penalty": args[0].sum()}
 
 
-class NamedDrift(losses.CARPLoss):
-    def forward(self, *args):
-        return super().forward(*args) | {"drift": args[0].sum()}
-
-
 class ReportsRate(heads.Frozen):
     def step(self, h, step, beta=0.5):
         return {"lr": h.norm(dim=1).mean()}
@@ -429,7 +462,6 @@ class ReportsRate(heads.Frozen):
 
 @pytest.mark.parametrize("table, name, kind, flags", [
     (losses.LOSSES, "penalty", NamedPenalty, ["--method", "mine", "--prototypes", "frozen"]),
-    (losses.LOSSES, "drift", NamedDrift, ["--method", "mine", "--prototypes", "frozen"]),
     (heads.PROTOTYPES, "lr", ReportsRate, ["--prototypes", "mine"])])
 def test_a_name_that_is_taken_in_the_log_is_refused(tmp_path, capsys, monkeypatch, table, name,
                                                     kind, flags):
@@ -440,6 +472,7 @@ def test_a_name_that_is_taken_in_the_log_is_refused(tmp_path, capsys, monkeypatc
 
 @pytest.mark.parametrize("name, sentence", [
     ("step", "'step' is a column of log.csv that the loop fills"),
+    ("drift", "'drift' is a column of log.csv that the loop fills"),
     ("loss_over_ln_k", "two values have the name 'loss_over_ln_k'")])
 def test_a_name_that_the_loop_fills_is_refused(tmp_path, capsys, monkeypatch, name, sentence):
     class Named(losses.CARPLoss):
@@ -573,6 +606,7 @@ def test_resume_finds_the_flags_of_a_run_in_the_folder_that_nobody_typed(tmp_pat
     ('{"method": "foo"}', "says --method foo, and this code has no such choice"),
     ('{"lr": null}', "says lr = None, which cannot be"),
     ('{"beta": 3}', "says beta = 3, which cannot be"),
+    ('{"script": 5}', "says script = 5, which cannot be"),
 ])
 def test_resume_refuses_an_args_json_that_train_did_not_write(capsys, tmp_path, text, sentence):
     train_tiny(tmp_path, *THREE_STEPS, "--stop-at", "2")

@@ -488,7 +488,7 @@ def train(args, device, stop_request):
                     metrics = measures_of_both(clusters, protos_s, average_s, h, at, h_s, beta,
                                                args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
-                    row = joined(row, metrics)
+                    row |= metrics
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
                     metrics |= {name: float(row[name])
                                 for name in ("target_entropy", "entropy_floor")}

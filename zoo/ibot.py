@@ -40,6 +40,7 @@ zoo/sop.py runs this loop too, with streams of its own.
 import argparse
 import copy
 import os
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -273,8 +274,8 @@ class Network(models.MultiCrop):
         token = None if hidden is None else self.mask_token
         cls, patches = self.backbone(torch.cat(crops[:2]), mask=hidden, mask_token=token)
         cls = [cls]  # (2B, dim)
-        if len(crops) > 2:
-            cls.append(self.backbone(torch.cat(crops[2:]))[0])  # ((V-2)*B, dim)
+        for _, alike in groupby(crops[2:], lambda crop: crop.shape[-2:]):  # those of one size
+            cls.append(self.backbone(torch.cat(tuple(alike)))[0])  # (views alike * B, dim)
         cls, patches = torch.cat(cls), patches[rows[:, 0], rows[:, 1]]  # (V*B, dim) (m, dim)
         if self.patch_head is not None:
             return self.head(cls), self.patch_head(patches)
@@ -562,7 +563,7 @@ def train(args, device, stop_request, make_streams):
                     metrics = measures.prototype_measures(cls.teacher, cls.loss, h, beta, args.seed)
                     metrics |= patch_measures(patch, h_patch, at, beta, args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
-                    row = joined(row, metrics)
+                    row |= metrics
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
             if ddp.RANK == 0:
                 log.row(done, row, terms)

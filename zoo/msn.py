@@ -285,7 +285,7 @@ def train(args, device, stop_request):
                 if ddp.RANK == 0:
                     metrics = measures.prototype_measures(protos, loss_fn, h, beta, args.seed)
                     metrics["knn"] = measures.teacher_knn(bank, queries, args, teacher, device)
-                    row = joined(row, metrics)
+                    row |= metrics
                     metrics["pi_max"] = report.get("pi_max")  # None: no mixture, or not started
             if ddp.RANK == 0:
                 log.row(done, row, terms)
