@@ -288,9 +288,11 @@ def parser():
     p.add_argument("--plot", metavar="FILE", help="draw a picture (needs matplotlib)")
     p.add_argument("--picture", choices=("auto", "training", "sweep", "fig1"), default="auto",
                    help="with --plot; training: Fig. 4a; sweep: Fig. 3a, unique against eps; fig1: "
-                        "where prototypes lie; auto: training where there is a log.csv, else sweep")
+                        "where prototypes lie; auto: training where every PATH has a log.csv, else "
+                        "sweep")
     p.add_argument("--panels", nargs="+", metavar="COLUMN",
-                   help="columns of log.csv that get a panel in --picture training; all by default")
+                   help="measures that get a panel in --picture training, of unique_0.5, "
+                        "unique_0.025, knn, used, perplexity and drift; all by default")
     p.add_argument("--json", metavar="FILE", help="all numbers; - prints them instead of tables")
     p.add_argument("--csv", metavar="FILE", help="a line per prototype set and eps")
     p.add_argument("--fail-below", type=float, metavar="SHARE",
@@ -427,11 +429,11 @@ def draw(args, logs, sets, prototypes):
     from support import plots, report
     picture = args.picture
     if picture == "auto":
-        picture = "training" if logs else "sweep"
+        picture = "training" if len(logs) == len(args.paths) else "sweep"
     if picture != "training" and not prototypes:
         raise ValueError(f"--picture {picture} needs prototypes, and no PATH has any")
     if args.panels and picture != "training":
-        raise ValueError("--panels is for --picture training, and no PATH has a log.csv")
+        raise ValueError("--panels is for --picture training, which needs a log.csv in every PATH")
     if picture == "training":
         runs, x_axis = (logs, "step") if logs else report.over_training(sets)
         plots.training(runs, args.plot, x_axis, args.panels)

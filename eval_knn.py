@@ -224,6 +224,7 @@ def evaluate(flags):
     check_votes(flags.k, flags.T)
     backbone, args = evaluation.open_backbone(flags, flags.img_size, flags.patch_size)
     D = features.width(backbone, pool=flags.pool)
+    flags.pool = features.pool_named(backbone, flags.pool)
     name, train, test, own = evaluation.open_images(flags, args)
     if train.y is None:
         raise ValueError(f"--data {name} has no labels, and k-NN needs labelled training and test "

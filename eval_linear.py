@@ -336,6 +336,7 @@ def evaluate(flags):
             layers = 1
         flags.layers = layers if flags.layers is None else flags.layers
         D = features.width(backbone, flags.layers, flags.pool)
+        flags.pool = features.pool_named(backbone, flags.pool)
     name, train, val, test, own = open_images(flags, args)
     backbone.to(flags.device)
 

@@ -430,7 +430,8 @@ def main(argv=None):
             if getattr(options, name) is None:
                 setattr(options, name, paper if options.paper else default)
         check_values(options, RANGES)
-        if options.K % options.P:
+        partitioned = {"loss", "step"} & set(options.items or ITEMS)
+        if partitioned and options.K % options.P:
             raise ValueError(f"--K {options.K} must be a multiple of --P {options.P}")
         if options.device not in ("cpu", "cuda"):
             raise ValueError(f"--device must be cpu or cuda, got {options.device}; "

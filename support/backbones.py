@@ -5,13 +5,14 @@ of a set of images lie in features/ next to the checkpoint, under a name made of
 depend on, so that every protocol shares them.
 """
 import functools
+import re
 from pathlib import Path
 
 import torch
 
 from models import ARCHS, build
 from support import capi, checkpoints
-from support.checkpoints import AVERAGE, STUDENT, TEACHER, UNNAMED
+from support.checkpoints import AVERAGE, COPY_NAMES, STUDENT, TEACHER, UNNAMED
 from support.features import features, width
 from support.files import digest, write
 from views import MEAN, STD
@@ -19,7 +20,6 @@ from views import MEAN, STD
 VERSION = "features-2"  # part of every cached file's name; raise it when the numbers in them change
 # Which copy of a network stands for the teacher or the student, best first
 COPIES = {"teacher": (TEACHER, AVERAGE, UNNAMED, STUDENT), "student": (STUDENT, UNNAMED)}
-COPY_NAMES = {TEACHER: "teacher", AVERAGE: "moving average", STUDENT: "student"}
 # Tensors that every network of a kind has once. The second of a ResNet is that of
 # nn.Sequential(*resnet.children()), as in lightly's examples: its children have numbers.
 LANDMARKS = {"vit": ["pos_embed"], "resnet": ["layer1.0.conv1.weight", "4.0.conv1.weight"],
@@ -188,6 +188,9 @@ def find(path, which, arch):
         raise ValueError(f"{path} holds several networks that may be its {which}: "
                          f"{checkpoints.listing(prefixes[rank].values())}")
     (prefix, place), = prefixes[rank].items()
+    if arch == "vit_small" and re.search(r"\b(base|momentum)_encoder\b", place):
+        raise ValueError(f"{path} is of MoCo v3, whose ViT-S has 12 heads; --arch vit_small has 6. "
+                         "No tensor shows it, and the features would be wrong")
     backbone = {name.removeprefix(prefix): tensors[key] for name, key in names[rank].items()
                 if name.startswith(prefix)}
     for name, tensor in backbone.items():
@@ -199,7 +202,8 @@ def find(path, which, arch):
     others = [name for name in names[rank] if not name.startswith(prefix)]
     if list(prefixes) == [UNNAMED]:
         return backbone, others, "only copy"
-    copy = COPY_NAMES.get(rank, which)  # beside a teacher, the one without a name is the student
+    # beside a teacher, the one without a name is the student
+    copy = which if rank == UNNAMED else COPY_NAMES[rank]
     if copy not in place:  # where it lies in the file, unless that says it already
         copy = f"{copy} ({place})"
     return backbone, others, copy

@@ -15,13 +15,14 @@ import importlib
 import os
 import pickle
 import re
+import sys
 import warnings
 import zipfile
 
 import numpy as np
 import torch
 
-from support import formats
+from support import ddp, formats
 
 
 class Array:
@@ -53,6 +54,8 @@ SAFE += [type(np.dtype(kind)) for kind in "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 g"
 # copy a tensor belongs to, by its rank; the lowest rank is preferred. The papers count the
 # prototypes of the teacher, which follows the trained copy as a moving average.
 TEACHER, AVERAGE, STUDENT, UNNAMED = range(4)
+COPY_NAMES = {TEACHER: "teacher", AVERAGE: "moving average", STUDENT: "student",
+              UNNAMED: "copy without a name"}
 RANKS = {
     "teacher": TEACHER,   # DINO, CARP, iBOT, CAPI; lightly's teacher_backbone and teacher_head
     "momentum": TEACHER,  # solo-learn's momentum_backbone, MoCo v3's momentum_encoder, lightly's
@@ -291,7 +294,7 @@ def load_prototypes(path, key=None):
                                                    for a in stored.values()):
         sets = matrices(tensors)  # one tensor or array, or .npz: any may be a set
     else:
-        sets = sets_of_the_best_network(tensors)
+        sets = sets_of_the_best_network(path, tensors)
         if not sets and all(is_matrix(t) and "." not in name for name, t in tensors.items()):
             sets = matrices(tensors)  # without the names of layers
     if not sets:
@@ -343,7 +346,7 @@ def matrix_named(path, tensors, key):
     return tensor
 
 
-def sets_of_the_best_network(tensors):
+def sets_of_the_best_network(path, tensors):
     """{name: (K, D) tensor}: the prototypes of the network of the lowest rank that has any."""
     of_rank = {}
     for key, tensor in tensors.items():
@@ -353,7 +356,11 @@ def sets_of_the_best_network(tensors):
             of_rank.setdefault(rank, {}).setdefault(match["name"], tensor)
     if not of_rank:
         return {}
-    sets = of_rank[min(of_rank)]
+    sets, copies = of_rank[min(of_rank)], [COPY_NAMES[rank] for rank in sorted(of_rank)]
+    if len(copies) > 1 or min(of_rank) in (AVERAGE, STUDENT):
+        also = f"; those of the {' and the '.join(copies[1:])} are not" if copies[1:] else ""
+        ddp.print_once(f"{path}: the prototypes of the {copies[0]} are counted{also} (--key NAME "
+                       "takes others)", file=sys.stderr)
     # means times a mass, where the means themselves are there too
     doubled = [name for name in sets if name.endswith("S_mu") and f"{name[:-4]}mu" in sets]
     return {name: tensor for name, tensor in sets.items() if name not in doubled}

@@ -96,6 +96,8 @@ def drop_unwritten_output():
 
 def sentence_of(error, out=None):
     """What an OSError says, with the file that it names, or else the folder `out`."""
+    if isinstance(error, BrokenPipeError):
+        return "what read the output of this command has ended, and so the command does"
     place, words = error.filename or out, error.strerror or str(error)
     return f"{place}: {words}" if place else words
 

@@ -23,6 +23,9 @@ def export(out, path):
         raise ValueError(f"--export {path} must end in .pt, .pth or .safetensors")
     if os.path.exists(path):
         raise ValueError(f"--export {path} exists already; name another file")
+    if not os.path.exists(os.path.join(out, "ckpt.pt")):
+        raise ValueError(f"--export writes the backbone of a run that is there, and --out {out} "
+                         "holds none: train it first, without --export")
     backbone, args, description = load_backbone(out)
     tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     if suffix == ".safetensors":

@@ -33,6 +33,11 @@ def width(backbone, layers=1, pool="cls"):
     return backbone.dim * {"cls": layers, "mean": 1, "cls+mean": layers + 1}[pool]
 
 
+def pool_named(backbone, pool):
+    """What `embed` takes for a pool: without a class token, "cls" is the mean of the patches."""
+    return "mean" if pool == "cls" and not hasattr(backbone, "intermediate") else pool
+
+
 def embed(backbone, x, layers=1, pool="cls"):
     """Features (N, D) float32 of normalised images x (N, 3, H, W). The backbone stays in the mode,
     training or evaluation, in which it is.

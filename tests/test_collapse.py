@@ -801,6 +801,30 @@ def test_a_changed_definition_of_duplicates_counts_in_every_table(monkeypatch):
     assert collapse.describe(C, [0.025], orders=0)["eps"][0.025]["unique"] == 500
 
 
+@pytest.mark.parametrize("copies, words", [
+    (["teacher", "student"], "the prototypes of the teacher are counted; those of the student are "
+     "not (--key NAME takes others)"),
+    (["student"], "the prototypes of the student are counted (--key NAME takes others)"),
+    (["teacher"], ""), ([""], "")])
+def test_which_of_several_copies_is_counted_is_said(tmp_path, capsys, copies, words):
+    path = tmp_path / "f.pth"
+    torch.save({copy + "head.last_layer.weight_v": T for copy in
+                (f"{copy}." if copy else "" for copy in copies)}, path)
+    assert len(collapse.load_prototypes(str(path))) == 1
+    assert capsys.readouterr().err == (f"{path}: {words}\n" if words else "")
+
+
+def test_a_picture_of_a_run_and_a_file_has_both(tmp_path, monkeypatch):
+    """Measures over training are there for the run alone: the count against eps shows both."""
+    drawn = []
+    monkeypatch.setattr(plots, "sweep", lambda curves, *_: drawn.extend(c[0] for c in curves))
+    np.save(tmp_path / "C.npy", T.numpy())
+    run = fake_run(tmp_path / "run", "joint", .25)
+    assert collapse.main([run, str(tmp_path / "C.npy"), "--orders", "0", "--plot",
+                          str(tmp_path / "p.png")]) == 0
+    assert len(drawn) == 2
+
+
 @pytest.mark.parametrize("stored", [
     [T], T.numpy(), {"teacher": {"prototypes": T}, "args": FLAGS, "epoch": 3}])
 def test_a_folder_whose_checkpoint_is_no_run(tmp_path, capsys, stored):

@@ -210,6 +210,11 @@ def test_no_line_of_prose_or_table_is_wider_than_a_screen(page):
     assert not wide, f"{page}: {'; '.join(wide)}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_no_item_of_a_list_has_run_into_the_one_before(page):
+    assert not re.findall(r"[.:;] \* \S.*", without_blocks(read(page)))
+
+
 def test_every_page_is_linked_from_the_readme():
     links = re.findall(r"\]\(([^)\s]+)\)", read("README.md"))
     assert set(PAGES[1:]) <= set(links)

@@ -166,6 +166,11 @@ def test_chaos_refuses_numbers_that_cannot_be(given, sentence, capsys):
     assert capsys.readouterr().err == f"lab.chaos: error: {sentence}\n"
 
 
+def test_a_reader_of_the_output_that_has_ended_is_not_a_file_of_the_run():
+    sentence = errors.sentence_of(BrokenPipeError(32, "Broken pipe"), "runs/mine")
+    assert sentence == "what read the output of this command has ended, and so the command does"
+
+
 def test_no_number_beyond_the_limits_passes_whatever_the_table_says():
     for value in (math.nan, math.inf, -math.inf, 2 ** 32, -2 ** 32, [1.0, math.nan], 10 ** 400):
         with pytest.raises(ValueError, match="--some-flag must be a number below 4294967296 in"):

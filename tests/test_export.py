@@ -183,3 +183,21 @@ def test_init_refuses_files_without_such_a_network(tmp_path, capsys):
     assert "y.pth: norm.weight is without values (meta)" in sentence
     sentence = sentence_of_refusal(capsys, tmp_path / "out", "--init", tmp_path / "z.pth")
     assert "no such file" in sentence
+
+
+def test_export_of_a_run_that_is_not_there_says_so(tmp_path, capsys):
+    assert (f"--export writes the backbone of a run that is there, and --out {tmp_path / 'new'} "
+            "holds none: train it first, without --export") in sentence_of_refusal(
+                capsys, tmp_path / "new", "--export", str(tmp_path / "b.pt"))
+
+
+@pytest.mark.parametrize("copy", ["momentum_encoder", "base_encoder"])
+def test_the_small_transformer_of_moco_v3_has_other_heads(tmp_path, copy):
+    """Its tensors have the shapes of ours, and 12 heads where ours has 6."""
+    net = models.build("vit_small", patch_size=16, img_size=32)
+    torch.save({"state_dict": {f"module.{copy}.{name}": value
+                               for name, value in net.state_dict().items()}}, tmp_path / "f.pth")
+    with pytest.raises(ValueError, match="is of MoCo v3, whose ViT-S has 12 heads"):
+        load_backbone(tmp_path / "f.pth", "teacher", arch="vit_small")
+    with pytest.raises(ValueError, match="is of MoCo v3, whose ViT-S has 12 heads"):
+        export.init(tmp_path / "f.pth", [net])

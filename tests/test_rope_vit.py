@@ -451,7 +451,7 @@ def test_the_evaluations_take_a_released_file(tmp_path, monkeypatch, capsys):
     words = [str(tmp_path / "capi.pth"), "--arch", "capi", "--data", "shapes", "--img-size", "28",
              "--device", "cpu"]
     assert eval_knn.main([*words, "--k", "1", "--patch-size", "7"])["knn"] == {1: 100}
-    for protocol, pool in (("lbfgs", "cls"), ("grid", "cls"), ("attentive", "patches")):
+    for protocol, pool in (("lbfgs", "mean"), ("grid", "mean"), ("attentive", "patches")):
         steps = [] if protocol == "lbfgs" else ["--steps", "30"]
         out = eval_linear.main([*words, "--protocol", protocol, *steps])
         assert (out["layers"], out["pool"]) == (1, pool)
