@@ -225,8 +225,8 @@ def describe(C, eps_list, orders=5, seed=0, progress=False):
     nearest, graph = unique.neighbours(A, eps_list, progress)
     if M > 1:
         out["nearest_cosine"] = {q: float(nearest.double().quantile(q)) for q in QUANTILES}
-    # A row without a neighbour is unique in any order, so random orders of the others are enough.
-    # The count itself searches all rows where `covering` does, so that a change of it counts
+    # A row without a neighbour is unique in any order, so random orders of the others are enough;
+    # they and the neighbours do not follow a change of `covering`, and the count does
     crowded = A[graph[eps_list[-1]][0]]  # (rows with a neighbour, D)
     alone = M - len(crowded)
     searched = A if M <= PLAIN_UP_TO else crowded
@@ -433,7 +433,8 @@ def draw(args, logs, sets, prototypes):
     if picture != "training" and not prototypes:
         raise ValueError(f"--picture {picture} needs prototypes, and no PATH has any")
     if args.panels and picture != "training":
-        raise ValueError("--panels is for --picture training, which needs a log.csv in every PATH")
+        raise ValueError("--panels is for --picture training: type that too, as not every PATH has "
+                         "a log.csv")
     if picture == "training":
         runs, x_axis = (logs, "step") if logs else report.over_training(sets)
         plots.training(runs, args.plot, x_axis, args.panels)

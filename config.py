@@ -394,7 +394,7 @@ def could_be(value, action):
     """Whether a value from a file has the form that a flag, an argparse action, has."""
     if value is None:
         return action.default is None
-    if action.nargs:  # several values: a number of them, or "+" or "*"
+    if action.nargs and action.nargs != "?":  # several values: a number of them, or "+" or "*"
         of_one = argparse.Action([], action.dest, type=action.type, choices=action.choices)
         numbers = (len(value), "*", "+" if value else None) if isinstance(value, list) else ()
         return (action.nargs in numbers

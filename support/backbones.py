@@ -189,8 +189,8 @@ def find(path, which, arch):
                          f"{checkpoints.listing(prefixes[rank].values())}")
     (prefix, place), = prefixes[rank].items()
     if arch == "vit_small" and re.search(r"\b(base|momentum)_encoder\b", place):
-        raise ValueError(f"{path} is of MoCo v3, whose ViT-S has 12 heads; --arch vit_small has 6. "
-                         "No tensor shows it, and the features would be wrong")
+        raise ValueError(f"{path} has the names of MoCo v3, whose ViT-S has 12 heads; --arch "
+                         "vit_small has 6. No tensor shows it, and the features would be wrong")
     backbone = {name.removeprefix(prefix): tensors[key] for name, key in names[rank].items()
                 if name.startswith(prefix)}
     for name, tensor in backbone.items():

@@ -358,9 +358,10 @@ def sets_of_the_best_network(path, tensors):
         return {}
     sets, copies = of_rank[min(of_rank)], [COPY_NAMES[rank] for rank in sorted(of_rank)]
     if len(copies) > 1 or min(of_rank) in (AVERAGE, STUDENT):
-        also = f"; those of the {' and the '.join(copies[1:])} are not" if copies[1:] else ""
-        ddp.print_once(f"{path}: the prototypes of the {copies[0]} are counted{also} (--key NAME "
-                       "takes others)", file=sys.stderr)
+        also = (f"; those of the {' and the '.join(copies[1:])} are not (--key NAME takes others)"
+                if copies[1:] else "")
+        ddp.print_once(f"{path}: the prototypes of the {copies[0]} are counted{also}",
+                       file=sys.stderr)
     # means times a mass, where the means themselves are there too
     doubled = [name for name in sets if name.endswith("S_mu") and f"{name[:-4]}mu" in sets]
     return {name: tensor for name, tensor in sets.items() if name not in doubled}

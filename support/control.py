@@ -133,7 +133,7 @@ def sentence(args, folder=os.path.join(ROOT, "results")):
     unique = statistics.mean(float(row["unique_0.5"]) for row in found)
     text = f"k-NN {statistics.mean(knn):.1f}" if knn else ""
     text += f" ({min(knn):.1f} to {max(knn):.1f}), " if len(knn) > 1 else ", " if knn else ""
-    runs = "one run" if len(found) == 1 else f"{len(found)} runs"
+    earlier = "one earlier run" if len(found) == 1 else f"{len(found)} earlier runs"
     return (f"Its control, the same run with random prototypes: {text}unique(.5) {unique:.3f}\n"
-            f"  in {runs} of the code as published ({os.path.relpath(file, ROOT)}); to run it:\n"
+            f"  in {earlier} ({os.path.relpath(file, ROOT)}), without your changes; to run it:\n"
             f"  {command(args)}")

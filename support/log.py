@@ -178,8 +178,9 @@ class Record:
                              "0 for it, since each has a column of log.csv")
         self.names = names
         device = terms["loss"].device
-        values = [torch.as_tensor(v, dtype=torch.float32, device=device).detach()
-                  for v in terms.values()]  # a loss may give 0 for a term that does not count
+        # a loss may give the number 0 for a term that does not count
+        values = [v.detach() if torch.is_tensor(v) else torch.full((), float(v), device=device)
+                  for v in terms.values()]
         self.sum = self.sum + share * torch.stack(values)  # (terms,)
 
     def take(self):

@@ -26,7 +26,7 @@ def of_coming_batches(compute, teacher, images, recipe, step, args, device, auto
     """
     before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
     recipe = replace(recipe, n_local=0)
-    V = len(recipe.views())  # global crops of an image
+    V = len(recipe.views())  # crops of an image, without local ones
     steps = max(1, min(args.eval_bank, V * len(images)) // (V * args.batch_size))
     batches = views.batches(images, recipe, batch_size=args.batch_size, seed=args.seed, start=step,
                             stop=step + steps, rank=ddp.RANK, world=ddp.WORLD, device=device,

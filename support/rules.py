@@ -41,7 +41,7 @@ def check(args, error):
         error(sentence)
     K, batch = args.num_prototypes, args.batch_size
     loss, protos = losses.loss_class(args.method), heads.prototype_class(args.prototypes)
-    # a method that LOSSES lacks is that of a script in zoo/, all of which read it
+    # a method that LOSSES lacks is that of a script in zoo/, which checks this itself
     reads_bias = loss.reads_bias or args.method not in losses.LOSSES
     if issubclass(protos, heads.VMF) and not reads_bias:
         error(f"--prototypes {args.prototypes} has concentrations in units of DINO's temperatures; "

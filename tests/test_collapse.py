@@ -804,7 +804,7 @@ def test_a_changed_definition_of_duplicates_counts_in_every_table(monkeypatch):
 @pytest.mark.parametrize("copies, words", [
     (["teacher", "student"], "the prototypes of the teacher are counted; those of the student are "
      "not (--key NAME takes others)"),
-    (["student"], "the prototypes of the student are counted (--key NAME takes others)"),
+    (["student"], "the prototypes of the student are counted"),
     (["teacher"], ""), ([""], "")])
 def test_which_of_several_copies_is_counted_is_said(tmp_path, capsys, copies, words):
     path = tmp_path / "f.pth"

@@ -198,6 +198,12 @@ def test_values_of_a_flag_of_a_fork_that_takes_any_number_of_them(value, fits):
     assert config.could_be(value, action) is fits
 
 
+def test_values_of_a_flag_of_a_fork_that_takes_one_number_or_none():
+    p = argparse.ArgumentParser()
+    action = p.add_argument("--warm", type=int, nargs="?", const=1, default=3)
+    assert config.could_be(3, action) and not config.could_be([3], action)
+
+
 def test_values_of_a_flag_of_a_fork_that_takes_two_names():
     p = argparse.ArgumentParser()
     action = p.add_argument("--names", nargs=2, default=["a", "b"])

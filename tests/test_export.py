@@ -197,7 +197,7 @@ def test_the_small_transformer_of_moco_v3_has_other_heads(tmp_path, copy):
     net = models.build("vit_small", patch_size=16, img_size=32)
     torch.save({"state_dict": {f"module.{copy}.{name}": value
                                for name, value in net.state_dict().items()}}, tmp_path / "f.pth")
-    with pytest.raises(ValueError, match="is of MoCo v3, whose ViT-S has 12 heads"):
+    with pytest.raises(ValueError, match="has the names of MoCo v3, whose ViT-S has 12 heads"):
         load_backbone(tmp_path / "f.pth", "teacher", arch="vit_small")
-    with pytest.raises(ValueError, match="is of MoCo v3, whose ViT-S has 12 heads"):
+    with pytest.raises(ValueError, match="has the names of MoCo v3, whose ViT-S has 12 heads"):
         export.init(tmp_path / "f.pth", [net])

@@ -707,5 +707,10 @@ def test_local_crops_of_a_fork_may_have_several_sizes(tmp_path, small_shapes, sm
     whole = views.Recipe.views
     monkeypatch.setattr(views.Recipe, "views", lambda self: [
         *whole(self), views.View(24, (0.2, 0.6), 0.0, 0.0)])
+    seen, original = [], ibot.coming_vectors
+    monkeypatch.setattr(ibot, "coming_vectors", lambda *args: (
+        seen.append(original(*args)), seen[-1])[1])
     run(tmp_path, "--steps", "2")
     assert read_checkpoint(tmp_path)["step"] == 2
+    h, h_patches, places = seen[-1]  # of the two global crops alone
+    assert len(h) == len(h_patches) == len(places)

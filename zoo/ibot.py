@@ -600,7 +600,7 @@ def coming_vectors(teacher, images, recipe, step, args, device):
 
     def one_place_each(crops, step):
         place = ibot_places(args, step, n).chunk(ddp.WORLD, 1)[ddp.RANK][..., :1].to(device)
-        return *teacher(crops, rows=rows_at(place)), place.flatten()
+        return *teacher(crops[:2], rows=rows_at(place)), place.flatten()
     return measures.of_coming_batches(one_place_each, teacher, images, recipe, step, args, device,
                                       amp(args, device))
 
