@@ -3,7 +3,7 @@
 A preset holds what its recipe names; all else has the default of config.py, and a flag that is
 typed wins over both. Where a recipe is a row of a table, the comment names it.
 """
-# python train.py: 3 to 4 minutes on 2 CPU cores; docs and README show its numbers
+# python train.py: 1.5 to 4 minutes on 2 CPU cores; docs and README show its numbers
 PRESETS = {"tiny": {}}
 
 # python train.py --preset cifar10: for one GPU; not run
