@@ -20,6 +20,9 @@ MOVED_BY = {"joint": "joint", "kp": "kp", "frozen": "frozen", "kmeans": "kmeans"
             "clustered --student-prototypes joint", "decoupled": "decoupled",
             "decoupled per sample": "decoupled --forgetting sample", "live": "live"}
 BALANCED = "--method dino --targets sinkhorn --num-prototypes 64 --prototypes "
+# with them the logits of `clustered` have CAPI's temperatures under DINO; see zoo/clustered.py
+OF_CAPI = {"clustered": " --teacher-temp 0.5 0.5 --student-temp 1",
+           "clustered, joint student": " --teacher-temp 0.5 0.5 --student-temp 0.12"}
 SPREAD = "--method carp-uniform --prototypes "
 # A loss of patches beside that of class tokens, whose prototypes are trained in all rows. Without
 # the patches' loss this is DINO: patch prototypes then do not change the network, but those that
@@ -100,7 +103,10 @@ TABLES = {
         *[(f"CARP, {name}", CARP + flags) for name, flags in MOVED_BY.items()],
         *[(f"CARP + uniformity, {name}", SPREAD + MOVED_BY[name])
           for name in ("frozen", "kmeans", "clustered", "live")],
-        *[(f"DINO + Sinkhorn, {name}", BALANCED + flags) for name, flags in MOVED_BY.items()],
+        *[(f"DINO + Sinkhorn, {name}", BALANCED + flags + OF_CAPI.get(name, ""))
+          for name, flags in MOVED_BY.items()],
+        # the control of "clustered, joint student"
+        ("DINO + Sinkhorn, frozen, joint student", f"{BALANCED}frozen --student-prototypes joint"),
         ("SOP, bank", "--method sop --prototypes bank --num-prototypes 128")]),
     "dense": ("who moves the prototypes of patches", [
         *[(f"iBOT, {name}", DENSE + MOVED_BY[name]) for name in IN_DENSE],

@@ -10,9 +10,10 @@ optimiser of their own, so the encoder's loss never touches them:
 
 The logits that reach the encoder's loss are l / 0.12. With `--student-prototypes joint` the student
 has a set of its own, which the encoder's loss trains, as in CAPI: what Sec. 3 of the paper calls
-partial decoupling. A loss that has temperatures of its own divides these logits again. To undo
-that under DINO, type --logit-scale 0.12, and they are l; or leave the scale and, with a joint
-student, type --teacher-temp 0.5 0.5 --student-temp 0.12, which are the temperatures of CAPI.
+partial decoupling. A loss that has temperatures of its own divides these logits again. Under DINO,
+--teacher-temp 0.5 0.5 --student-temp 1 gives the temperatures of CL.2 and CL.3, and with a joint
+student --teacher-temp 0.5 0.5 --student-temp 0.12 does; with the defaults DINO does not learn
+(docs/space.md).
 
 Sinkhorn-Knopp gives every prototype N / K of a vector. With K above N no vector can belong to one
 prototype, and the entropy of a is at least ln(K / N).
