@@ -211,6 +211,16 @@ def test_a_checkpoint_of_a_later_version_is_not_evaluated(tmp_path):
         runs.load_run(str(tmp_path))
 
 
+def test_a_checkpoint_that_the_code_does_not_fit_says_why(tmp_path):
+    train_tiny(tmp_path, "--stop-at", "1")
+    ckpt = read_checkpoint(tmp_path)
+    ckpt["teacher"]["head.mlp.0.weight"] = torch.zeros(3, 3)
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match=r"was made by other code, or is damaged \(RuntimeError: .*"
+                                         r"head\.mlp\.0\.weight"):
+        runs.load_run(str(tmp_path))
+
+
 # ---- other images ------------------------------------------------------------------------------
 def stopped_run(tmp_path):
     """Train 3 of 6 steps in tmp_path/out, on a folder of images that is returned."""
