@@ -78,6 +78,8 @@ def two_hosts():
             ip("-n", host, "link", "set", "cable", "up")
         yield hosts
     finally:
+        for process in started:  # one that has just begun may not be on its host yet
+            process.kill()
         for host in hosts:
             with contextlib.suppress(ValueError):  # it was never made
                 for pid in ip("netns", "pids", host).split():
@@ -92,13 +94,18 @@ def cable(host, state):
 
 
 # ---- runs on them ------------------------------------------------------------------------------
+started = []  # processes of `start`
+
+
 def start(host, words, output):
     """Start `python WORDS` on a host; what it prints goes to the file `output`."""
     with open(output, "w") as f:
-        return subprocess.Popen(["ip", "netns", "exec", host, sys.executable, *words],
-                                stdout=f, stderr=f, stdin=subprocess.DEVNULL,
-                                start_new_session=True,  # Ctrl-C is for us, and we end them
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(["ip", "netns", "exec", host, sys.executable, *words],
+                                   stdout=f, stderr=f, stdin=subprocess.DEVNULL,
+                                   start_new_session=True,  # Ctrl-C is for us, and we end them
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    started.append(process)
+    return process
 
 
 def start_on_both(hosts, flags, base):
